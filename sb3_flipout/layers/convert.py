@@ -1,0 +1,79 @@
+"""In-place conversion of a built network, and back."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+from torch import nn
+
+from sb3_flipout.layers.base import FlipoutLayer, LayerNoise, one_of
+from sb3_flipout.layers.conv import FlipoutConv2d
+from sb3_flipout.layers.linear import FlipoutLinear
+
+M = TypeVar("M", bound=nn.Module)
+
+#: Which torch.nn class becomes which perturbed class. Exact types only: a subclass may use its weights in its own way
+#: (``nn.MultiheadAttention`` never calls the ``forward`` of its ``out_proj``).
+PERTURBED_CLASSES: dict[type[nn.Module], type[FlipoutLayer]] = {nn.Linear: FlipoutLinear, nn.Conv2d: FlipoutConv2d}
+
+#: What ``layers=`` may name, and the torch.nn classes it stands for.
+LAYER_CHOICES: dict[str, tuple[type[nn.Module], ...]] = {
+    "all": tuple(PERTURBED_CLASSES),
+    "linear": (nn.Linear,),
+}
+
+_NOISE_PARAMETERS = ("weight_sigma", "bias_sigma")
+_NOISE_BUFFERS = ("weight_base", "bias_base")
+_NOISE_ATTRIBUTES = ("noise_config", "noise_index", "base_key", "_active", "explicit_noise", "_noisy_network")
+
+
+def perturb(module: M, layers: str = "all", base_key: int = 0, **noise: Any) -> M:
+    """
+    Turn the plain layers of a network into perturbed ones, in place.
+
+    Modules and parameters stay the same objects under the same names, so references to them stay valid; an optimizer
+    made before must be made anew, since sigma is new. Layers that are perturbed in the same way already are left alone.
+
+    :param module: Network, or a single layer
+    :param layers: ``"all"``, or ``"linear"`` for linear layers only (NoisyNet's choice)
+    :param base_key: Key of the base perturbation, any integer
+    :param noise: ``family``, ``sigma_init``, ``learn_sigma``, ``noise_sharing``, ``init`` as in :class:`LayerNoise`
+    :return: The same network
+    :raises ValueError: If a setting is unknown, out of range or unfit, or a layer is already perturbed in another way
+    """
+    one_of("layers", layers, LAYER_CHOICES)
+    config = LayerNoise(**noise)
+    present = [layer for layer in module.modules() if isinstance(layer, FlipoutLayer)]
+    for layer in present:
+        if layer.noise_config != config:
+            raise ValueError(
+                f"a layer is already perturbed with {layer.noise_config}, not {config}; call restore first."
+            )
+    following = 1 + max((layer.noise_index or 0 for layer in present), default=-1)
+    for layer in list(module.modules()):
+        if type(layer) in LAYER_CHOICES[layers]:
+            layer.__class__ = PERTURBED_CLASSES[type(layer)]  # type: ignore[assignment]
+            layer.init_noise(config, base_key, following)  # type: ignore[operator]
+            following += 1
+    return module
+
+
+def restore(module: M) -> M:
+    """
+    Turn perturbed layers back into plain torch.nn ones with the mean weights, in place.
+
+    :param module: Network, or a single layer
+    :return: The same network
+    """
+    plain_classes = {perturbed: plain for plain, perturbed in PERTURBED_CLASSES.items()}
+    for layer in list(module.modules()):
+        plain = plain_classes.get(type(layer))  # type: ignore[arg-type]
+        if plain is not None:
+            layer.__class__ = plain  # type: ignore[assignment]
+            for names, book in (
+                (_NOISE_PARAMETERS, layer._parameters), (_NOISE_BUFFERS, layer._buffers), (_NOISE_ATTRIBUTES, layer.__dict__)
+            ):  # fmt: skip
+                for name in names:
+                    book.pop(name, None)  # type: ignore[attr-defined]
+            layer._non_persistent_buffers_set.difference_update(_NOISE_BUFFERS)
+    return module

@@ -1,0 +1,124 @@
+r"""The mathematics of perturbed layers: pure functions of tensors.
+
+Notation: N rows, I inputs, O outputs; ``w``, ``b`` mean weight and bias; ``dw``, ``db`` base perturbation (sigma applied);
+``s``, ``r`` row factors over inputs and outputs; ``c`` noise scale. Row n sees the weights
+
+.. math:: W_n = \bar W + c_n \, \Delta W \circ r_n s_n^\top, \qquad b_n = \bar b + c_n \, \Delta b \circ r_n
+
+(Wen et al. 2018, eq. (3)). An ``op`` is what a layer does with weights: ``op(x, w, b)``, linear in ``w`` and ``b``. All
+formulas are compositions of differentiable operations, so they can be differentiated twice, as TRPO needs.
+"""
+
+from collections.abc import Callable
+
+import torch as th
+
+Op = Callable[[th.Tensor, th.Tensor, th.Tensor | None], th.Tensor]
+
+
+def delta(mean: th.Tensor, sigma: th.Tensor | None, base: th.Tensor | None, relative: bool) -> th.Tensor:
+    """
+    Compute a base perturbation: the product of those of sigma, base draw and mean weights that the family has.
+
+    :param mean: Mean weights, shape (O, I, ...), or mean bias, shape (O,)
+    :param sigma: Sigma, shape of ``mean`` or (); ``None`` where the family has none
+    :param base: Base draw, shape of ``mean`` (with leading rows, where each row has its own); ``None`` where there is none
+    :param relative: Whether the perturbation is relative to the mean weights
+    :return: Perturbation before row factors and noise scale, shape of the largest part
+    """
+    product = sigma if base is None else base if sigma is None else sigma * base
+    if product is None:
+        raise ValueError("a perturbation needs sigma or a base draw, got neither")
+    return product * mean if relative else product
+
+
+def flipout(
+    op: Op,
+    x: th.Tensor,  # shape: (N, I, ...) or (N, ..., I)
+    mean: tuple[th.Tensor, th.Tensor | None],
+    deltas: tuple[th.Tensor, th.Tensor | None],
+    s: th.Tensor,  # broadcasts against x
+    r: th.Tensor,  # broadcasts against the output; already multiplied by c
+) -> th.Tensor:
+    """
+    Perturb every row by its own pseudo-independent weights: Wen et al. 2018, eq. (4).
+
+    Right for every ``op`` in which the factors of a weight element's input and output are constant: a matrix product,
+    and a convolution with one factor per channel, since ``op(x, dw * r s^T) = r * op(s * x, dw)``.
+
+    :param op: What the layer does with weights
+    :param x: Inputs
+    :param mean: Mean weight and bias
+    :param deltas: Base perturbation of weight and bias
+    :param s: Row factors over inputs
+    :param r: Row factors over outputs, multiplied by the noise scale
+    :return: ``op`` with each row's own weights
+    """
+    return th.addcmul(op(x, *mean), op(x * s, *deltas), r)
+
+
+def shared(
+    op: Op,
+    x: th.Tensor,  # shape: (N, ...)
+    mean: tuple[th.Tensor, th.Tensor | None],
+    deltas: tuple[th.Tensor, th.Tensor | None],
+    c: th.Tensor,  # broadcasts against the output
+) -> th.Tensor:
+    """
+    Perturb all rows by the same draw, as NoisyNet does (Fortunato et al. 2018), each at its own scale.
+
+    :param op: What the layer does with weights
+    :param x: Inputs
+    :param mean: Mean weight and bias
+    :param deltas: Perturbation of weight and bias
+    :param c: Noise scale of each row
+    :return: ``op`` with the batch's weights
+    """
+    return th.addcmul(op(x, *mean), op(x, *deltas), c)
+
+
+def linear_per_row(
+    x: th.Tensor,  # shape: (N, ..., I)
+    w: th.Tensor,  # shape: (N, O, I)
+    b: th.Tensor | None,  # shape: (N, O)
+) -> th.Tensor:
+    """
+    Apply to each row its own weight matrix: the batched matrix product that flipout avoids.
+
+    :param x: Inputs
+    :param w: Weights, one matrix per row
+    :param b: Biases, one vector per row
+    :return: Outputs, shape (N, ..., O)
+    """
+    rows = x.flatten(1, -2) if x.dim() > 2 else x[:, None]  # (N, M, I)
+    y = th.bmm(rows, w.transpose(1, 2))
+    y = y if b is None else y + b[:, None]
+    return y.view(*x.shape[:-1], w.shape[1])
+
+
+def conv2d_per_row(
+    conv: Op,
+    x: th.Tensor,  # shape: (N, C, H, W)
+    w: th.Tensor,  # shape: (N, O, C / groups, kh, kw)
+    b: th.Tensor | None,  # shape: (N, O)
+) -> th.Tensor:
+    """
+    Apply to each row its own kernel, row after row.
+
+    :param conv: The convolution with its stride, padding, dilation and groups
+    :param x: Inputs
+    :param w: Kernels, one per row
+    :param b: Biases, one vector per row
+    :return: Outputs, shape (N, O, H', W')
+    """
+    return th.cat([conv(x[n : n + 1], w[n], None if b is None else b[n]) for n in range(len(x))])
+
+
+def fan_in(weight: th.Tensor) -> int:
+    """
+    Count the inputs that one output adds up.
+
+    :param weight: Weight of a linear or convolutional layer, shape (O, I, ...)
+    :return: I times the size of the kernel
+    """
+    return weight[0].numel()

@@ -1,0 +1,70 @@
+"""The perturbed linear layer."""
+
+from typing import Any
+
+import torch as th
+from torch import nn
+
+from sb3_flipout.layers import functional
+from sb3_flipout.layers.base import FlipoutLayer, LayerNoise
+from sb3_flipout.layers.kernel import flipout_linear
+
+
+class FlipoutLinear(FlipoutLayer, nn.Linear):
+    """
+    ``nn.Linear`` whose every row can see its own perturbed weights (Wen et al. 2018, eq. (4)).
+
+    Inputs have the shape (N, ..., in_features): one weight sample per N, whatever stands between.
+
+    :param in_features: Size of each input
+    :param out_features: Size of each output
+    :param bias: Whether there is a bias; it is perturbed too
+    :param device: Device of the parameters
+    :param dtype: Floating-point type of the parameters
+    :param noise: ``family``, ``sigma_init``, ``learn_sigma``, ``noise_sharing``, ``init`` as in :class:`LayerNoise`
+    :raises ValueError: If a noise setting is unknown, out of range or unfit
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: th.device | str | None = None,
+        dtype: th.dtype | None = None,
+        **noise: Any,
+    ) -> None:
+        config = LayerNoise(**noise)
+        nn.Linear.__init__(self, in_features, out_features, bias, device, dtype)
+        self.init_noise(config)
+
+    def forward(self, input: th.Tensor) -> th.Tensor:
+        """
+        Apply the layer: mean weights, or each row's own while noise is active.
+
+        :param input: Inputs, shape (N, ..., in_features)
+        :return: Outputs, shape (N, ..., out_features)
+        :raises ValueError: If noise is active for another number of rows
+        """
+        return super().forward(input) if self._active is None else self.forward_perturbed(input)
+
+    def _flipout(self, x: th.Tensor, s: th.Tensor, r: th.Tensor) -> th.Tensor:
+        if x.dim() > 2:
+            return super()._flipout(x, s, r)
+        bases, sigmas = (self.weight_base, self.bias_base), (self.weight_sigma, self._sigma_of_bias())
+        return flipout_linear(self.noise_config.spec.relative, s, r, *bases, x, self.weight, self.bias, *sigmas)
+
+    def _op(self, x: th.Tensor, weight: th.Tensor, bias: th.Tensor | None) -> th.Tensor:
+        return nn.functional.linear(x, weight, bias)
+
+    def _op_per_row(self, x: th.Tensor, weight: th.Tensor, bias: th.Tensor | None) -> th.Tensor:
+        return functional.linear_per_row(x, weight, bias)
+
+    def _size_in(self) -> int:
+        return self.in_features
+
+    def _unit_dims(self, factor: th.Tensor, x: th.Tensor) -> th.Tensor:
+        return factor if x.dim() == 2 else factor.view(len(factor), *[1] * (x.dim() - 2), -1)
+
+    def _per_weight_input(self, s: th.Tensor) -> th.Tensor:
+        return s[:, None, :]

@@ -1,0 +1,73 @@
+"""The families of perturbations, in one table. A new family is one row.
+
+Every family gives row n the weights ``W + c_n * delta * outer(r_n, s_n)``. It says which of sigma, base draw and mean
+weights are multiplied to give ``delta``, and what the row factors r and s are.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch as th
+
+from sb3_flipout.noise.signs import FactorKind
+
+
+Draw = Callable[[th.Size, th.Generator], th.Tensor]
+
+
+def _normal(shape: th.Size, generator: th.Generator) -> th.Tensor:
+    return th.randn(shape, generator=generator)
+
+
+def _rademacher(shape: th.Size, generator: th.Generator) -> th.Tensor:
+    return th.randint(0, 2, shape, generator=generator).float() * 2 - 1
+
+
+@dataclass(frozen=True)
+class Family:
+    """
+    One way of drawing weight perturbations: the base perturbation is the product of the parts that the family has.
+
+    :param name: Its name in ``family=``
+    :param factor: The law of the row factors
+    :param base: Draw of the base, given shape and a CPU generator; ``None`` where the factors alone are the noise
+    :param row_draw: Law of the elements of a row's own draw under ``noise_sharing="independent"``; ``None`` where rows
+        that differ by their factors are independent already
+    :param sigma: ``"per_weight"``, ``"per_layer"`` (one number, not learned) or ``"none"``
+    :param relative: The perturbation is relative to the mean weights; otherwise sigma is in units of 1/sqrt(fan_in)
+    :param source: Where it was published
+    """
+
+    name: str
+    factor: FactorKind
+    base: Draw | None
+    row_draw: Literal["normal", "sign"] | None
+    sigma: Literal["per_weight", "per_layer", "none"]
+    relative: bool
+    source: str
+
+
+_TABLE = (
+    Family(
+        "gaussian",
+        "sign",
+        _normal,
+        "normal",
+        "per_weight",
+        False,
+        "Blundell et al. 2015; Fortunato et al. 2018, section 3",
+    ),
+    Family("factorised", "sqrt_normal", None, None, "per_weight", False, "Fortunato et al. 2018, eq. (10)"),
+    Family("multiplicative", "sign", _normal, "normal", "per_weight", True, "Wen et al. 2018, section 4.1"),
+    Family("dropconnect", "sign", _rademacher, "sign", "none", True, "Wan et al. 2013, p = 1/2"),
+    Family("isotropic", "sign", _normal, "normal", "per_layer", False, "Plappert et al. 2018"),
+)
+
+FAMILIES: dict[str, Family] = {family.name: family for family in _TABLE}
+
+#: Who shares a draw: every row its own signs on one base; one draw for the batch; a full draw for each row.
+NOISE_SHARINGS = ("flipout", "shared", "independent")
+
+#: ``sigma_init`` where none is given (Fortunato et al. 2018, section 3.2, for the factorised family; see docs/defaults.md).
+DEFAULT_SIGMA_INIT = 0.5

@@ -1,0 +1,161 @@
+"""Row noise: what one row of a batch carries in every host, its noise key and its noise scale.
+
+It travels with the data. :func:`with_noise` hangs it on a tensor or a dictionary of observations, :func:`noise_of` reads
+it back, and slicing such a tensor slices the noise too (TRPO sub-samples its observations).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch as th
+
+from sb3_flipout.noise.signs import FactorPlan, check_keys
+
+# A parent expands its factors for all its slices at once up to this size (64 MiB in float32); beyond it, and in
+# networks with wide convolutions over long rollouts, each slice expands its own.
+_SHARED_EXPANSION = 1 << 24
+
+Index = Any  # whatever indexes the first dimension of a tensor: slice, integer array, integer tensor
+
+
+class RowNoise:
+    """
+    Keys and scales of a batch of rows, with the factors expanded from them remembered.
+
+    :param keys: Noise keys, shape (N,), int64
+    :param scale: Noise scales c: shape (N,), or one number for all rows, finite (negative: the antithetic twin);
+        ``None`` for 1
+    :raises TypeError: If ``keys`` is not an int64 tensor
+    :raises ValueError: If ``keys`` or ``scale`` has a wrong shape or device, or a scale is not finite
+    """
+
+    def __init__(self, keys: th.Tensor, scale: th.Tensor | float | None = None) -> None:
+        check_keys(keys)
+        self._keys: th.Tensor | None = keys
+        self._scale: th.Tensor | None = None if scale is None else _checked_scale(scale, keys)
+        self._parent: tuple[RowNoise, Index] | None = None
+        self._factors: tuple[FactorPlan, th.dtype, th.Tensor] | None = None
+
+    @property
+    def keys(self) -> th.Tensor:
+        """Noise keys, shape (N,), int64."""
+        if self._keys is None:
+            assert self._parent is not None, "a slice of row noise knows its parent"
+            self._keys = self._parent[0].keys[self._parent[1]]
+        return self._keys
+
+    @property
+    def scale(self) -> th.Tensor:
+        """Noise scales, shape (N,), float32."""
+        if self._scale is None:
+            parent = self._parent
+            self._scale = th.ones_like(self.keys, dtype=th.float32) if parent is None else parent[0].scale[parent[1]]
+        return self._scale
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __getitem__(self, index: Index) -> RowNoise:
+        """
+        Take some of the rows; nothing is copied or hashed before it is needed.
+
+        :param index: Slice, or integers, into the rows
+        :return: Noise of those rows
+        """
+        child = object.__new__(RowNoise)
+        child._keys = child._scale = child._factors = None
+        child._parent = (self, th.as_tensor(index) if isinstance(index, np.ndarray) else index)
+        return child
+
+    def factors(self, plan: FactorPlan, dtype: th.dtype) -> th.Tensor:
+        """
+        Give the factors of these rows for all layers of a network.
+
+        Rows that come out of one rollout are expanded once, in the parent, and sliced for each mini-batch and epoch.
+
+        :param plan: The network's plan
+        :param dtype: Floating-point type of its layers
+        :return: Block of factors, shape (N, ``plan.width``)
+        """
+        if self._factors is None or self._factors[0] is not plan or self._factors[1] != dtype:
+            parent = self._parent
+            if parent is not None and len(parent[0]) * plan.width <= _SHARED_EXPANSION:
+                block = parent[0].factors(plan, dtype)[parent[1]]
+            else:
+                plain = parent is None and self._scale is None
+                block = plan.expand(self.keys, None if plain else self.scale, dtype)
+            self._factors = (plan, dtype, block)
+        return self._factors[2]
+
+
+def _checked_scale(scale: th.Tensor | float, keys: th.Tensor) -> th.Tensor:
+    if not isinstance(scale, th.Tensor):
+        if not np.isfinite(scale):
+            raise ValueError(f"scale must be finite, got {scale}; use 0.0 for mean weights.")
+        return th.full(keys.shape, float(scale), device=keys.device)
+    if scale.shape != keys.shape or scale.device != keys.device:
+        raise ValueError(
+            f"scale must be one number or have the shape {tuple(keys.shape)} and the device {keys.device} of the keys, "
+            f"got shape {tuple(scale.shape)} on {scale.device}."
+        )
+    if not bool(th.isfinite(scale).all()):
+        raise ValueError("scale must be finite, got NaN or infinity; use 0.0 for mean weights.")
+    return scale.to(th.float32)
+
+
+class KeyedTensor(th.Tensor):
+    """Observations that carry their row noise; slicing slices both, every other operation gives a plain tensor."""
+
+    __torch_function__ = th._C._disabled_torch_function_impl  # type: ignore[assignment]
+    row_noise: RowNoise
+
+    def __getitem__(self, index: Index) -> th.Tensor:
+        """
+        Slice observations and noise.
+
+        :param index: Index into the observations; its first item selects rows
+        :return: Selected observations with their noise
+        """
+        rows = index[0] if isinstance(index, tuple) else index
+        return with_noise(self.as_subclass(th.Tensor)[index], self.row_noise[rows])
+
+
+class KeyedDict(dict[str, th.Tensor]):
+    """Dictionary observations that carry their row noise."""
+
+    row_noise: RowNoise
+
+
+def with_noise(data: Any, noise: RowNoise) -> Any:
+    """
+    Hang row noise on observations.
+
+    :param data: Tensor, or dictionary of tensors, of N rows
+    :param noise: Noise of these rows
+    :return: The same observations, carrying the noise
+    """
+    keyed = KeyedDict(data) if isinstance(data, dict) else data.as_subclass(KeyedTensor)
+    keyed.row_noise = noise
+    return keyed
+
+
+def noise_of(data: Any) -> RowNoise | None:
+    """
+    Read the row noise that data carries.
+
+    :param data: Anything
+    :return: Its row noise, or ``None`` if it carries none
+    """
+    return getattr(data, "row_noise", None)
+
+
+def without_noise(data: Any) -> Any:
+    """
+    Give the plain tensor behind observations with noise (dictionaries already hold plain tensors).
+
+    :param data: Observations
+    :return: The same storage as a plain tensor, or the dictionary unchanged
+    """
+    return data.as_subclass(th.Tensor) if isinstance(data, KeyedTensor) else data

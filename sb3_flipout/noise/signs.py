@@ -1,0 +1,203 @@
+"""From keys to row factors: the vectors that turn one base perturbation into a different one for every row.
+
+A row's factors are a pure function of (key, layer, vector): 64-bit words are hashed from the key and a constant of the
+word's place, and each word is cut into pieces that are looked up in a table: 8 signs per byte, or one normal quantile
+per 16 bits. No generator is involved, so the bits do not depend on device, batch size, order, or compilation.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal
+
+import numpy as np
+import torch as th
+
+from sb3_flipout.noise.keys import FINALISER, GOLDEN, fold, fold_in
+
+FactorKind = Literal["sign", "sqrt_normal", "normal"]
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """How words become factors: the integer type a word is viewed as, and how many factors come from one word."""
+
+    piece: th.dtype
+    numpy_piece: type[np.unsignedinteger[Any]]
+    per_word: int
+
+
+_CUTS: dict[str, _Cut] = {
+    "sign": _Cut(th.uint8, np.uint8, 64),
+    "sqrt_normal": _Cut(th.int16, np.uint16, 4),
+    "normal": _Cut(th.int16, np.uint16, 4),
+}
+
+
+@cache
+def _table(kind: FactorKind, dtype: th.dtype, device: th.device) -> tuple[th.Tensor, np.ndarray | None]:
+    """Look-up table, row per value of a piece: (256, 8) signs, lowest bit first, or (65536, 1) quantiles; on CPU twice."""
+    if kind == "sign":
+        bits = (th.arange(256)[:, None] >> th.arange(8)) & 1
+        return _on_device((1 - 2 * bits).to(device, dtype))
+    # Mid-point quantiles: symmetric about 0, largest 4.3 standard deviations; rescaled to unit variance exactly.
+    normal = th.special.ndtri((th.arange(65536, dtype=th.float64) + 0.5) / 65536)
+    normal = normal / normal.square().mean().sqrt()
+    if kind == "sqrt_normal":  # f(z) = sgn(z) sqrt|z|: Fortunato et al. 2018, section 3, eq. (10)
+        normal = normal.sign() * normal.abs().sqrt()
+    return _on_device(normal.to(device, dtype)[:, None])
+
+
+def _on_device(table: th.Tensor) -> tuple[th.Tensor, np.ndarray | None]:
+    return table, table.numpy() if table.device.type == "cpu" else None
+
+
+def salts(layer: int, vector: int, n: int, kind: FactorKind) -> th.Tensor:
+    """
+    Constants of the words that make up one factor vector of one layer.
+
+    :param layer: The layer's number in its network
+    :param vector: Which vector of the layer: 0 over its inputs, 1 over its outputs (more in an LSTM)
+    :param n: Length of the vector
+    :param kind: What a word is cut into
+    :return: One int64 per word, shape (ceil(n / factors per word),), CPU
+    """
+    words = -(-n // _CUTS[kind].per_word)
+    return fold_in(fold(0, layer, vector), th.arange(words))
+
+
+def factors(
+    keys: th.Tensor,  # shape: (N,)
+    word_salts: th.Tensor,  # shape: (words,)
+    kind: FactorKind,
+    dtype: th.dtype = th.float32,
+) -> th.Tensor:
+    """
+    Hash keys into factors. Word j of a key is output number ``key`` of the SplitMix64 generator that starts at salt j.
+
+    :param keys: Noise keys, shape (N,), int64
+    :param word_salts: Constants of the words, shape (words,), int64, on the device of ``keys``
+    :param kind: ``"sign"`` (+1 or -1), ``"normal"`` (16-bit quantiles of N(0, 1)) or ``"sqrt_normal"`` (f of those)
+    :param dtype: Floating-point type of the result
+    :return: Factors, shape (N, words * factors per word)
+    """
+    cut = _CUTS[kind]
+    if keys.device.type == "cpu" and not th.compiler.is_compiling():
+        # The same bits by numpy: its small operations cost a third of torch's, and hashing a batch is some twenty of them.
+        rows = _table(kind, dtype, keys.device)[1].take(
+            _words(keys.numpy(), word_salts.numpy()).view(cut.numpy_piece), axis=0
+        )
+        return th.from_numpy(rows.reshape(len(keys), -1))
+    pieces = fold_in(word_salts, keys[:, None]).view(cut.piece).to(th.int32)
+    pieces = pieces if kind == "sign" else pieces & 0xFFFF  # int16 is signed, the table is not
+    return _table(kind, dtype, keys.device)[0].index_select(0, pieces.flatten()).view(len(keys), -1)
+
+
+_GOLDEN = np.uint64(GOLDEN)
+_FINALISER = tuple((np.uint64(shift), np.uint64(multiplier)) for shift, multiplier in FINALISER)
+
+
+def _words(keys: np.ndarray, word_salts: np.ndarray) -> np.ndarray:
+    """``fold_in(word_salts, keys[:, None])`` in numpy: uint64, shape (N, words)."""
+    words = (keys.view(np.uint64)[:, None] * _GOLDEN) + (word_salts.view(np.uint64) + _GOLDEN)
+    for shift, multiplier in _FINALISER:
+        words ^= words >> shift
+        words *= multiplier
+    return words
+
+
+def signs(keys: th.Tensor, layer: int, n: int, vector: int = 0) -> th.Tensor:
+    """
+    Sign vectors of a layer: the s (``vector=0``, over inputs) and r (``vector=1``, over outputs) of Wen et al. 2018, eq. (3).
+
+    :param keys: Noise keys, shape (N,), int64, any device
+    :param layer: The layer's number in its network, 0 or more
+    :param n: Length of each sign vector
+    :param vector: Which vector of the layer
+    :return: +1 and -1, shape (N, n), float32, on the device of ``keys``
+    :raises TypeError: If ``keys`` is not an int64 tensor
+    :raises ValueError: If ``keys`` has more or fewer than one dimension
+    """
+    check_keys(keys)
+    return factors(keys, salts(layer, vector, n, "sign").to(keys.device), "sign")[:, :n]
+
+
+def check_keys(keys: th.Tensor) -> None:
+    """
+    Refuse what cannot be the noise keys of a batch.
+
+    :param keys: What the caller gave as keys
+    :raises TypeError: If it is not an int64 tensor
+    :raises ValueError: If it has more or fewer than one dimension
+    """
+    if not isinstance(keys, th.Tensor) or keys.dtype != th.int64:
+        came = f"a tensor of {keys.dtype}" if isinstance(keys, th.Tensor) else type(keys).__name__
+        raise TypeError(
+            f"keys must be an int64 tensor with one key per row, got {came}; use torch.tensor([...]) of integers."
+        )
+    if keys.dim() != 1:
+        raise ValueError(
+            f"keys must have shape (N,), one key per row, got shape {tuple(keys.shape)}; flatten them first."
+        )
+
+
+@dataclass(frozen=True)
+class LayerVectors:
+    """
+    The factor vectors that one layer needs.
+
+    :param layer: The layer's number in its network
+    :param kind: What its factors are
+    :param sizes: Lengths, alternately over inputs and over outputs: (in, out), or (in, out, hidden, out, ...) in an LSTM
+    """
+
+    layer: int
+    kind: FactorKind
+    sizes: tuple[int, ...]
+
+
+class FactorPlan:
+    """
+    Where the factors of all layers of one network lie in a single block, so that one hash serves them all.
+
+    Vectors over outputs lie behind those over inputs, since only they are multiplied by the noise scale.
+
+    :param layers: What each layer needs
+    """
+
+    def __init__(self, layers: Sequence[LayerVectors]) -> None:
+        self.slices: list[list[slice]] = [[slice(0)] * len(layer.sizes) for layer in layers]
+        self._groups: list[tuple[FactorKind, th.Tensor, int]] = []  # kind, salts, first column over outputs
+        self.width = 0
+        for kind in dict.fromkeys(layer.kind for layer in layers):
+            self._add_group(kind, layers)
+
+    def _add_group(self, kind: FactorKind, layers: Sequence[LayerVectors]) -> None:
+        per_word = _CUTS[kind].per_word
+        parts: list[th.Tensor] = []
+        start, first_output = self.width, self.width
+        for over_outputs in (0, 1):
+            first_output = self.width
+            for position, layer in enumerate(layers):
+                for vector in range(over_outputs, len(layer.sizes) if layer.kind == kind else 0, 2):
+                    parts.append(salts(layer.layer, vector, layer.sizes[vector], kind))
+                    self.slices[position][vector] = slice(self.width, self.width + layer.sizes[vector])
+                    self.width += parts[-1].numel() * per_word
+        self._groups.append((kind, th.cat(parts) if parts else th.empty(0, dtype=th.int64), first_output - start))
+
+    def expand(self, keys: th.Tensor, scale: th.Tensor | None, dtype: th.dtype) -> th.Tensor:
+        """
+        Compute the factors of all layers.
+
+        :param keys: Noise keys, shape (N,), int64
+        :param scale: Noise scales, shape (N,); ``None`` for 1
+        :param dtype: Floating-point type of the layers
+        :return: Block of factors, shape (N, ``width``); those over outputs are multiplied by the scale
+        """
+        blocks = []
+        for kind, word_salts, first_output in self._groups:
+            block = factors(keys, word_salts.to(keys.device), kind, dtype)
+            if scale is not None:
+                block[:, first_output:] *= scale.to(dtype)[:, None]
+            blocks.append(block)
+        return th.cat(blocks, dim=1) if len(blocks) > 1 else blocks[0]
