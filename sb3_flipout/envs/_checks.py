@@ -71,7 +71,5 @@ def checked_action(space: spaces.Space[np.int64], action: np.int64 | int, *, run
     if not running:
         raise RuntimeError("step() was called while no episode is running; call reset() first and after each episode.")
     if not space.contains(action):
-        raise ValueError(
-            f"action must be 0 or 1 as a scalar integer, got {action!r}; pass an element of env.action_space."
-        )
+        raise ValueError(f"action must be 0 or 1 as a scalar integer, got {action!r}; pass an element of env.action_space.")
     return int(action)

@@ -1,6 +1,7 @@
 """Ring 1, torch and noise: perturbed layers that serve alone or inside any network."""
 
-from sb3_flipout.layers.base import NOISYNET_SIGMA, FlipoutLayer, LayerNoise
+from sb3_flipout.layers.base import FlipoutLayer
+from sb3_flipout.layers.config import NOISYNET_SIGMA, LayerNoise
 from sb3_flipout.layers.conv import FlipoutConv2d
 from sb3_flipout.layers.convert import PERTURBED_CLASSES, perturb, restore
 from sb3_flipout.layers.linear import FlipoutLinear

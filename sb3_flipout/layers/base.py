@@ -8,100 +8,15 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import Any
 
 import torch as th
 from torch import nn
 
 from sb3_flipout.layers import functional
-from sb3_flipout.noise.families import DEFAULT_SIGMA_INIT, FAMILIES, NOISE_SHARINGS, Family
+from sb3_flipout.layers.config import LayerNoise
 from sb3_flipout.noise.keys import fold
 from sb3_flipout.noise.rows import RowNoise
 from sb3_flipout.noise.signs import FactorKind, LayerVectors, factors, salts
-
-#: Sigma of independent Gaussian noise in Fortunato et al. 2018, section 3.2 (absolute, not divided by sqrt(fan_in)).
-NOISYNET_SIGMA = 0.017
-
-INITS = ("keep", "noisynet")
-
-
-@dataclass(frozen=True)
-class LayerNoise:
-    """
-    How a layer is perturbed; checked when made.
-
-    :param family: A name in ``sb3_flipout.noise.FAMILIES``
-    :param sigma_init: Initial sigma, >= 0, in the family's unit: 1/sqrt(fan_in), or relative to the mean weights;
-        ``None`` for the default (0.5); not with ``"dropconnect"``, which has no sigma
-    :param learn_sigma: Whether sigma is trained; ``"isotropic"`` and ``"dropconnect"`` have nothing to train
-    :param noise_sharing: ``"flipout"``, ``"shared"`` or ``"independent"``
-    :param init: ``"keep"`` the mean weights, or ``"noisynet"``: means and sigmas of Fortunato et al. 2018, section 3.2
-    :raises ValueError: If a value is unknown, out of range, or does not fit the family
-    """
-
-    family: str = "gaussian"
-    sigma_init: float | None = None
-    learn_sigma: bool = True
-    noise_sharing: str = "flipout"
-    init: str = "keep"
-
-    def __post_init__(self) -> None:
-        one_of("family", self.family, FAMILIES)
-        one_of("noise_sharing", self.noise_sharing, NOISE_SHARINGS)
-        one_of("init", self.init, INITS)
-        if self.sigma_init is not None:
-            self._check_sigma_init(self.sigma_init)
-        if self.init == "noisynet" and self.family not in ("gaussian", "factorised"):
-            raise ValueError(
-                f'init="noisynet" is defined for "gaussian" and "factorised" noise, got family={self.family!r}.'
-            )
-
-    def _check_sigma_init(self, sigma_init: Any) -> None:
-        if isinstance(sigma_init, bool) or not isinstance(sigma_init, (int, float)):
-            raise TypeError(f"sigma_init must be a number >= 0 or None, got {type(sigma_init).__name__}.")
-        if not (math.isfinite(sigma_init) and sigma_init >= 0):
-            raise ValueError(f"sigma_init must be finite and >= 0, got {sigma_init}; use 0.0 for no perturbation.")
-        if self.spec.sigma == "none":
-            raise ValueError(
-                f"sigma_init={sigma_init} does not fit family={self.family!r}: each weight a row sees is 0 or twice its mean, "
-                "there is no sigma. Leave sigma_init out and set the noise scale instead."
-            )
-        if self.init == "noisynet" and self.family == "gaussian":
-            raise ValueError(
-                f'sigma_init={sigma_init} does not fit init="noisynet" with family="gaussian", whose sigma is '
-                f"{NOISYNET_SIGMA} by definition. Leave one of the two out."
-            )
-
-    @property
-    def spec(self) -> Family:
-        """The family's row of the table."""
-        return FAMILIES[self.family]
-
-    def sigma(self, fan_in: int) -> float:
-        """
-        Give the initial sigma of a layer.
-
-        :param fan_in: Inputs that one output adds up
-        :return: Sigma in weight units, or relative to the mean weights where the family says so
-        """
-        if self.init == "noisynet" and self.family == "gaussian":
-            return NOISYNET_SIGMA
-        unit = 1.0 if self.spec.relative else 1.0 / math.sqrt(max(fan_in, 1))
-        return (DEFAULT_SIGMA_INIT if self.sigma_init is None else float(self.sigma_init)) * unit
-
-
-def one_of(name: str, value: Any, allowed: Any) -> None:
-    """
-    Refuse a value that is not one of the allowed ones.
-
-    :param name: The argument's name
-    :param value: What came
-    :param allowed: Collection of what is allowed
-    :raises ValueError: If ``value`` is none of them
-    """
-    if not isinstance(value, str) or value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
 
 
 class FlipoutLayer(nn.Module, ABC):
@@ -113,7 +28,7 @@ class FlipoutLayer(nn.Module, ABC):
     """
 
     weight: th.Tensor
-    bias: th.Tensor | None
+    bias: th.Tensor | None  # type: ignore[assignment]
     weight_sigma: nn.Parameter | None
     bias_sigma: nn.Parameter | None
     weight_base: th.Tensor | None
@@ -140,7 +55,7 @@ class FlipoutLayer(nn.Module, ABC):
         self.redraw(base_key)
 
     def _init_noisynet_means(self) -> None:
-        """mu ~ U(-b, b): b = sqrt(3/p) for independent and 1/sqrt(p) for factorised noise (Fortunato et al. 2018, 3.2)."""
+        """Mu ~ U(-b, b): b = sqrt(3/p) for independent and 1/sqrt(p) for factorised noise (Fortunato et al. 2018, 3.2)."""
         numerator = 3.0 if self.noise_config.family == "gaussian" else 1.0
         bound = math.sqrt(numerator / functional.fan_in(self.weight))
         for mean in (self.weight, self.bias):
@@ -196,9 +111,7 @@ class FlipoutLayer(nn.Module, ABC):
         relative = self.noise_config.spec.relative
         weight_eps = self.weight_base if weight_eps is None else weight_eps
         bias_eps = self.bias_base if bias_eps is None else bias_eps
-        delta_bias = (
-            None if self.bias is None else functional.delta(self.bias, self._sigma_of_bias(), bias_eps, relative)
-        )
+        delta_bias = None if self.bias is None else functional.delta(self.bias, self._sigma_of_bias(), bias_eps, relative)
         return functional.delta(self.weight, self.weight_sigma, weight_eps, relative), delta_bias
 
     def _sigma_of_bias(self) -> th.Tensor | None:
@@ -229,17 +142,14 @@ class FlipoutLayer(nn.Module, ABC):
         assert self._active is not None, "forward asks whether noise is active"
         noise, row_factors = self._active
         self._check_rows(x, noise)
+        mean = (self.weight, self.bias)
         if row_factors:
-            return self._flipout(x, *row_factors)
+            s, r = self._unit_dims(row_factors[0], x), self._unit_dims(row_factors[1], x)
+            return functional.flipout(self._op, x, mean, self.deltas(), s, r)
         scale = noise.scale.to(self.weight.dtype)
         if self.noise_config.noise_sharing == "shared":
-            mean = (self.weight, self.bias)
             return functional.shared(self._op, x, mean, self.deltas(), self._unit_dims(scale[:, None], x))
         return self._op_per_row(x, *self.row_weights(noise.keys, scale))
-
-    def _flipout(self, x: th.Tensor, s: th.Tensor, r: th.Tensor) -> th.Tensor:
-        s, r = self._unit_dims(s, x), self._unit_dims(r, x)
-        return functional.flipout(self._op, x, (self.weight, self.bias), self.deltas(), s, r)
 
     def row_weights(self, keys: th.Tensor, scale: th.Tensor) -> tuple[th.Tensor, th.Tensor | None]:
         """

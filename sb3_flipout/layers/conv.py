@@ -6,7 +6,8 @@ import torch as th
 from torch import nn
 
 from sb3_flipout.layers import functional
-from sb3_flipout.layers.base import FlipoutLayer, LayerNoise
+from sb3_flipout.layers.base import FlipoutLayer
+from sb3_flipout.layers.config import LayerNoise
 
 
 class FlipoutConv2d(FlipoutLayer, nn.Conv2d):

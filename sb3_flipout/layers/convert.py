@@ -6,7 +6,8 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from sb3_flipout.layers.base import FlipoutLayer, LayerNoise, one_of
+from sb3_flipout.layers.base import FlipoutLayer
+from sb3_flipout.layers.config import LayerNoise, one_of
 from sb3_flipout.layers.conv import FlipoutConv2d
 from sb3_flipout.layers.linear import FlipoutLinear
 
@@ -46,14 +47,13 @@ def perturb(module: M, layers: str = "all", base_key: int = 0, **noise: Any) -> 
     present = [layer for layer in module.modules() if isinstance(layer, FlipoutLayer)]
     for layer in present:
         if layer.noise_config != config:
-            raise ValueError(
-                f"a layer is already perturbed with {layer.noise_config}, not {config}; call restore first."
-            )
+            raise ValueError(f"a layer is already perturbed with {layer.noise_config}, not {config}; call restore first.")
     following = 1 + max((layer.noise_index or 0 for layer in present), default=-1)
-    for layer in list(module.modules()):
-        if type(layer) in LAYER_CHOICES[layers]:
-            layer.__class__ = PERTURBED_CLASSES[type(layer)]  # type: ignore[assignment]
-            layer.init_noise(config, base_key, following)  # type: ignore[operator]
+    for plain in list(module.modules()):
+        if type(plain) in LAYER_CHOICES[layers]:
+            plain.__class__ = PERTURBED_CLASSES[type(plain)]
+            assert isinstance(plain, FlipoutLayer), "the table holds perturbed classes"
+            plain.init_noise(config, base_key, following)
             following += 1
     return module
 
@@ -65,15 +65,18 @@ def restore(module: M) -> M:
     :param module: Network, or a single layer
     :return: The same network
     """
-    plain_classes = {perturbed: plain for plain, perturbed in PERTURBED_CLASSES.items()}
+    plain_classes: dict[type[nn.Module], type[nn.Module]] = {noisy: plain for plain, noisy in PERTURBED_CLASSES.items()}
     for layer in list(module.modules()):
-        plain = plain_classes.get(type(layer))  # type: ignore[arg-type]
+        plain = plain_classes.get(type(layer))
         if plain is not None:
-            layer.__class__ = plain  # type: ignore[assignment]
-            for names, book in (
-                (_NOISE_PARAMETERS, layer._parameters), (_NOISE_BUFFERS, layer._buffers), (_NOISE_ATTRIBUTES, layer.__dict__)
-            ):  # fmt: skip
+            layer.__class__ = plain
+            books: tuple[tuple[tuple[str, ...], dict[str, Any]], ...] = (
+                (_NOISE_PARAMETERS, layer._parameters),
+                (_NOISE_BUFFERS, layer._buffers),
+                (_NOISE_ATTRIBUTES, layer.__dict__),
+            )
+            for names, book in books:
                 for name in names:
-                    book.pop(name, None)  # type: ignore[attr-defined]
+                    book.pop(name, None)
             layer._non_persistent_buffers_set.difference_update(_NOISE_BUFFERS)
     return module

@@ -6,11 +6,11 @@ import torch as th
 from torch import nn
 
 from sb3_flipout.layers import functional
-from sb3_flipout.layers.base import FlipoutLayer, LayerNoise
-from sb3_flipout.layers.kernel import flipout_linear
+from sb3_flipout.layers.base import FlipoutLayer
+from sb3_flipout.layers.config import LayerNoise
 
 
-class FlipoutLinear(FlipoutLayer, nn.Linear):
+class FlipoutLinear(FlipoutLayer, nn.Linear):  # type: ignore[misc]
     """
     ``nn.Linear`` whose every row can see its own perturbed weights (Wen et al. 2018, eq. (4)).
 
@@ -47,12 +47,6 @@ class FlipoutLinear(FlipoutLayer, nn.Linear):
         :raises ValueError: If noise is active for another number of rows
         """
         return super().forward(input) if self._active is None else self.forward_perturbed(input)
-
-    def _flipout(self, x: th.Tensor, s: th.Tensor, r: th.Tensor) -> th.Tensor:
-        if x.dim() > 2:
-            return super()._flipout(x, s, r)
-        bases, sigmas = (self.weight_base, self.bias_base), (self.weight_sigma, self._sigma_of_bias())
-        return flipout_linear(self.noise_config.spec.relative, s, r, *bases, x, self.weight, self.bias, *sigmas)
 
     def _op(self, x: th.Tensor, weight: th.Tensor, bias: th.Tensor | None) -> th.Tensor:
         return nn.functional.linear(x, weight, bias)

@@ -78,8 +78,8 @@ class NoisyNetwork:
         """
         if not self.plan.width:
             return [(noise, ()) for _ in self.layers]
-        block = noise.factors(self.plan, self.layers[0].weight.dtype)
-        return [(noise, tuple([block[:, columns] for columns in slices])) for slices in self.plan.slices]
+        vectors = noise.factors(self.plan, self.layers[0].weight.dtype).split(self.plan.sizes, dim=1)  # type: ignore[no-untyped-call]
+        return [(noise, tuple([vectors[piece] for piece in pieces])) for pieces in self.plan.pieces]
 
 
 class _Activation:
@@ -100,18 +100,14 @@ class _Activation:
             self._before.append(layer.__dict__.get("_active"))
             layer.__dict__["_active"] = state
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         network, before = self._network, self._before
         network.module.__dict__["explicit_noise"] = before[0]
         for layer, state in zip(network.layers, before[1:], strict=True):
             layer.__dict__["_active"] = state
 
 
-def perturbed(
-    module: nn.Module, keys: th.Tensor | RowNoise | None, scale: th.Tensor | float | None = None
-) -> _Activation:
+def perturbed(module: nn.Module, keys: th.Tensor | RowNoise | None, scale: th.Tensor | float | None = None) -> _Activation:
     """
     Make a context in which a network's rows see perturbed weights: ``with perturbed(net, keys): y = net(x)``.
 
@@ -153,9 +149,7 @@ def redraw(module: nn.Module, base_key: int | None = None) -> None:
         layer.redraw(fold(layer.base_key, 0) if base_key is None else base_key)
 
 
-def effective_weight(
-    layer: FlipoutLayer, key: int | th.Tensor, scale: float = 1.0
-) -> tuple[th.Tensor, th.Tensor | None]:
+def effective_weight(layer: FlipoutLayer, key: int | th.Tensor, scale: float = 1.0) -> tuple[th.Tensor, th.Tensor | None]:
     """
     Materialise exactly the weights that the row with this key sees (Wen et al. 2018, eq. (3)).
 
@@ -166,9 +160,7 @@ def effective_weight(
     :raises TypeError: If ``layer`` is not a perturbed layer
     """
     if not isinstance(layer, FlipoutLayer):
-        raise TypeError(
-            f"layer must be a perturbed layer, got {type(layer).__name__}; call sb3_flipout.perturb(layer) first."
-        )
+        raise TypeError(f"layer must be a perturbed layer, got {type(layer).__name__}; call sb3_flipout.perturb(layer) first.")
     keys = th.as_tensor(key, dtype=th.int64, device=layer.weight.device).reshape(1)
     weight, bias = layer.row_weights(keys, th.full((1,), scale, dtype=layer.weight.dtype, device=layer.weight.device))
     return weight[0], None if bias is None else bias[0]

@@ -12,7 +12,6 @@ import torch as th
 
 from sb3_flipout.noise.signs import FactorKind
 
-
 Draw = Callable[[th.Size, th.Generator], th.Tensor]
 
 

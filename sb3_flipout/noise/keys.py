@@ -48,7 +48,7 @@ def fold_in(keys: th.Tensor | int, data: th.Tensor | int) -> th.Tensor:
     """
     keys = signed(keys) if isinstance(keys, int) else keys
     data = signed((data + 1) * GOLDEN) if isinstance(data, int) else (data + 1) * signed(GOLDEN)
-    return mix(keys + data)
+    return mix(th.as_tensor(keys + data))
 
 
 def fold(key: int, *data: int) -> int:

@@ -35,8 +35,8 @@ _CUTS: dict[str, _Cut] = {
 
 
 @cache
-def _table(kind: FactorKind, dtype: th.dtype, device: th.device) -> tuple[th.Tensor, np.ndarray | None]:
-    """Look-up table, row per value of a piece: (256, 8) signs, lowest bit first, or (65536, 1) quantiles; on CPU twice."""
+def _table(kind: FactorKind, dtype: th.dtype, device: th.device) -> tuple[th.Tensor, np.ndarray]:
+    """Look-up table, row per value of a piece: (256, 8) signs, lowest bit first, or (65536, 1) quantiles; for torch and for numpy."""
     if kind == "sign":
         bits = (th.arange(256)[:, None] >> th.arange(8)) & 1
         return _on_device((1 - 2 * bits).to(device, dtype))
@@ -48,8 +48,8 @@ def _table(kind: FactorKind, dtype: th.dtype, device: th.device) -> tuple[th.Ten
     return _on_device(normal.to(device, dtype)[:, None])
 
 
-def _on_device(table: th.Tensor) -> tuple[th.Tensor, np.ndarray | None]:
-    return table, table.numpy() if table.device.type == "cpu" else None
+def _on_device(table: th.Tensor) -> tuple[th.Tensor, np.ndarray]:
+    return table, table.cpu().numpy()
 
 
 def salts(layer: int, vector: int, n: int, kind: FactorKind) -> th.Tensor:
@@ -84,9 +84,7 @@ def factors(
     cut = _CUTS[kind]
     if keys.device.type == "cpu" and not th.compiler.is_compiling():
         # The same bits by numpy: its small operations cost a third of torch's, and hashing a batch is some twenty of them.
-        rows = _table(kind, dtype, keys.device)[1].take(
-            _words(keys.numpy(), word_salts.numpy()).view(cut.numpy_piece), axis=0
-        )
+        rows = _table(kind, dtype, keys.device)[1].take(_words(keys.numpy(), word_salts.numpy()).view(cut.numpy_piece), axis=0)
         return th.from_numpy(rows.reshape(len(keys), -1))
     pieces = fold_in(word_salts, keys[:, None]).view(cut.piece).to(th.int32)
     pieces = pieces if kind == "sign" else pieces & 0xFFFF  # int16 is signed, the table is not
@@ -132,13 +130,9 @@ def check_keys(keys: th.Tensor) -> None:
     """
     if not isinstance(keys, th.Tensor) or keys.dtype != th.int64:
         came = f"a tensor of {keys.dtype}" if isinstance(keys, th.Tensor) else type(keys).__name__
-        raise TypeError(
-            f"keys must be an int64 tensor with one key per row, got {came}; use torch.tensor([...]) of integers."
-        )
+        raise TypeError(f"keys must be an int64 tensor with one key per row, got {came}; use torch.tensor([...]) of integers.")
     if keys.dim() != 1:
-        raise ValueError(
-            f"keys must have shape (N,), one key per row, got shape {tuple(keys.shape)}; flatten them first."
-        )
+        raise ValueError(f"keys must have shape (N,), one key per row, got shape {tuple(keys.shape)}; flatten them first.")
 
 
 @dataclass(frozen=True)
@@ -166,7 +160,9 @@ class FactorPlan:
     """
 
     def __init__(self, layers: Sequence[LayerVectors]) -> None:
-        self.slices: list[list[slice]] = [[slice(0)] * len(layer.sizes) for layer in layers]
+        #: Sizes to split a block by, and for each layer the positions of its vectors among the pieces.
+        self.sizes: list[int] = []
+        self.pieces: list[list[int]] = [[0] * len(layer.sizes) for layer in layers]
         self._groups: list[tuple[FactorKind, th.Tensor, int]] = []  # kind, salts, first column over outputs
         self.width = 0
         for kind in dict.fromkeys(layer.kind for layer in layers):
@@ -180,9 +176,11 @@ class FactorPlan:
             first_output = self.width
             for position, layer in enumerate(layers):
                 for vector in range(over_outputs, len(layer.sizes) if layer.kind == kind else 0, 2):
-                    parts.append(salts(layer.layer, vector, layer.sizes[vector], kind))
-                    self.slices[position][vector] = slice(self.width, self.width + layer.sizes[vector])
-                    self.width += parts[-1].numel() * per_word
+                    size = layer.sizes[vector]
+                    parts.append(salts(layer.layer, vector, size, kind))
+                    self.pieces[position][vector] = len(self.sizes)
+                    self.sizes += [size, parts[-1].numel() * per_word - size]  # the vector, the rest of its last word
+                    self.width += sum(self.sizes[-2:])
         self._groups.append((kind, th.cat(parts) if parts else th.empty(0, dtype=th.int64), first_output - start))
 
     def expand(self, keys: th.Tensor, scale: th.Tensor | None, dtype: th.dtype) -> th.Tensor:

@@ -116,11 +116,12 @@ class EvaluationStream:
     Fresh keys for ``predict(deterministic=False)``, from a stream that training never reads.
 
     :param seed: Seed of the stream
+    :param calls: How many batches of keys have been given out
     """
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, calls: int = 0) -> None:
         self.seed = seed
-        self.calls = 0
+        self.calls = calls
 
     def next(self, n_rows: int, scale: float, device: th.device) -> RowNoise:
         """

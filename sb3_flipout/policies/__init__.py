@@ -1,0 +1,23 @@
+"""Ring 2: policies for the stock algorithms, one file per seam of SB3.
+
+==========================  =====================================
+algorithms                  file
+==========================  =====================================
+PPO, A2C                    :mod:`sb3_flipout.policies.on_policy`
+==========================  =====================================
+"""
+
+from sb3_flipout.policies.base import FlipoutPolicy, NoiseSettings
+from sb3_flipout.policies.on_policy import (
+    FlipoutActorCriticCnnPolicy,
+    FlipoutActorCriticPolicy,
+    FlipoutMultiInputActorCriticPolicy,
+)
+
+__all__ = [
+    "FlipoutActorCriticCnnPolicy",
+    "FlipoutActorCriticPolicy",
+    "FlipoutMultiInputActorCriticPolicy",
+    "FlipoutPolicy",
+    "NoiseSettings",
+]

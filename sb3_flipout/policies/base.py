@@ -1,0 +1,289 @@
+"""What all flipout policies share: their settings, their noise state, and which noise a forward pass sees.
+
+The noise of a policy is a pure function of four numbers, and those are all that is saved: a seed, and how many collection
+steps, rollouts and evaluation calls there have been. Every other ring of the noise follows from them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from inspect import signature
+from typing import Any, TypeVar
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.torch_layers import FlattenExtractor, NatureCNN
+from stable_baselines3.common.type_aliases import Schedule
+from torch import nn
+
+from sb3_flipout.layers import LayerNoise, NoisyNetwork, perturb
+from sb3_flipout.layers.config import one_of
+from sb3_flipout.noise import EvaluationStream, KeyStream, RowNoise, fold, noise_of
+from sb3_flipout.noise.stream import check_resample
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _eager(function: F) -> F:
+    """Keep key streams, which count in Python, out of a compiled policy's graph."""
+    return th.compiler.disable(function)  # type: ignore[no-untyped-call]
+
+
+PERTURB_CHOICES = ("policy", "heads", "linear", "all")
+
+# Streams derived from a policy's seed. Their keys have nothing in common.
+_COLLECTION, _EVALUATION, _BASE = range(3)
+
+
+@dataclass(frozen=True)
+class NoiseSettings:
+    """
+    The noise settings of a policy, flat and plain so that YAML can say them; checked when made.
+
+    :param family: How weights are perturbed: a name in ``sb3_flipout.noise.FAMILIES``
+    :param sigma_init: Initial sigma in the family's unit; ``None`` for the default
+    :param learn_sigma: Whether sigma is trained
+    :param resample: How long an environment keeps its noise: ``"step"``, ``"episode"``, ``"rollout"``, or a number of steps
+    :param base_every: How often the base perturbation is redrawn, in rollouts; ``None`` for never
+    :param noise_sharing: ``"flipout"``, ``"shared"`` or ``"independent"``
+    :param perturb: Which modules: ``"policy"`` (all that the action depends on), ``"heads"`` (its last layer),
+        ``"linear"`` (as ``"policy"``, without convolutions), ``"all"`` (values too)
+    :param init: ``"keep"`` SB3's initialisation, or ``"noisynet"``
+    :raises ValueError: If a value is unknown, out of range, or does not fit another one
+    """
+
+    family: str = "gaussian"
+    sigma_init: float | None = None
+    learn_sigma: bool = True
+    resample: str | int = "step"
+    base_every: int | None = 1
+    noise_sharing: str = "flipout"
+    perturb: str = "policy"
+    init: str = "keep"
+
+    def __post_init__(self) -> None:
+        self.layer_noise()
+        check_resample(self.resample)
+        one_of("perturb", self.perturb, PERTURB_CHOICES)
+        number = isinstance(self.base_every, int) and not isinstance(self.base_every, bool) and self.base_every >= 1
+        if self.base_every is not None and not number:
+            raise ValueError(f"base_every must be an integer >= 1, or None for never, got {self.base_every!r}.")
+
+    def layer_noise(self) -> LayerNoise:
+        """
+        Give the part of the settings that concerns layers.
+
+        :return: How each layer is perturbed
+        """
+        names = [field.name for field in fields(LayerNoise)]
+        return LayerNoise(**{name: getattr(self, name) for name in names})
+
+
+class FlipoutPolicy(BasePolicy):
+    """Mixin of all flipout policies; stands before SB3's policy class in their bases."""
+
+    noise_settings: NoiseSettings
+    network: NoisyNetwork
+    # (noise,) inside a `perturbed` block, else None; (None,) when the block asks for mean weights.
+    explicit_noise: tuple[RowNoise | None] | None = None
+
+    def _init_noise(self, settings: NoiseSettings, modules: list[nn.Module], layers: str) -> None:
+        """Turn the built stock policy into a flipout one; called last in the constructor."""
+        self.noise_settings = settings
+        # Read, not drawn: with SB3's seed it is that seed, and torch's global generator stays as stock SB3 leaves it.
+        self._noise_seed = fold(th.initial_seed())
+        perturb(nn.ModuleList(modules), layers, fold(self._noise_seed, _BASE, 0), **asdict(settings.layer_noise()))
+        self.network = NoisyNetwork.of(self)
+        self._keys = KeyStream(fold(self._noise_seed, _COLLECTION), settings.resample)
+        self._evaluation = EvaluationStream(fold(self._noise_seed, _EVALUATION))
+        self._rollouts = 0
+        self._noise_scale = 1.0
+        self._row_scale: th.Tensor | None = None
+
+    def _make_optimizer(self, parameters: Iterable[nn.Parameter], lr_schedule: Schedule) -> th.optim.Optimizer:
+        """
+        Make SB3's optimizer over parameters that include sigma.
+
+        Sigma makes the tensors half as many again, and torch's default optimizers walk over them in Python, so the fused
+        implementation is asked for, where it exists and the user has not chosen. It rounds differently from the default
+        one in the last bit; without learned sigma, where training must equal stock SB3's, the default one stays.
+        """
+        kwargs = dict(self.optimizer_kwargs)
+        learned = any(layer.weight_sigma is not None and layer.weight_sigma.requires_grad for layer in self.network.layers)
+        if learned and "fused" in signature(self.optimizer_class).parameters and not {"fused", "foreach"} & kwargs.keys():
+            kwargs["fused"] = True
+        return self.optimizer_class(parameters, lr=lr_schedule(1), **kwargs)  # type: ignore[call-arg]
+
+    # ---- what the user sets -------------------------------------------------------------------------------------
+
+    @property
+    def noise_scale(self) -> float:
+        """Noise scale c, the number that multiplies every perturbation; 0 gives mean weights. Saved with the model."""
+        return self._noise_scale
+
+    @noise_scale.setter
+    def noise_scale(self, scale: float) -> None:
+        if isinstance(scale, bool) or not isinstance(scale, (int, float, np.floating, np.integer)):
+            raise TypeError(f"noise_scale must be a number >= 0, got {type(scale).__name__}.")
+        if not (math.isfinite(scale) and scale >= 0):
+            raise ValueError(f"noise_scale must be finite and >= 0, got {scale}; use 0.0 to switch the noise off.")
+        self._noise_scale, self._row_scale = float(scale), None
+
+    # ---- which noise a forward pass sees ------------------------------------------------------------------------
+
+    @_eager
+    def _collection_noise(self, obs: Any) -> RowNoise:
+        """Noise of the next collection step: one row per environment. The only place that advances the training noise."""
+        n_envs = n_rows(obs)
+        if self._row_scale is None or len(self._row_scale) != n_envs or self._row_scale.device != self.device:
+            self._row_scale = th.full((n_envs,), self._noise_scale, device=self.device)
+        return self._keys.next(n_envs, self._row_scale)
+
+    @_eager
+    def _prediction_noise(self, obs: Any, deterministic: bool) -> RowNoise | None:
+        """Noise of a prediction outside collection: mean weights, or fresh keys that training never sees."""
+        if deterministic:
+            return None
+        return self._evaluation.next(n_rows(obs), self._noise_scale, self.device)
+
+    def _replayed_noise(self, obs: Any) -> RowNoise | None:
+        """Noise that a batch brings with it; during an update it must bring some."""
+        noise = noise_of(obs)
+        if noise is None and self.training:
+            raise ValueError(
+                "a batch without noise keys reached the policy in training mode, so its noise cannot be replayed. Batches of "
+                "PPO and A2C carry them; for an algorithm of your own call sb3_flipout.register(YourAlgorithm), and to train "
+                "the mean weights (behaviour cloning) write `with sb3_flipout.perturbed(policy, None):` around the call."
+            )
+        return noise
+
+    # ---- what the algorithm tells -------------------------------------------------------------------------------
+
+    def begin_rollout(self) -> None:
+        """Tell that a rollout starts: the base is redrawn if it is time, and holds until the update after it is done."""
+        every = self.noise_settings.base_every
+        if every is not None and self._rollouts % every == 0:
+            self._redraw(self._rollouts)
+        self._rollouts += 1
+        self._keys.begin_rollout()
+
+    def end_episodes(self, dones: np.ndarray) -> None:
+        """
+        Tell which environments have ended their episode.
+
+        :param dones: One flag per environment, shape (n_envs,)
+        """
+        self._keys.end_episodes(np.asarray(dones, dtype=bool))
+
+    def _redraw(self, rollout: int) -> None:
+        every = self.noise_settings.base_every
+        self.network.redraw(fold(self._noise_seed, _BASE, 0 if every is None else rollout // every))
+
+    # ---- save and load ------------------------------------------------------------------------------------------
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """
+        Give the noise state; torch puts it into ``state_dict``.
+
+        :return: Settings, seed, counters and noise scale, as plain Python values
+        """
+        return {
+            "settings": asdict(self.noise_settings),
+            "seed": self._noise_seed,
+            "steps": self._keys.step,
+            "rollouts": self._rollouts,
+            "evaluations": self._evaluation.calls,
+            "noise_scale": self._noise_scale,
+        }
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """
+        Continue from a saved noise state.
+
+        :param state: What :meth:`get_extra_state` gave
+        """
+        self._noise_seed = state["seed"]
+        self._keys.restart(state["steps"], fold(self._noise_seed, _COLLECTION))
+        self._evaluation = EvaluationStream(fold(self._noise_seed, _EVALUATION), state["evaluations"])
+        self._rollouts = state["rollouts"]
+        self.noise_scale = state["noise_scale"]
+        self._redraw(max(self._rollouts - 1, 0))
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """
+        Load parameters and noise state, after checking that the noise settings fit.
+
+        :param state_dict: What ``state_dict`` gave
+        :param strict: Whether all names must match
+        :param assign: Whether to keep the given tensors instead of copying them
+        :return: Missing and unexpected keys, as torch gives them
+        :raises ValueError: If the state was saved under other noise settings, or by a policy that is no flipout policy
+        """
+        saved = state_dict.get("_extra_state")
+        if saved is None and strict:
+            raise ValueError(
+                "the saved policy is no flipout policy: it has no noise state. Load it into the policy it was saved from, "
+                "and copy its weights with load_state_dict(..., strict=False) if they are what you want."
+            )
+        if saved is not None:
+            self._check_settings(saved["settings"])
+        return super().load_state_dict(state_dict, strict, assign)
+
+    def _check_settings(self, saved: dict[str, Any]) -> None:
+        own = asdict(self.noise_settings)
+        differing = [
+            f"{name}: saved {saved.get(name)!r}, here {value!r}" for name, value in own.items() if saved.get(name) != value
+        ]
+        if differing:
+            raise ValueError(
+                f"the saved noise settings do not fit this policy ({'; '.join(differing)}). Build it with the saved settings in "
+                "policy_kwargs, or load without overriding policy_kwargs."
+            )
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        return {**super()._get_constructor_parameters(), **asdict(self.noise_settings)}
+
+    def to_plain_policy(self) -> BasePolicy:
+        """
+        Give SB3's own policy with the mean weights, for export and for use without this package.
+
+        :return: Stock policy on the same device; its optimizer is new
+        """
+        plain_class: Any = next(base for base in type(self).__mro__ if not issubclass(base, FlipoutPolicy))
+        noise_names = {field.name for field in fields(self.noise_settings)}
+        arguments = {name: value for name, value in self._get_constructor_parameters().items() if name not in noise_names}
+        with th.random.fork_rng(devices=[]):  # the initialisation, overwritten at once, must not move the global generator
+            plain: BasePolicy = plain_class(**arguments)
+        own = self.state_dict()
+        plain.load_state_dict({name: own[name] for name in plain.state_dict()})
+        plain.set_training_mode(self.training)
+        return plain.to(self.device)
+
+
+def n_rows(obs: Any) -> int:
+    """
+    Count the rows of a batch of observations.
+
+    :param obs: Tensor, or dictionary of tensors
+    :return: Size of the first dimension
+    """
+    return len(next(iter(obs.values()))) if isinstance(obs, dict) else len(obs)
+
+
+def check_extractor(observation_space: spaces.Space[Any], extractor_class: type) -> None:
+    """
+    Refuse dictionary observations for extractors of single ones; SB3 does so for its own policy names only.
+
+    :param observation_space: Observation space
+    :param extractor_class: Class of the features extractor
+    :raises ValueError: If the two do not fit
+    """
+    if isinstance(observation_space, spaces.Dict) and extractor_class in (FlattenExtractor, NatureCNN):
+        raise ValueError(
+            'the observation space is a Dict, which needs "FlipoutMultiInputPolicy" (or a features_extractor_class of your '
+            f"own), got a policy with {extractor_class.__name__}."
+        )

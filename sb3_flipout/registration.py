@@ -1,0 +1,152 @@
+"""Short policy names on SB3's own algorithm classes, and the few methods that tell a policy what happens.
+
+Nothing of an algorithm is copied. Each wrapped method calls the original and does nothing else when the policy is no
+flipout policy; :func:`unregister` takes everything back.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from gymnasium import spaces
+from stable_baselines3 import A2C, PPO
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
+
+from sb3_flipout.policies import on_policy
+from sb3_flipout.policies.base import FlipoutPolicy
+from sb3_flipout.rollout import keyed
+
+Method = Callable[..., Any]
+Aliases = Mapping[str, type[FlipoutPolicy]]
+
+_ACTOR_CRITIC: dict[str, type[FlipoutPolicy]] = {
+    "FlipoutMlpPolicy": on_policy.FlipoutActorCriticPolicy,
+    "FlipoutCnnPolicy": on_policy.FlipoutActorCriticCnnPolicy,
+    "FlipoutMultiInputPolicy": on_policy.FlipoutMultiInputActorCriticPolicy,
+}
+
+#: Which names each algorithm gets. The README's and the docs' tables are made from it.
+ALIASES: dict[type[BaseAlgorithm], Aliases] = {PPO: _ACTOR_CRITIC, A2C: _ACTOR_CRITIC}
+
+
+def _setup_model(original: Method, algorithm: Any) -> None:
+    """Choose the key-storing buffer. It is built before the policy, so the class has to be chosen here."""
+    given = algorithm.rollout_buffer_class
+    is_dict = isinstance(algorithm.observation_space, spaces.Dict)
+    algorithm.rollout_buffer_class = keyed(given or (DictRolloutBuffer if is_dict else RolloutBuffer))
+    try:
+        original(algorithm)
+    finally:
+        algorithm.rollout_buffer_class = given  # what the user gave is what is saved
+
+
+def _collect_rollouts(original: Method, algorithm: Any, *args: Any, **kwargs: Any) -> Any:
+    """Tell that a rollout starts: only here do base and rollout-long keys change, never between rollout and update."""
+    algorithm.policy.begin_rollout()
+    return original(algorithm, *args, **kwargs)
+
+
+def _update_info_buffer(original: Method, algorithm: Any, infos: Any, dones: np.ndarray | None = None) -> None:
+    """Tell ends of episodes: SB3 calls this once per environment step, with the flags of all environments."""
+    original(algorithm, infos, dones)
+    if dones is not None:
+        algorithm.policy.end_episodes(dones)
+
+
+def _setup_learn(original: Method, algorithm: Any, *args: Any, **kwargs: Any) -> Any:
+    """Tell that the environments were reset: SB3 binds a new first observation when it does so."""
+    before = algorithm._last_obs
+    result = original(algorithm, *args, **kwargs)
+    if algorithm._last_obs is not before:
+        algorithm.policy.end_episodes(np.ones(algorithm.n_envs, dtype=bool))
+    return result
+
+
+_WRAPPERS: dict[str, Method] = {
+    "_setup_model": _setup_model,
+    "collect_rollouts": _collect_rollouts,
+    "_update_info_buffer": _update_info_buffer,
+    "_setup_learn": _setup_learn,
+}
+
+# What register changed: for each class the methods it put there (with what stood in the class itself, or None where the
+# method was inherited), and the names it added.
+_INSTALLED: dict[type[BaseAlgorithm], tuple[dict[str, Method | None], list[str]]] = {}
+
+
+def _wrap(original: Method, wrapper: Method) -> Method:
+    @functools.wraps(original)
+    def method(self: BaseAlgorithm, *args: Any, **kwargs: Any) -> Any:
+        if not issubclass(self.policy_class, FlipoutPolicy):
+            return original(self, *args, **kwargs)
+        return wrapper(original, self, *args, **kwargs)
+
+    method.wraps_for_flipout = True  # type: ignore[attr-defined]
+    return method
+
+
+def register(algorithm_class: type[BaseAlgorithm] | None = None, aliases: Aliases | None = None) -> None:
+    """
+    Give an algorithm class its flipout policy names; called at import for those of SB3. Repeating it changes nothing.
+
+    Subclasses of a registered class need no registration of their own.
+
+    :param algorithm_class: Algorithm class; ``None`` for all that this package knows
+    :param aliases: Policy names and classes; by default those of the known class it derives from
+    :raises TypeError: If ``algorithm_class`` is no SB3 algorithm class
+    :raises ValueError: If no names are known for it, or a name stands for a foreign policy already; nothing is changed then
+    """
+    if algorithm_class is None:
+        for known, known_aliases in ALIASES.items():
+            register(known, known_aliases)
+        return
+    if not (isinstance(algorithm_class, type) and issubclass(algorithm_class, BaseAlgorithm)):
+        raise TypeError(f"algorithm_class must be an SB3 algorithm class, got {algorithm_class!r}.")
+    aliases = _known_aliases(algorithm_class) if aliases is None else aliases
+    for name, policy_class in aliases.items():
+        present = algorithm_class.policy_aliases.get(name)
+        if present not in (None, policy_class):
+            raise ValueError(
+                f"{algorithm_class.__name__} has a foreign policy of the name {name!r} already: {present}. Remove it from "
+                f"{algorithm_class.__name__}.policy_aliases, or register under another name with aliases=."
+            )
+    methods, names = _INSTALLED.setdefault(algorithm_class, ({}, []))
+    for method_name, wrapper in _WRAPPERS.items():
+        current = getattr(algorithm_class, method_name)
+        if not hasattr(current, "wraps_for_flipout"):
+            methods[method_name] = algorithm_class.__dict__.get(method_name)
+            setattr(algorithm_class, method_name, _wrap(current, wrapper))
+    names.extend(name for name in aliases if name not in algorithm_class.policy_aliases)
+    algorithm_class.policy_aliases.update(aliases)
+
+
+def _known_aliases(algorithm_class: type[BaseAlgorithm]) -> Aliases:
+    for base in algorithm_class.__mro__:
+        if base in ALIASES:
+            return ALIASES[base]
+    known = ", ".join(known.__name__ for known in ALIASES)
+    raise ValueError(
+        f"no flipout policies are known for {algorithm_class.__name__}; known are {known} and their subclasses. "
+        "Give the policies that fit by aliases={'FlipoutMlpPolicy': ...}."
+    )
+
+
+def unregister(algorithm_class: type[BaseAlgorithm] | None = None) -> None:
+    """
+    Take back what :func:`register` changed on a class.
+
+    :param algorithm_class: Algorithm class; ``None`` for all. A class that is not registered is left as it is
+    """
+    for known in list(_INSTALLED) if algorithm_class is None else [algorithm_class]:
+        methods, names = _INSTALLED.pop(known, ({}, []))
+        for method_name, before in methods.items():
+            if before is None:
+                delattr(known, method_name)
+            else:
+                setattr(known, method_name, before)
+        for name in names:
+            known.policy_aliases.pop(name, None)

@@ -1,0 +1,87 @@
+"""Rollout buffers that store the noise of each transition and hand it back with the observations.
+
+Collection hangs the row noise on the log-probabilities (``policies/on_policy.py``); ``add`` reads it there, and the
+samples carry it on their observations, so the update finds exactly the noise under which each action was drawn. It
+costs 12 bytes per transition: an int64 key and a float32 scale.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch as th
+from stable_baselines3.common.buffers import RolloutBuffer
+
+from sb3_flipout.noise import RowNoise, noise_of, with_noise
+
+
+class KeyedBufferMixin:
+    """Stands before a rollout buffer class in the bases of the class that :func:`keyed` makes."""
+
+    noise_keys: np.ndarray  # (n_steps, n_envs) int64
+    noise_scales: np.ndarray  # (n_steps, n_envs) float32
+    _noise: RowNoise | None
+
+    def reset(self) -> None:
+        """Empty the buffer."""
+        shape = (self.buffer_size, self.n_envs)  # type: ignore[attr-defined]
+        self.noise_keys = np.zeros(shape, dtype=np.int64)
+        self.noise_scales = np.zeros(shape, dtype=np.float32)
+        self._noise = None
+        super().reset()  # type: ignore[misc]
+
+    def add(self, *args: Any, **kwargs: Any) -> None:
+        """
+        Store a step of all environments with its noise.
+
+        :param args: What the stock buffer takes: observation, action, reward, episode start, value, log-probability
+        :param kwargs: The same by name
+        :raises ValueError: If the log-probability carries no noise
+        """
+        noise = noise_of(args[5] if len(args) > 5 else kwargs["log_prob"])
+        if noise is None:
+            raise ValueError(
+                "the rollout buffer got a transition whose log_prob carries no noise keys, so the update could not replay it; "
+                "collect with policy(obs), neither inside perturbed(policy, None) nor with a policy replaced since."
+            )
+        position = self.pos  # type: ignore[attr-defined]
+        self.noise_keys[position] = noise.keys.cpu().numpy()
+        self.noise_scales[position] = noise.scale.cpu().numpy()
+        super().add(*args, **kwargs)  # type: ignore[misc]
+
+    def _rollout_noise(self) -> RowNoise:
+        """Noise of all transitions, in the order of the flattened buffer; made once per rollout."""
+        if self._noise is None:
+            keys, scales = (
+                th.as_tensor(self.swap_and_flatten(array)[:, 0], device=self.device)  # type: ignore[attr-defined]
+                for array in (self.noise_keys, self.noise_scales)
+            )
+            self._noise = RowNoise(keys, scales)
+        return self._noise
+
+    def _get_samples(self, batch_inds: np.ndarray, *args: Any, **kwargs: Any) -> Any:
+        samples = super()._get_samples(batch_inds, *args, **kwargs)  # type: ignore[misc]
+        return samples._replace(observations=with_noise(samples.observations, self._rollout_noise()[batch_inds]))
+
+
+@cache
+def keyed(buffer_class: type[RolloutBuffer]) -> type[RolloutBuffer]:
+    """
+    Make the key-storing version of a rollout buffer class.
+
+    :param buffer_class: Stock class, or a user's subclass of one
+    :return: Subclass that stores and returns the noise; a class that does so already is returned as it is
+    :raises TypeError: If it is no subclass of ``RolloutBuffer``
+    """
+    if not (isinstance(buffer_class, type) and issubclass(buffer_class, RolloutBuffer)):
+        raise TypeError(
+            f"rollout_buffer_class={buffer_class!r} cannot store noise keys: it must be a subclass of RolloutBuffer "
+            "(DictRolloutBuffer for Dict observations). Derive it from one, or leave rollout_buffer_class out."
+        )
+    if issubclass(buffer_class, KeyedBufferMixin):
+        return buffer_class
+    # __module__ would be "abc" otherwise, which breaks pickling and confuses readers of tracebacks.
+    members = {"__module__": __name__, "__doc__": f"{buffer_class.__name__} that stores noise keys."}
+    return type(f"Keyed{buffer_class.__name__}", (KeyedBufferMixin, buffer_class), members)
