@@ -28,7 +28,7 @@ class FlipoutLayer(nn.Module, ABC):
     """
 
     weight: th.Tensor
-    bias: th.Tensor | None  # type: ignore[assignment]
+    bias: th.Tensor | None
     weight_sigma: nn.Parameter | None
     bias_sigma: nn.Parameter | None
     weight_base: th.Tensor | None

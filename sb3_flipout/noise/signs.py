@@ -7,7 +7,6 @@ per 16 bits. No generator is involved, so the bits do not depend on device, batc
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, Literal
 
 import numpy as np
@@ -34,22 +33,30 @@ _CUTS: dict[str, _Cut] = {
 }
 
 
-@cache
+# Tables by (kind, dtype, device), for torch and for numpy. A dictionary and not functools.cache, which torch.compile warns of.
+_TABLES: dict[tuple[FactorKind, th.dtype, th.device], tuple[th.Tensor, np.ndarray]] = {}
+
+
 def _table(kind: FactorKind, dtype: th.dtype, device: th.device) -> tuple[th.Tensor, np.ndarray]:
-    """Look-up table, row per value of a piece: (256, 8) signs, lowest bit first, or (65536, 1) quantiles; for torch and for numpy."""
+    """Look-up table, row per value of a piece: (256, 8) signs, lowest bit first, or (65536, 1) quantiles."""
+    name = (kind, dtype, device)
+    if name not in _TABLES:
+        table = _build_table(kind).to(dtype)
+        _TABLES[name] = (table.to(device), table.numpy())
+    return _TABLES[name]
+
+
+@th.compiler.disable  # type: ignore[untyped-decorator]
+def _build_table(kind: FactorKind) -> th.Tensor:
     if kind == "sign":
         bits = (th.arange(256)[:, None] >> th.arange(8)) & 1
-        return _on_device((1 - 2 * bits).to(device, dtype))
+        return 1.0 - 2 * bits
     # Mid-point quantiles: symmetric about 0, largest 4.3 standard deviations; rescaled to unit variance exactly.
     normal = th.special.ndtri((th.arange(65536, dtype=th.float64) + 0.5) / 65536)
     normal = normal / normal.square().mean().sqrt()
     if kind == "sqrt_normal":  # f(z) = sgn(z) sqrt|z|: Fortunato et al. 2018, section 3, eq. (10)
         normal = normal.sign() * normal.abs().sqrt()
-    return _on_device(normal.to(device, dtype)[:, None])
-
-
-def _on_device(table: th.Tensor) -> tuple[th.Tensor, np.ndarray]:
-    return table, table.cpu().numpy()
+    return normal[:, None]
 
 
 def salts(layer: int, vector: int, n: int, kind: FactorKind) -> th.Tensor:

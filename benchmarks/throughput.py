@@ -1,0 +1,159 @@
+"""What does exploring by flipout cost a whole training? Environment steps per second of PPO and A2C, arms in turn.
+
+    python benchmarks/throughput.py --rounds 9 --out docs/benchmarks/throughput.md
+
+One process, one torch thread. In each round every arm of a task trains a new model from the round's seed, in shuffled order;
+what is timed is `learn`, that is collection and updates, after one short untimed training per arm. The settings of a task are
+those of rl_zoo3 ("zoo") or SB3's defaults, and the same for all its arms:
+
+- stock: "MlpPolicy"
+- stock, fused Adam: the same with optimizer_kwargs=dict(eps=1e-5, fused=True). FlipoutMlpPolicy asks for torch's fused Adam
+  where sigma is learned; this arm says what part that plays (the default one walks over the parameters in Python). A2C's
+  RMSpropTFLike has no such implementation.
+- flipout: "FlipoutMlpPolicy", all that the action depends on perturbed; flipout, heads: its last layer only
+- gSDE: "MlpPolicy" with use_sde=True, sde_sample_freq=4, SB3's own state-dependent exploration (continuous actions)
+
+Reading: "× stock" is the arm's median speed over stock's (below 1: slower); "paired" is the median of the ratios within rounds,
+with the smallest and the largest. Where the networks are as small as here, what counts is the number of torch operations, not
+their size: a larger network or a slower environment brings the ratio closer to 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import random
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch as th
+from stable_baselines3 import A2C, PPO
+from stable_baselines3.common.env_util import make_vec_env
+
+import sb3_flipout  # noqa: F401  (registers the policies)
+
+
+def linear(initial: float) -> Callable[[float], float]:
+    return lambda progress_remaining: progress_remaining * initial
+
+
+@dataclass(frozen=True)
+class Task:
+    """An algorithm on an environment, and the arms that run it."""
+
+    algorithm: type[PPO] | type[A2C]
+    env: str
+    n_envs: int
+    steps: int
+    settings: dict[str, Any]
+    arms: tuple[str, ...]
+
+
+ARMS: dict[str, dict[str, Any]] = {
+    "stock": dict(policy="MlpPolicy"),
+    "stock, fused Adam": dict(policy="MlpPolicy", policy_kwargs=dict(optimizer_kwargs=dict(eps=1e-5, fused=True))),
+    "flipout": dict(policy="FlipoutMlpPolicy"),
+    "flipout, heads": dict(policy="FlipoutMlpPolicy", policy_kwargs=dict(perturb="heads")),
+    "gSDE": dict(policy="MlpPolicy", use_sde=True, sde_sample_freq=4),
+}
+DISCRETE = ("stock", "stock, fused Adam", "flipout", "flipout, heads")
+
+ZOO_CARTPOLE: dict[str, Any] = dict(
+    n_steps=32,
+    batch_size=256,
+    gae_lambda=0.8,
+    gamma=0.98,
+    n_epochs=20,
+    ent_coef=0.0,
+    learning_rate=linear(0.001),
+    clip_range=linear(0.2),
+)
+ZOO_PENDULUM: dict[str, Any] = dict(
+    n_steps=1024, gae_lambda=0.95, gamma=0.9, n_epochs=10, ent_coef=0.0, learning_rate=1e-3, clip_range=0.2
+)
+
+TASKS: dict[str, Task] = {
+    "PPO CartPole-v1, zoo": Task(PPO, "CartPole-v1", 8, 16_384, ZOO_CARTPOLE, DISCRETE),
+    "PPO CartPole-v1, SB3 defaults": Task(PPO, "CartPole-v1", 8, 16_384, {}, DISCRETE),
+    "PPO Pendulum-v1, zoo": Task(PPO, "Pendulum-v1", 4, 8_192, ZOO_PENDULUM, (*DISCRETE, "gSDE")),
+    "A2C CartPole-v1, zoo": Task(A2C, "CartPole-v1", 8, 16_000, dict(ent_coef=0.0), ("stock", "flipout", "flipout, heads")),
+}
+
+
+def speed(task: Task, arm: str, seed: int, steps: int) -> float:
+    """Environment steps per second of one training."""
+    env = make_vec_env(task.env, n_envs=task.n_envs, seed=seed)
+    model = task.algorithm(env=env, seed=seed, device="cpu", **task.settings, **ARMS[arm])
+    start = time.perf_counter()
+    model.learn(steps)
+    seconds = time.perf_counter() - start
+    env.close()
+    return model.num_timesteps / seconds
+
+
+def measure(task: Task, rounds: int, steps: int) -> dict[str, list[float]]:
+    order, shuffle = list(task.arms), random.Random(0).shuffle
+    speeds: dict[str, list[float]] = {arm: [] for arm in task.arms}
+    for arm in order:
+        speed(task, arm, 0, 1)  # one rollout and its update
+    for number in range(rounds):
+        shuffle(order)
+        for arm in order:
+            speeds[arm].append(speed(task, arm, number, steps))
+    return speeds
+
+
+def rows(name: str, speeds: dict[str, list[float]]) -> list[str]:
+    lines, stock = [], speeds["stock"]
+    for arm, own in speeds.items():
+        paired = [ours / theirs for ours, theirs in zip(own, stock, strict=True)]
+        ratios = f"{median(own) / median(stock):.2f} | {median(paired):.2f} [{min(paired):.2f}, {max(paired):.2f}]"
+        lines.append(f"| {name} | {arm} | {median(own):.0f} | {ratios} |")
+    return lines
+
+
+def cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def heading(rounds: int) -> str:
+    import stable_baselines3
+
+    versions = f"torch {th.__version__}, stable-baselines3 {stable_baselines3.__version__}"
+    return (
+        f"# Throughput\n\n`python {' '.join(sys.argv)}`, {date.today()}, {rounds} rounds; {cpu_model()}, one thread; "
+        f"Python {platform.python_version()}, {versions}.\n\n{(__doc__ or '').split(chr(10) * 2, 2)[2]}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--steps", type=int, help="environment steps of one training; by default those of the task")
+    parser.add_argument("--out", type=Path, help="where to write the table, such as docs/benchmarks/throughput.md")
+    args = parser.parse_args()
+    th.set_num_threads(1)
+    lines = ["| task | arm | steps per second | × stock | paired [min, max] |", "|---|---|---:|---:|---:|"]
+    print("\n".join(lines))
+    for name in args.task:
+        found = rows(name, measure(TASKS[name], args.rounds, args.steps or TASKS[name].steps))
+        print("\n".join(found), flush=True)
+        lines += found
+    if args.out is not None:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text("\n".join([heading(args.rounds), *lines]) + "\n")
+
+
+if __name__ == "__main__":
+    main()

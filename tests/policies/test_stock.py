@@ -1,0 +1,98 @@
+"""With sigma frozen at 0, training is SB3's own, bit for bit; and mean weights are SB3's at the start."""
+
+import pytest
+import torch as th
+from helpers import CASES, vector_env
+from stable_baselines3 import A2C, PPO
+
+from sb3_flipout import FlipoutLinear
+from sb3_flipout.noise import FAMILIES
+
+STOCK_NAMES = {
+    "FlipoutMlpPolicy": "MlpPolicy",
+    "FlipoutCnnPolicy": "CnnPolicy",
+    "FlipoutMultiInputPolicy": "MultiInputPolicy",
+}
+
+
+def trained(algorithm, policy, case, noise):
+    _, make_env, arguments = CASES[case]
+    kwargs = {k: v for k, v in arguments.get("policy_kwargs", {}).items() if noise or k != "perturb"}
+    arguments = {**arguments, "policy_kwargs": {**kwargs, **noise}}
+    if algorithm is PPO:
+        arguments.update(n_steps=128, batch_size=64, n_epochs=1)
+    return algorithm(policy, make_env(), seed=3, **arguments).learn(512)
+
+
+def assert_equal_weights(stock, ours):
+    own = ours.policy.state_dict()
+    for name, value in stock.policy.state_dict().items():
+        assert th.equal(value, own[name]), name
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("algorithm", [PPO, A2C])
+def test_sigma_frozen_at_zero_trains_bitwise_as_stock(algorithm, case):
+    name = CASES[case][0]
+    stock = trained(algorithm, STOCK_NAMES[name], case, {})
+    ours = trained(algorithm, name, case, dict(sigma_init=0.0, learn_sigma=False))
+    assert_equal_weights(stock, ours)
+
+
+@pytest.mark.parametrize("family", [name for name, family in FAMILIES.items() if family.sigma != "none"])
+def test_every_family_at_sigma_zero_is_stock(family):
+    stock = trained(PPO, "MlpPolicy", "mlp-discrete", {})
+    ours = trained(PPO, "FlipoutMlpPolicy", "mlp-discrete", dict(family=family, sigma_init=0.0, learn_sigma=False))
+    assert_equal_weights(stock, ours)
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {},
+        dict(net_arch=[32, 16], activation_fn=th.nn.ReLU),
+        dict(net_arch=dict(pi=[8], vf=[16, 16])),
+        dict(net_arch=[]),
+        dict(ortho_init=False),
+        dict(log_std_init=-1.0, full_std=False),
+    ],
+)
+def test_mean_weights_start_as_those_of_stock(kwargs):
+    stock = PPO("MlpPolicy", vector_env(), n_steps=8, batch_size=8, seed=5, policy_kwargs=dict(kwargs))
+    after_stock = th.get_rng_state()
+    ours = PPO("FlipoutMlpPolicy", vector_env(), n_steps=8, batch_size=8, seed=5, policy_kwargs=dict(kwargs))
+    assert_equal_weights(stock, ours)
+    assert th.equal(th.get_rng_state(), after_stock), "construction must leave torch's generator as stock does"
+
+
+def test_learned_sigma_moves_and_is_in_the_optimizer():
+    model = trained(PPO, "FlipoutMlpPolicy", "mlp-discrete", {})
+    fresh = PPO("FlipoutMlpPolicy", vector_env("discrete"), n_steps=8, batch_size=8, seed=3)
+    in_optimizer = {id(p) for group in model.policy.optimizer.param_groups for p in group["params"]}
+    for (name, now), (_, before) in zip(model.policy.named_parameters(), fresh.policy.named_parameters(), strict=True):
+        assert id(now) in in_optimizer
+        if name.endswith("_sigma"):
+            assert not th.equal(now, before), name
+
+
+def test_frozen_sigma_does_not_move():
+    model = trained(PPO, "FlipoutMlpPolicy", "mlp-discrete", dict(learn_sigma=False))
+    layer = model.policy.action_net
+    assert isinstance(layer, FlipoutLinear)
+    assert th.equal(layer.weight_sigma, th.full_like(layer.weight, 0.5 / 64**0.5))
+
+
+def test_fused_optimizer_only_where_sigma_is_learned_and_the_user_has_not_chosen():
+    def flags(**kwargs):
+        group = PPO(
+            "FlipoutMlpPolicy", vector_env(), n_steps=8, batch_size=8, policy_kwargs=kwargs
+        ).policy.optimizer.param_groups[0]
+        return group["fused"], group["foreach"], group["eps"]
+
+    assert flags() == (True, None, 1e-5)
+    assert flags(learn_sigma=False) == (None, None, 1e-5)
+    assert flags(optimizer_kwargs=dict(eps=1e-3, foreach=True)) == (None, True, 1e-3)
+    sgd = PPO(
+        "FlipoutMlpPolicy", vector_env(), n_steps=8, batch_size=8, policy_kwargs=dict(optimizer_class=th.optim.Adamax)
+    ).policy.optimizer
+    assert isinstance(sgd, th.optim.Adamax)

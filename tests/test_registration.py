@@ -1,0 +1,189 @@
+"""Names on the stock classes: added, refused, taken back."""
+
+import subprocess
+import sys
+from typing import ClassVar
+
+import gymnasium as gym
+import pytest
+from stable_baselines3 import A2C, PPO
+from stable_baselines3.common.buffers import DictRolloutBuffer, ReplayBuffer, RolloutBuffer
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+
+import sb3_flipout
+from sb3_flipout.policies import FlipoutActorCriticPolicy
+from sb3_flipout.registration import ALIASES
+from sb3_flipout.rollout import KeyedBufferMixin, keyed
+
+METHODS = ("_setup_model", "collect_rollouts", "_update_info_buffer", "_setup_learn")
+
+
+@pytest.fixture(autouse=True)
+def registered_afterwards():
+    yield
+    sb3_flipout.register()
+
+
+def snapshot(cls):
+    return {name: cls.__dict__.get(name) for name in METHODS}, dict(cls.policy_aliases)
+
+
+def test_names_are_on_the_stock_classes():
+    for algorithm, aliases in ALIASES.items():
+        for name, policy in aliases.items():
+            assert algorithm.policy_aliases[name] is policy
+
+
+def test_register_is_idempotent():
+    before = [snapshot(algorithm) for algorithm in ALIASES]
+    sb3_flipout.register()
+    assert [snapshot(algorithm) for algorithm in ALIASES] == before
+
+
+def test_unregister_takes_everything_back():
+    code = """
+from stable_baselines3 import A2C, PPO
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+def snapshot():
+    return [(dict(vars(c)), dict(getattr(c, "policy_aliases", {}))) for c in (PPO, A2C, OnPolicyAlgorithm)]
+before = snapshot()
+import sb3_flipout
+assert snapshot() != before
+assert snapshot()[2] == before[2], "the common base class must not be touched"
+sb3_flipout.unregister()
+assert snapshot() == before
+sb3_flipout.unregister()
+sb3_flipout.register()
+sb3_flipout.unregister(PPO)
+assert "FlipoutMlpPolicy" not in PPO.policy_aliases and "FlipoutMlpPolicy" in A2C.policy_aliases
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_stock_policies_are_left_alone():
+    model = PPO("MlpPolicy", "CartPole-v1", n_steps=8, batch_size=8).learn(16)
+    assert type(model.rollout_buffer) is RolloutBuffer
+
+
+def test_foreign_alias_is_refused_and_nothing_is_changed():
+    class Foreign(PPO):
+        policy_aliases: ClassVar = {"FlipoutMlpPolicy": PPO.policy_aliases["MlpPolicy"]}
+
+    before = snapshot(Foreign)
+    with pytest.raises(ValueError, match="foreign policy of the name 'FlipoutMlpPolicy'"):
+        sb3_flipout.register(Foreign)
+    assert snapshot(Foreign) == before
+
+
+def test_subclass_of_a_registered_class_works_without_registration():
+    class MyPPO(PPO):
+        pass
+
+    model = MyPPO("FlipoutMlpPolicy", "CartPole-v1", n_steps=8, batch_size=8).learn(16)
+    assert isinstance(model.rollout_buffer, KeyedBufferMixin)
+
+
+class OwnAlgorithm(OnPolicyAlgorithm):
+    policy_aliases: ClassVar = {}
+
+    def __init__(self, policy, env):
+        super().__init__(
+            policy, env, learning_rate=1e-3, n_steps=8, gamma=0.99, gae_lambda=1.0, ent_coef=0.0, vf_coef=0.5,
+            max_grad_norm=0.5, use_sde=False, sde_sample_freq=-1,
+        )  # fmt: skip
+
+    def train(self):
+        self.policy.set_training_mode(True)
+        for batch in self.rollout_buffer.get(8):
+            _, log_prob, _ = self.policy.evaluate_actions(batch.observations, batch.actions.long().flatten())
+            (-(log_prob * batch.advantages).mean()).backward()
+
+
+def test_own_algorithm_needs_registration_and_is_told_so():
+    with pytest.raises(ValueError, match=r"register\(YourAlgorithm\)"):
+        OwnAlgorithm(FlipoutActorCriticPolicy, "CartPole-v1").learn(8)
+    with pytest.raises(ValueError, match="known are PPO, A2C"):
+        sb3_flipout.register(OwnAlgorithm)
+    try:
+        sb3_flipout.register(OwnAlgorithm, {"FlipoutMlpPolicy": FlipoutActorCriticPolicy})
+        OwnAlgorithm("FlipoutMlpPolicy", "CartPole-v1").learn(8)
+    finally:
+        sb3_flipout.unregister(OwnAlgorithm)
+    assert OwnAlgorithm.policy_aliases == {}
+
+
+@pytest.mark.parametrize("bad", [gym.Env, "PPO", 3])
+def test_register_refuses_what_is_no_algorithm(bad):
+    with pytest.raises(TypeError, match="SB3 algorithm class"):
+        sb3_flipout.register(bad)
+
+
+def test_unknown_algorithm_names_the_known_ones():
+    with pytest.raises(ValueError, match="no flipout policies are known"):
+        sb3_flipout.register(type("Other", (OnPolicyAlgorithm,), {}))
+
+
+class OwnBuffer(RolloutBuffer):
+    resets = 0
+
+    def reset(self):
+        self.resets += 1
+        super().reset()
+
+
+@pytest.mark.parametrize("algorithm", [PPO, A2C])
+def test_users_buffer_class_is_wrapped(algorithm, tmp_path):
+    model = algorithm("FlipoutMlpPolicy", "CartPole-v1", n_steps=8, rollout_buffer_class=OwnBuffer).learn(16)
+    assert isinstance(model.rollout_buffer, OwnBuffer) and isinstance(model.rollout_buffer, KeyedBufferMixin)
+    assert model.rollout_buffer.resets == 3
+    assert model.rollout_buffer_class is OwnBuffer
+    model.save(tmp_path / "model")
+    assert algorithm.load(tmp_path / "model").rollout_buffer_class is OwnBuffer
+
+
+def test_keyed_classes_are_made_once_and_keep_keyed_ones():
+    assert keyed(RolloutBuffer) is keyed(RolloutBuffer)
+    assert keyed(keyed(DictRolloutBuffer)) is keyed(DictRolloutBuffer)
+
+
+@pytest.mark.parametrize("bad", [ReplayBuffer, lambda *args, **kwargs: None])
+def test_unfit_buffer_class_is_refused_with_the_remedy(bad):
+    with pytest.raises(TypeError, match="must be a subclass of RolloutBuffer"):
+        PPO("FlipoutMlpPolicy", "CartPole-v1", rollout_buffer_class=bad)
+
+
+@pytest.mark.parametrize(
+    "kwargs, message",
+    [
+        (dict(family="gausian"), "family must be one of 'gaussian', 'factorised'"),
+        (dict(noise_sharing="batch"), "noise_sharing must be one of 'flipout', 'shared', 'independent'"),
+        (dict(resample="never"), 'resample must be one of "step", "episode", "rollout" or a number'),
+        (dict(resample=0), "resample must be one of"),
+        (dict(sigma_init=-0.1), "sigma_init must be finite and >= 0"),
+        (dict(sigma_init=float("nan")), "sigma_init must be finite and >= 0"),
+        (dict(family="dropconnect", sigma_init=0.1), "does not fit family='dropconnect'"),
+        (dict(noise_sharing="shared"), 'Use resample="rollout"'),
+        (dict(perturb="value"), "perturb must be one of 'policy', 'heads', 'linear', 'all'"),
+        (dict(base_every=0), "base_every must be an integer >= 1"),
+        (dict(init="zeros"), "init must be one of 'keep', 'noisynet'"),
+    ],
+)
+def test_bad_settings_are_refused(kwargs, message):
+    with pytest.raises(ValueError, match=message.replace("(", r"\(").replace("[", r"\[")):
+        PPO("FlipoutMlpPolicy", "CartPole-v1", policy_kwargs=kwargs)
+
+
+def test_cnn_policy_on_a_space_without_images_gives_sb3s_own_message():
+    with pytest.raises(AssertionError, match="You should use NatureCNN only with images"):
+        PPO("FlipoutCnnPolicy", "CartPole-v1")
+
+
+class DictEnv(gym.Env):
+    observation_space = gym.spaces.Dict({"a": gym.spaces.Box(-1, 1, (2,))})
+    action_space = gym.spaces.Discrete(2)
+
+
+@pytest.mark.parametrize("name", ["FlipoutMlpPolicy", "FlipoutCnnPolicy"])
+def test_dict_observations_point_to_the_multi_input_policy(name):
+    with pytest.raises((ValueError, AssertionError), match=r"FlipoutMultiInputPolicy|NatureCNN only with images"):
+        PPO(name, DictEnv())
