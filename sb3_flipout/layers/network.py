@@ -109,7 +109,9 @@ class _Activation:
 
 def perturbed(module: nn.Module, keys: th.Tensor | RowNoise | None, scale: th.Tensor | float | None = None) -> _Activation:
     """
-    Make a context in which a network's rows see perturbed weights: ``with perturbed(net, keys): y = net(x)``.
+    Make a context in which the rows of a network see perturbed weights.
+
+    ``with perturbed(net, keys): y = net(x)``
 
     It concerns this network only, not the process, and it draws nothing: the same keys give the same output, whatever
     the batch around a row. :func:`redraw` is what draws a new base perturbation.

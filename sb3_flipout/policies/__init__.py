@@ -7,12 +7,13 @@ PPO, A2C                    :mod:`sb3_flipout.policies.on_policy`
 ==========================  =====================================
 """
 
-from sb3_flipout.policies.base import FlipoutPolicy, NoiseSettings
+from sb3_flipout.policies.base import FlipoutPolicy
 from sb3_flipout.policies.on_policy import (
     FlipoutActorCriticCnnPolicy,
     FlipoutActorCriticPolicy,
     FlipoutMultiInputActorCriticPolicy,
 )
+from sb3_flipout.policies.settings import NoiseSettings
 
 __all__ = [
     "FlipoutActorCriticCnnPolicy",

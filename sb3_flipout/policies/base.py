@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from inspect import signature
 from typing import Any, TypeVar
 
@@ -20,10 +20,9 @@ from stable_baselines3.common.torch_layers import FlattenExtractor, NatureCNN
 from stable_baselines3.common.type_aliases import Schedule
 from torch import nn
 
-from sb3_flipout.layers import LayerNoise, NoisyNetwork, perturb
-from sb3_flipout.layers.config import one_of
+from sb3_flipout.layers import NoisyNetwork, perturb
 from sb3_flipout.noise import EvaluationStream, KeyStream, RowNoise, fold, noise_of
-from sb3_flipout.noise.stream import check_resample
+from sb3_flipout.policies.settings import NoiseSettings
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -33,54 +32,8 @@ def _eager(function: F) -> F:
     return th.compiler.disable(function)  # type: ignore[no-untyped-call]
 
 
-PERTURB_CHOICES = ("policy", "heads", "linear", "all")
-
 # Streams derived from a policy's seed. Their keys have nothing in common.
 _COLLECTION, _EVALUATION, _BASE = range(3)
-
-
-@dataclass(frozen=True)
-class NoiseSettings:
-    """
-    The noise settings of a policy, flat and plain so that YAML can say them; checked when made.
-
-    :param family: How weights are perturbed: a name in ``sb3_flipout.noise.FAMILIES``
-    :param sigma_init: Initial sigma in the family's unit; ``None`` for the default
-    :param learn_sigma: Whether sigma is trained
-    :param resample: How long an environment keeps its noise: ``"step"``, ``"episode"``, ``"rollout"``, or a number of steps
-    :param base_every: How often the base perturbation is redrawn, in rollouts; ``None`` for never
-    :param noise_sharing: ``"flipout"``, ``"shared"`` or ``"independent"``
-    :param perturb: Which modules: ``"policy"`` (all that the action depends on), ``"heads"`` (its last layer),
-        ``"linear"`` (as ``"policy"``, without convolutions), ``"all"`` (values too)
-    :param init: ``"keep"`` SB3's initialisation, or ``"noisynet"``
-    :raises ValueError: If a value is unknown, out of range, or does not fit another one
-    """
-
-    family: str = "gaussian"
-    sigma_init: float | None = None
-    learn_sigma: bool = True
-    resample: str | int = "step"
-    base_every: int | None = 1
-    noise_sharing: str = "flipout"
-    perturb: str = "policy"
-    init: str = "keep"
-
-    def __post_init__(self) -> None:
-        self.layer_noise()
-        check_resample(self.resample)
-        one_of("perturb", self.perturb, PERTURB_CHOICES)
-        number = isinstance(self.base_every, int) and not isinstance(self.base_every, bool) and self.base_every >= 1
-        if self.base_every is not None and not number:
-            raise ValueError(f"base_every must be an integer >= 1, or None for never, got {self.base_every!r}.")
-
-    def layer_noise(self) -> LayerNoise:
-        """
-        Give the part of the settings that concerns layers.
-
-        :return: How each layer is perturbed
-        """
-        names = [field.name for field in fields(LayerNoise)]
-        return LayerNoise(**{name: getattr(self, name) for name in names})
 
 
 class FlipoutPolicy(BasePolicy):
@@ -240,8 +193,8 @@ class FlipoutPolicy(BasePolicy):
         ]
         if differing:
             raise ValueError(
-                f"the saved noise settings do not fit this policy ({'; '.join(differing)}). Build it with the saved settings in "
-                "policy_kwargs, or load without overriding policy_kwargs."
+                f"the saved noise settings do not fit this policy ({'; '.join(differing)}). Build it with the saved settings "
+                "in policy_kwargs, or load without overriding policy_kwargs."
             )
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
@@ -274,16 +227,21 @@ def n_rows(obs: Any) -> int:
     return len(next(iter(obs.values()))) if isinstance(obs, dict) else len(obs)
 
 
-def check_extractor(observation_space: spaces.Space[Any], extractor_class: type) -> None:
+def check_extractor(observation_space: spaces.Space[Any], policy_class: type, kwargs: Mapping[str, Any]) -> None:
     """
     Refuse dictionary observations for extractors of single ones; SB3 does so for its own policy names only.
 
     :param observation_space: Observation space
-    :param extractor_class: Class of the features extractor
-    :raises ValueError: If the two do not fit
+    :param policy_class: Policy class, whose constructor says which features extractor is the default
+    :param kwargs: Keyword arguments of the policy
+    :raises ValueError: If the space and the extractor do not fit
     """
-    if isinstance(observation_space, spaces.Dict) and extractor_class in (FlattenExtractor, NatureCNN):
+    constructors = (vars(base)["__init__"] for base in policy_class.__mro__ if "__init__" in vars(base))
+    defaults = (signature(constructor).parameters.get("features_extractor_class") for constructor in constructors)
+    default = next(parameter.default for parameter in defaults if parameter is not None)
+    extractor = kwargs.get("features_extractor_class", default)
+    if isinstance(observation_space, spaces.Dict) and extractor in (FlattenExtractor, NatureCNN):
         raise ValueError(
             'the observation space is a Dict, which needs "FlipoutMultiInputPolicy" (or a features_extractor_class of your '
-            f"own), got a policy with {extractor_class.__name__}."
+            f"own), got a policy with {extractor.__name__}."
         )

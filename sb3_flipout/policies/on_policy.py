@@ -17,7 +17,8 @@ from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 
 from sb3_flipout.noise.rows import without_noise
-from sb3_flipout.policies.base import FlipoutPolicy, NoiseSettings, check_extractor
+from sb3_flipout.policies.base import FlipoutPolicy, check_extractor
+from sb3_flipout.policies.settings import NoiseSettings
 
 
 class OnPolicyNoise(FlipoutPolicy, ActorCriticPolicy):
@@ -59,8 +60,8 @@ class OnPolicyNoise(FlipoutPolicy, ActorCriticPolicy):
     ) -> None:
         settings = NoiseSettings(family, sigma_init, learn_sigma, resample, base_every, noise_sharing, perturb, init)
         _check_replayable(settings)
+        check_extractor(observation_space, type(self), kwargs)
         super().__init__(observation_space, action_space, lr_schedule, *args, **kwargs)
-        check_extractor(observation_space, self.features_extractor_class)
         self._init_noise(settings, self._modules_to_perturb(perturb), "linear" if perturb == "linear" else "all")
         # Made once more, over sigma too. The first one has no state yet, so nothing is lost.
         self.optimizer = self._make_optimizer(self.parameters(), lr_schedule)
