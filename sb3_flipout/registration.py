@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 from gymnasium import spaces
-from stable_baselines3 import A2C, PPO
+from stable_baselines3 import A2C, DQN, PPO
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
-from sb3_flipout.policies import on_policy
+from sb3_flipout.policies import on_policy, value_based
 from sb3_flipout.policies.base import FlipoutPolicy
 from sb3_flipout.rollout import keyed
 
@@ -30,7 +31,15 @@ _ACTOR_CRITIC: dict[str, type[FlipoutPolicy]] = {
 }
 
 #: Which names each algorithm gets. The README's and the docs' tables are made from it.
-ALIASES: dict[type[BaseAlgorithm], Aliases] = {PPO: _ACTOR_CRITIC, A2C: _ACTOR_CRITIC}
+ALIASES: dict[type[BaseAlgorithm], Aliases] = {
+    PPO: _ACTOR_CRITIC,
+    A2C: _ACTOR_CRITIC,
+    DQN: {
+        "FlipoutMlpPolicy": value_based.FlipoutDQNPolicy,
+        "FlipoutCnnPolicy": value_based.FlipoutDQNCnnPolicy,
+        "FlipoutMultiInputPolicy": value_based.FlipoutDQNMultiInputPolicy,
+    },
+}
 
 
 def _setup_model(original: Method, algorithm: Any) -> None:
@@ -50,6 +59,18 @@ def _collect_rollouts(original: Method, algorithm: Any, *args: Any, **kwargs: An
     return original(algorithm, *args, **kwargs)
 
 
+def _sample_action(original: Method, algorithm: Any, learning_starts: int, action_noise: Any = None, n_envs: int = 1) -> Any:
+    """Mark the collection step: its prediction acts in the training environments, every other one is evaluation."""
+    with algorithm.policy.acting(n_envs):
+        return original(algorithm, learning_starts, action_noise, n_envs)
+
+
+def _train(original: Method, algorithm: Any, *args: Any, **kwargs: Any) -> Any:
+    """Mark the gradient steps."""
+    with algorithm.policy.updating():
+        return original(algorithm, *args, **kwargs)
+
+
 def _update_info_buffer(original: Method, algorithm: Any, infos: Any, dones: np.ndarray | None = None) -> None:
     """Tell ends of episodes: SB3 calls this once per environment step, with the flags of all environments."""
     original(algorithm, infos, dones)
@@ -66,8 +87,15 @@ def _setup_learn(original: Method, algorithm: Any, *args: Any, **kwargs: Any) ->
     return result
 
 
-_WRAPPERS: dict[str, Method] = {
+_ON_POLICY: dict[str, Method] = {
     "_setup_model": _setup_model,
+    "collect_rollouts": _collect_rollouts,
+    "_update_info_buffer": _update_info_buffer,
+    "_setup_learn": _setup_learn,
+}
+_OFF_POLICY: dict[str, Method] = {
+    "_sample_action": _sample_action,
+    "train": _train,
     "collect_rollouts": _collect_rollouts,
     "_update_info_buffer": _update_info_buffer,
     "_setup_learn": _setup_learn,
@@ -115,7 +143,8 @@ def register(algorithm_class: type[BaseAlgorithm] | None = None, aliases: Aliase
                 f"{algorithm_class.__name__}.policy_aliases, or register under another name with aliases=."
             )
     methods, names = _INSTALLED.setdefault(algorithm_class, ({}, []))
-    for method_name, wrapper in _WRAPPERS.items():
+    wrappers = _OFF_POLICY if issubclass(algorithm_class, OffPolicyAlgorithm) else _ON_POLICY
+    for method_name, wrapper in wrappers.items():
         current = getattr(algorithm_class, method_name)
         if not hasattr(current, "wraps_for_flipout"):
             methods[method_name] = algorithm_class.__dict__.get(method_name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
@@ -19,12 +20,15 @@ class NoisyNetwork:
     A network with perturbed layers, and the plan by which one hash serves all of them.
 
     :param module: Network; layers without a number get one here, in the order of ``module.modules()``
+    :param also: Networks that see the same row noise without being part of ``module``
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, also: Sequence[nn.Module] = ()) -> None:
         # A compiled module forwards attributes to the one it wraps; noise is switched on the wrapped one.
         self.module: nn.Module = getattr(module, "_orig_mod", module)
-        self.layers = [layer for layer in self.module.modules() if isinstance(layer, FlipoutLayer)]
+        self.also = also
+        self.layers = _flipout_layers(self.module, *also)
+        self.module.__dict__["_noisy_network"] = self
         self._number()
         self.plan = FactorPlan([layer.vectors() for layer in self.layers])
 
@@ -38,9 +42,9 @@ class NoisyNetwork:
         """
         module = getattr(module, "_orig_mod", module)
         known: NoisyNetwork | None = module.__dict__.get("_noisy_network")
-        layers = [layer for layer in module.modules() if isinstance(layer, FlipoutLayer)]
-        if known is None or known.module is not module or known.layers != layers:
-            known = module.__dict__["_noisy_network"] = NoisyNetwork(module)
+        also = known.also if known is not None and known.module is module else ()
+        if known is None or known.module is not module or known.layers != _flipout_layers(module, *also):
+            return NoisyNetwork(module, also)
         return known
 
     def _number(self) -> None:
@@ -59,6 +63,23 @@ class NoisyNetwork:
         """
         for layer in self.layers:
             layer.redraw(base_key)
+
+    def bases(self) -> list[tuple[th.Tensor | None, th.Tensor | None]]:
+        """
+        Give the base draws of all layers, to be bound again later.
+
+        :return: Draws of weight and bias, layer by layer
+        """
+        return [(layer.weight_base, layer.bias_base) for layer in self.layers]
+
+    def bind(self, bases: list[tuple[th.Tensor | None, th.Tensor | None]]) -> None:
+        """
+        Bind base draws that :meth:`bases` gave.
+
+        :param bases: Draws of weight and bias, layer by layer
+        """
+        for layer, (weight_base, bias_base) in zip(self.layers, bases, strict=True):
+            layer.weight_base, layer.bias_base = weight_base, bias_base
 
     def activate(self, noise: RowNoise | None) -> _Activation:
         """
@@ -80,6 +101,10 @@ class NoisyNetwork:
             return [(noise, ()) for _ in self.layers]
         vectors = noise.factors(self.plan, self.layers[0].weight.dtype).split(self.plan.sizes, dim=1)  # type: ignore[no-untyped-call]
         return [(noise, tuple([vectors[piece] for piece in pieces])) for pieces in self.plan.pieces]
+
+
+def _flipout_layers(*modules: nn.Module) -> list[FlipoutLayer]:
+    return [layer for module in modules for layer in module.modules() if isinstance(layer, FlipoutLayer)]
 
 
 class _Activation:

@@ -29,17 +29,30 @@ def check_resample(resample: str | int) -> None:
         raise ValueError(f"resample must be one of {words} or a number of steps >= 1, got {resample!r}.")
 
 
+def restrict(keys: th.Tensor, members: int | None) -> th.Tensor:
+    """
+    Map keys to those of an ensemble's members.
+
+    :param keys: Keys, int64
+    :param members: Number K of members, whose keys are 0 to K - 1; ``None`` leaves the keys as they are
+    :return: Keys, same shape
+    """
+    return keys if members is None else th.remainder(keys, members)
+
+
 class KeyStream:
     """
     The collection noise of the environments, step after step.
 
     :param seed: Seed of the stream
     :param resample: How long an environment keeps its key: ``"step"``, ``"episode"``, ``"rollout"``, or a number of steps
+    :param members: Number of keys that exist; ``None`` for no end of them
     """
 
-    def __init__(self, seed: int, resample: str | int) -> None:
+    def __init__(self, seed: int, resample: str | int, members: int | None = None) -> None:
         self.seed = seed
         self.resample = resample
+        self.members = members
         self.step = 0  # collection steps so far; together with the seed, all that has to be saved
         self._drawn: np.ndarray | None = None  # (n_envs,) the step at which each environment drew its key
         self._held: RowNoise | None = None
@@ -108,7 +121,7 @@ class KeyStream:
 
     def _keys(self, steps: np.ndarray, rows: np.ndarray, device: th.device) -> th.Tensor:
         of_steps = fold_in(self.seed, th.as_tensor(steps, dtype=th.int64, device=device))
-        return fold_in(of_steps, th.as_tensor(rows, dtype=th.int64, device=device))
+        return restrict(fold_in(of_steps, th.as_tensor(rows, dtype=th.int64, device=device)), self.members)
 
 
 class EvaluationStream:
@@ -117,11 +130,13 @@ class EvaluationStream:
 
     :param seed: Seed of the stream
     :param calls: How many batches of keys have been given out
+    :param members: Number of keys that exist; ``None`` for no end of them
     """
 
-    def __init__(self, seed: int, calls: int = 0) -> None:
+    def __init__(self, seed: int, calls: int = 0, members: int | None = None) -> None:
         self.seed = seed
         self.calls = calls
+        self.members = members
 
     def next(self, n_rows: int, scale: float, device: th.device) -> RowNoise:
         """
@@ -134,4 +149,4 @@ class EvaluationStream:
         """
         keys = fold_in(fold(self.seed, self.calls), th.arange(n_rows, device=device))
         self.calls += 1
-        return RowNoise(keys, scale)
+        return RowNoise(restrict(keys, self.members), scale)

@@ -1,12 +1,13 @@
 """What all flipout policies share: their settings, their noise state, and which noise a forward pass sees.
 
-The noise of a policy is a pure function of four numbers, and those are all that is saved: a seed, and how many collection
-steps, rollouts and evaluation calls there have been. Every other ring of the noise follows from them.
+The noise of a policy is a pure function of a few numbers, and those are all that is saved: a seed, and how many collection
+steps, rollouts (or gradient steps) and evaluation calls there have been.
 """
 
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, fields
 from inspect import signature
@@ -20,7 +21,7 @@ from stable_baselines3.common.torch_layers import FlattenExtractor, NatureCNN
 from stable_baselines3.common.type_aliases import Schedule
 from torch import nn
 
-from sb3_flipout.layers import NoisyNetwork, perturb
+from sb3_flipout.layers import perturb
 from sb3_flipout.noise import EvaluationStream, KeyStream, RowNoise, fold, noise_of
 from sb3_flipout.policies.settings import NoiseSettings
 
@@ -40,22 +41,28 @@ class FlipoutPolicy(BasePolicy):
     """Mixin of all flipout policies; stands before SB3's policy class in their bases."""
 
     noise_settings: NoiseSettings
-    network: NoisyNetwork
     # (noise,) inside a `perturbed` block, else None; (None,) when the block asks for mean weights.
     explicit_noise: tuple[RowNoise | None] | None = None
 
-    def _init_noise(self, settings: NoiseSettings, modules: list[nn.Module], layers: str) -> None:
-        """Turn the built stock policy into a flipout one; called last in the constructor."""
+    def _init_noise(self, settings: NoiseSettings) -> None:
+        """Set the noise state up; called in the constructor, after SB3 has built the stock policy."""
         self.noise_settings = settings
         # Read, not drawn: with SB3's seed it is that seed, and torch's global generator stays as stock SB3 leaves it.
         self._noise_seed = fold(th.initial_seed())
-        perturb(nn.ModuleList(modules), layers, fold(self._noise_seed, _BASE, 0), **asdict(settings.layer_noise()))
-        self.network = NoisyNetwork.of(self)
-        self._keys = KeyStream(fold(self._noise_seed, _COLLECTION), settings.resample)
-        self._evaluation = EvaluationStream(fold(self._noise_seed, _EVALUATION))
-        self._rollouts = 0
+        members = getattr(settings, "members", None)
+        self._keys = KeyStream(fold(self._noise_seed, _COLLECTION), settings.resample, members)
+        self._evaluation = EvaluationStream(fold(self._noise_seed, _EVALUATION), 0, members)
         self._noise_scale = 1.0
         self._row_scale: th.Tensor | None = None
+
+    def _perturb(self, modules: list[nn.Module]) -> None:
+        """Perturb modules of the policy as the settings say; their layers are numbered in this order, from 0."""
+        layers = "linear" if self.noise_settings.perturb == "linear" else "all"
+        perturb(nn.ModuleList(modules), layers, self._base_key(0), **asdict(self.noise_settings.layer_noise()))
+
+    def _base_key(self, draw: int) -> int:
+        """Key of a draw of the base, by its number."""
+        return fold(self._noise_seed, _BASE, draw)
 
     def _make_optimizer(self, parameters: Iterable[nn.Parameter], lr_schedule: Schedule) -> th.optim.Optimizer:
         """
@@ -66,7 +73,7 @@ class FlipoutPolicy(BasePolicy):
         one in the last bit; without learned sigma, where training must equal stock SB3's, the default one stays.
         """
         kwargs = dict(self.optimizer_kwargs)
-        learned = any(layer.weight_sigma is not None and layer.weight_sigma.requires_grad for layer in self.network.layers)
+        learned = self.noise_settings.learn_sigma and self.noise_settings.layer_noise().spec.sigma == "per_weight"
         if learned and "fused" in signature(self.optimizer_class).parameters and not {"fused", "foreach"} & kwargs.keys():
             kwargs["fused"] = True
         return self.optimizer_class(parameters, lr=lr_schedule(1), **kwargs)  # type: ignore[call-arg]
@@ -89,9 +96,8 @@ class FlipoutPolicy(BasePolicy):
     # ---- which noise a forward pass sees ------------------------------------------------------------------------
 
     @_eager
-    def _collection_noise(self, obs: Any) -> RowNoise:
+    def _collection_noise(self, n_envs: int) -> RowNoise:
         """Noise of the next collection step: one row per environment. The only place that advances the training noise."""
-        n_envs = n_rows(obs)
         if self._row_scale is None or len(self._row_scale) != n_envs or self._row_scale.device != self.device:
             self._row_scale = th.full((n_envs,), self._noise_scale, device=self.device)
         return self._keys.next(n_envs, self._row_scale)
@@ -116,13 +122,9 @@ class FlipoutPolicy(BasePolicy):
 
     # ---- what the algorithm tells -------------------------------------------------------------------------------
 
+    @abstractmethod
     def begin_rollout(self) -> None:
-        """Tell that a rollout starts: the base is redrawn if it is time, and holds until the update after it is done."""
-        every = self.noise_settings.base_every
-        if every is not None and self._rollouts % every == 0:
-            self._redraw(self._rollouts)
-        self._rollouts += 1
-        self._keys.begin_rollout()
+        """Tell that a rollout starts."""
 
     def end_episodes(self, dones: np.ndarray) -> None:
         """
@@ -131,10 +133,6 @@ class FlipoutPolicy(BasePolicy):
         :param dones: One flag per environment, shape (n_envs,)
         """
         self._keys.end_episodes(np.asarray(dones, dtype=bool))
-
-    def _redraw(self, rollout: int) -> None:
-        every = self.noise_settings.base_every
-        self.network.redraw(fold(self._noise_seed, _BASE, 0 if every is None else rollout // every))
 
     # ---- save and load ------------------------------------------------------------------------------------------
 
@@ -148,7 +146,6 @@ class FlipoutPolicy(BasePolicy):
             "settings": asdict(self.noise_settings),
             "seed": self._noise_seed,
             "steps": self._keys.step,
-            "rollouts": self._rollouts,
             "evaluations": self._evaluation.calls,
             "noise_scale": self._noise_scale,
         }
@@ -161,10 +158,8 @@ class FlipoutPolicy(BasePolicy):
         """
         self._noise_seed = state["seed"]
         self._keys.restart(state["steps"], fold(self._noise_seed, _COLLECTION))
-        self._evaluation = EvaluationStream(fold(self._noise_seed, _EVALUATION), state["evaluations"])
-        self._rollouts = state["rollouts"]
+        self._evaluation.seed, self._evaluation.calls = fold(self._noise_seed, _EVALUATION), state["evaluations"]
         self.noise_scale = state["noise_scale"]
-        self._redraw(max(self._rollouts - 1, 0))
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """

@@ -16,8 +16,9 @@ from stable_baselines3.common.policies import ActorCriticCnnPolicy, ActorCriticP
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 
+from sb3_flipout.layers import NoisyNetwork
 from sb3_flipout.noise.rows import without_noise
-from sb3_flipout.policies.base import FlipoutPolicy, check_extractor
+from sb3_flipout.policies.base import FlipoutPolicy, check_extractor, n_rows
 from sb3_flipout.policies.settings import NoiseSettings
 
 
@@ -42,6 +43,8 @@ class OnPolicyNoise(FlipoutPolicy, ActorCriticPolicy):
     :raises ValueError: If a noise setting is unknown, out of range or unfit
     """
 
+    network: NoisyNetwork
+
     def __init__(
         self,
         observation_space: spaces.Space[Any],
@@ -62,7 +65,10 @@ class OnPolicyNoise(FlipoutPolicy, ActorCriticPolicy):
         _check_replayable(settings)
         check_extractor(observation_space, type(self), kwargs)
         super().__init__(observation_space, action_space, lr_schedule, *args, **kwargs)
-        self._init_noise(settings, self._modules_to_perturb(perturb), "linear" if perturb == "linear" else "all")
+        self._init_noise(settings)
+        self._perturb(self._modules_to_perturb(perturb))
+        self.network = NoisyNetwork.of(self)
+        self._rollouts = 0
         # Made once more, over sigma too. The first one has no state yet, so nothing is lost.
         self.optimizer = self._make_optimizer(self.parameters(), lr_schedule)
 
@@ -75,6 +81,33 @@ class OnPolicyNoise(FlipoutPolicy, ActorCriticPolicy):
         hidden = getattr(self.mlp_extractor, "policy_net", self.mlp_extractor)
         return [self.pi_features_extractor, hidden, self.action_net]
 
+    def begin_rollout(self) -> None:
+        """Tell that a rollout starts: the base is redrawn if it is time, and holds until the update after it is done."""
+        every = self.noise_settings.base_every
+        if every is not None and self._rollouts % every == 0:
+            self.network.redraw(self._base_key(self._rollouts // every))
+        self._rollouts += 1
+        self._keys.begin_rollout()
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """
+        Give the noise state; torch puts it into ``state_dict``.
+
+        :return: Settings, seed, counters and noise scale, as plain Python values
+        """
+        return {**super().get_extra_state(), "rollouts": self._rollouts}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """
+        Continue from a saved noise state.
+
+        :param state: What :meth:`get_extra_state` gave
+        """
+        super().set_extra_state(state)
+        self._rollouts = state["rollouts"]
+        every = self.noise_settings.base_every
+        self.network.redraw(self._base_key(0 if every is None else max(self._rollouts - 1, 0) // every))
+
     def forward(self, obs: th.Tensor, deterministic: bool = False) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
         """
         Act in the environments: the collection step of a rollout, one row per environment.
@@ -86,7 +119,7 @@ class OnPolicyNoise(FlipoutPolicy, ActorCriticPolicy):
         :return: Actions, values and log-probabilities
         """
         if self.explicit_noise is None:
-            with self.network.activate(None if deterministic else self._collection_noise(obs)):
+            with self.network.activate(None if deterministic else self._collection_noise(n_rows(obs))):
                 return self.forward(obs, deterministic)
         actions, values, log_prob = super().forward(obs, deterministic)
         log_prob.row_noise = self.explicit_noise[0]  # type: ignore[attr-defined]

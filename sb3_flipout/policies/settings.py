@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 
 from sb3_flipout.layers import LayerNoise
@@ -53,3 +54,54 @@ class NoiseSettings:
         """
         names = [field.name for field in fields(LayerNoise)]
         return LayerNoise(**{name: getattr(self, name) for name in names})
+
+
+TARGET_NOISE_CHOICES = ("independent", "same", "mean")
+
+
+@dataclass(frozen=True)
+class ValueSettings(NoiseSettings):
+    """
+    The settings of value-based policies: those of every policy, and what learning from replayed transitions adds.
+
+    :param base_every: How often the acting base is redrawn, in collection steps; ``None`` for never
+    :param target_noise: Noise of the target network: ``"independent"`` of the online network's (NoisyNet's rule),
+        the ``"same"``, or ``"mean"`` weights
+    :param members: Number K of keys that exist; the base is frozen then, so each key is a member of an implicit ensemble.
+        ``None``: no end of keys
+    :param prior_scale: Scale of the frozen random prior that is added to each member's values (Osband et al. 2018);
+        0 for none
+    :raises ValueError: If a value is unknown, out of range, or does not fit another one
+    """
+
+    base_every: int | None = None
+    target_noise: str = "independent"
+    members: int | None = None
+    prior_scale: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of("target_noise", self.target_noise, TARGET_NOISE_CHOICES)
+        if self.members is not None:
+            self._check_members()
+        number = isinstance(self.prior_scale, (int, float)) and not isinstance(self.prior_scale, bool)
+        if not (number and math.isfinite(self.prior_scale) and self.prior_scale >= 0):
+            raise ValueError(f"prior_scale must be a finite number >= 0, got {self.prior_scale!r}; use 0.0 for no prior.")
+        if self.prior_scale > 0 and self.members is None:
+            raise ValueError(
+                f"prior_scale={self.prior_scale} needs members: a prior belongs to a member. Give members=20, say."
+            )
+
+    def _check_members(self) -> None:
+        if not isinstance(self.members, int) or isinstance(self.members, bool) or self.members < 2:
+            raise ValueError(f"members must be an integer >= 2, or None for no ensemble, got {self.members!r}.")
+        if self.noise_sharing == "shared":
+            raise ValueError(
+                f'members={self.members} does not fit noise_sharing="shared", where all rows see the same weights. Use '
+                '"flipout", whose rows each pick a member.'
+            )
+        if self.base_every is not None:
+            raise ValueError(
+                f"members={self.members} does not fit base_every={self.base_every}: a member is a key under one frozen base. "
+                "Leave base_every out."
+            )
