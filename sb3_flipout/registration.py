@@ -7,7 +7,9 @@ flipout policy; :func:`unregister` takes everything back.
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -40,6 +42,17 @@ ALIASES: dict[type[BaseAlgorithm], Aliases] = {
         "FlipoutMultiInputPolicy": value_based.FlipoutDQNMultiInputPolicy,
     },
 }
+
+if find_spec("sb3_contrib") is not None:  # an extra: the rest works without it
+    from sb3_contrib import QRDQN
+
+    from sb3_flipout.policies import quantile
+
+    ALIASES[QRDQN] = {
+        "FlipoutMlpPolicy": quantile.FlipoutQRDQNPolicy,
+        "FlipoutCnnPolicy": quantile.FlipoutQRDQNCnnPolicy,
+        "FlipoutMultiInputPolicy": quantile.FlipoutQRDQNMultiInputPolicy,
+    }
 
 
 def _setup_model(original: Method, algorithm: Any) -> None:
@@ -80,11 +93,25 @@ def _update_info_buffer(original: Method, algorithm: Any, infos: Any, dones: np.
 
 def _setup_learn(original: Method, algorithm: Any, *args: Any, **kwargs: Any) -> Any:
     """Tell that the environments were reset: SB3 binds a new first observation when it does so."""
+    _warn_of_epsilon(algorithm)
     before = algorithm._last_obs
     result = original(algorithm, *args, **kwargs)
     if algorithm._last_obs is not before:
         algorithm.policy.end_episodes(np.ones(algorithm.n_envs, dtype=bool))
     return result
+
+
+def _warn_of_epsilon(algorithm: Any) -> None:
+    """Say, once per model, that epsilon-greedy is still on: weight noise is there to replace it."""
+    policy = algorithm.policy
+    epsilon = max(getattr(algorithm, "exploration_initial_eps", 0.0), getattr(algorithm, "exploration_final_eps", 0.0))
+    if epsilon > 0 and not policy.__dict__.get("warned_of_epsilon"):
+        policy.__dict__["warned_of_epsilon"] = True
+        warnings.warn(
+            f"{type(algorithm).__name__} explores by weight noise and by epsilon-greedy at once. To explore by weight noise "
+            "alone, pass exploration_initial_eps=0.0 and exploration_final_eps=0.0.",
+            stacklevel=4,
+        )
 
 
 _ON_POLICY: dict[str, Method] = {

@@ -4,6 +4,8 @@
 algorithms                  file
 ==========================  =====================================
 PPO, A2C                    :mod:`sb3_flipout.policies.on_policy`
+DQN                         :mod:`sb3_flipout.policies.value_based`
+QRDQN                       :mod:`sb3_flipout.policies.quantile`
 ==========================  =====================================
 """
 
@@ -13,12 +15,17 @@ from sb3_flipout.policies.on_policy import (
     FlipoutActorCriticPolicy,
     FlipoutMultiInputActorCriticPolicy,
 )
-from sb3_flipout.policies.settings import NoiseSettings
+from sb3_flipout.policies.settings import NoiseSettings, ValueSettings
+from sb3_flipout.policies.value_based import FlipoutDQNCnnPolicy, FlipoutDQNMultiInputPolicy, FlipoutDQNPolicy
 
 __all__ = [
     "FlipoutActorCriticCnnPolicy",
     "FlipoutActorCriticPolicy",
+    "FlipoutDQNCnnPolicy",
+    "FlipoutDQNMultiInputPolicy",
+    "FlipoutDQNPolicy",
     "FlipoutMultiInputActorCriticPolicy",
     "FlipoutPolicy",
     "NoiseSettings",
+    "ValueSettings",
 ]
