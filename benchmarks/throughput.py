@@ -13,9 +13,9 @@ those of rl_zoo3 ("zoo") or SB3's defaults, and the same for all its arms:
 - flipout: "FlipoutMlpPolicy", all that the action depends on perturbed; flipout, heads: its last layer only
 - gSDE: "MlpPolicy" with use_sde=True, sde_sample_freq=4, SB3's own state-dependent exploration (continuous actions)
 
-Reading: "× stock" is the arm's median speed over stock's (below 1: slower); "paired" is the median of the ratios within rounds,
-with the smallest and the largest. Where the networks are as small as here, what counts is the number of torch operations, not
-their size: a larger network or a slower environment brings the ratio closer to 1.
+Reading: "× stock" is the arm's median speed over stock's (below 1: slower); "paired" is the median of the ratios within
+rounds, with the smallest and the largest. Where the networks are as small as here, what counts is the number of torch
+operations, not their size: a slower environment brings the ratio closer to 1.
 """
 
 from __future__ import annotations

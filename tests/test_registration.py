@@ -133,7 +133,8 @@ class OwnBuffer(RolloutBuffer):
 
 @pytest.mark.parametrize("algorithm", [PPO, A2C])
 def test_users_buffer_class_is_wrapped(algorithm, tmp_path):
-    model = algorithm("FlipoutMlpPolicy", "CartPole-v1", n_steps=8, rollout_buffer_class=OwnBuffer).learn(16)
+    sizes = dict(batch_size=8) if algorithm is PPO else {}
+    model = algorithm("FlipoutMlpPolicy", "CartPole-v1", n_steps=8, rollout_buffer_class=OwnBuffer, **sizes).learn(16)
     assert isinstance(model.rollout_buffer, OwnBuffer) and isinstance(model.rollout_buffer, KeyedBufferMixin)
     assert model.rollout_buffer.resets == 3
     assert model.rollout_buffer_class is OwnBuffer
@@ -185,5 +186,5 @@ class DictEnv(gym.Env):
 
 @pytest.mark.parametrize("name", ["FlipoutMlpPolicy", "FlipoutCnnPolicy"])
 def test_dict_observations_point_to_the_multi_input_policy(name):
-    with pytest.raises((ValueError, AssertionError), match=r"FlipoutMultiInputPolicy|NatureCNN only with images"):
+    with pytest.raises(ValueError, match="FlipoutMultiInputPolicy"):
         PPO(name, DictEnv())

@@ -43,6 +43,8 @@ def perturb(module: M, layers: str = "all", base_key: int = 0, **noise: Any) -> 
     :raises ValueError: If a setting is unknown, out of range or unfit, or a layer is already perturbed in another way
     """
     one_of("layers", layers, LAYER_CHOICES)
+    if isinstance(base_key, bool) or not isinstance(base_key, int):
+        raise TypeError(f"base_key must be an integer, got {type(base_key).__name__}.")
     config = LayerNoise(**noise)
     present = [layer for layer in module.modules() if isinstance(layer, FlipoutLayer)]
     for layer in present:
@@ -67,6 +69,8 @@ def restore(module: M) -> M:
     """
     plain_classes: dict[type[nn.Module], type[nn.Module]] = {noisy: plain for plain, noisy in PERTURBED_CLASSES.items()}
     for layer in list(module.modules()):
+        layer.__dict__.pop("_noisy_network", None)
+        layer.__dict__.pop("explicit_noise", None)
         plain = plain_classes.get(type(layer))
         if plain is not None:
             layer.__class__ = plain

@@ -19,18 +19,24 @@ class NoisyNetwork:
     """
     A network with perturbed layers, and the plan by which one hash serves all of them.
 
-    :param module: Network; layers without a number get one here, in the order of ``module.modules()``
-    :param also: Networks that see the same row noise without being part of ``module``
+    :param module: Network on which noise is switched
+    :param parts: Where its perturbed layers are, if not in ``module`` as a whole; layers without a number, or with one that
+        another part has too, are numbered here
     """
 
-    def __init__(self, module: nn.Module, also: Sequence[nn.Module] = ()) -> None:
+    def __init__(self, module: nn.Module, parts: Sequence[nn.Module] | None = None) -> None:
         # A compiled module forwards attributes to the one it wraps; noise is switched on the wrapped one.
         self.module: nn.Module = getattr(module, "_orig_mod", module)
-        self.also = also
-        self.layers = _flipout_layers(self.module, *also)
+        self.parts = [self.module] if parts is None else list(parts)
+        self.layers = _flipout_layers(self.parts)
         self.module.__dict__["_noisy_network"] = self
         self._number()
-        self.plan = FactorPlan([layer.vectors() for layer in self.layers])
+        self._vectors = [layer.vectors() for layer in self.layers]
+        self.plan = FactorPlan(self._vectors)
+
+    def _fits(self, layers: list[FlipoutLayer]) -> bool:
+        # The same layer can have been restored and perturbed anew in another way, or renumbered in a larger network.
+        return self.layers == layers and self._vectors == [layer.vectors() for layer in layers]
 
     @staticmethod
     def of(module: nn.Module) -> NoisyNetwork:
@@ -42,14 +48,18 @@ class NoisyNetwork:
         """
         module = getattr(module, "_orig_mod", module)
         known: NoisyNetwork | None = module.__dict__.get("_noisy_network")
-        also = known.also if known is not None and known.module is module else ()
-        if known is None or known.module is not module or known.layers != _flipout_layers(module, *also):
-            return NoisyNetwork(module, also)
-        return known
+        if known is None or known.module is not module:
+            return NoisyNetwork(module)
+        return known if known._fits(_flipout_layers(known.parts)) else NoisyNetwork(module, known.parts)
 
     def _number(self) -> None:
         following = 1 + max((layer.noise_index for layer in self.layers if layer.noise_index is not None), default=-1)
+        taken: set[int] = set()
         for layer in self.layers:
+            if layer.noise_index in taken:  # two networks, perturbed apart and then joined
+                layer.noise_index = None
+            elif layer.noise_index is not None:
+                taken.add(layer.noise_index)
             if layer.noise_index is None:
                 layer.noise_index = following
                 layer.redraw(layer.base_key)  # the draw depends on the number
@@ -103,7 +113,7 @@ class NoisyNetwork:
         return [(noise, tuple([vectors[piece] for piece in pieces])) for pieces in self.plan.pieces]
 
 
-def _flipout_layers(*modules: nn.Module) -> list[FlipoutLayer]:
+def _flipout_layers(modules: Sequence[nn.Module]) -> list[FlipoutLayer]:
     return [layer for module in modules for layer in module.modules() if isinstance(layer, FlipoutLayer)]
 
 
@@ -153,6 +163,8 @@ def perturbed(module: nn.Module, keys: th.Tensor | RowNoise | None, scale: th.Te
         return network.activate(None)
     if not network.layers:
         raise ValueError(f"{type(module).__name__} has no perturbed layer; call sb3_flipout.perturb(module) first.")
+    if isinstance(keys, RowNoise) and scale is not None:
+        raise ValueError("scale must be None where keys is row noise, which has its own; give RowNoise(keys, scale).")
     noise = keys if isinstance(keys, RowNoise) else RowNoise(keys, scale)
     device = network.layers[0].weight.device
     if noise.keys.device != device:

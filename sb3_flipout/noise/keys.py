@@ -46,7 +46,8 @@ def fold_in(keys: th.Tensor | int, data: th.Tensor | int) -> th.Tensor:
     :param data: What tells the derived keys apart, int64 or an integer; broadcast against ``keys``
     :return: Derived keys of the broadcast shape, int64
     """
-    keys = signed(keys) if isinstance(keys, int) else keys
+    if isinstance(keys, int):
+        keys = th.tensor(signed(keys)) if isinstance(data, int) else signed(keys)
     data = signed((data + 1) * GOLDEN) if isinstance(data, int) else (data + 1) * signed(GOLDEN)
     return mix(th.as_tensor(keys + data))
 

@@ -129,6 +129,8 @@ class KeyedTensor(th.Tensor):
         :return: Selected observations with their noise
         """
         rows = index[0] if isinstance(index, tuple) else index
+        if isinstance(rows, int):  # a single row is no batch any more
+            return self.as_subclass(th.Tensor)[index]
         return with_noise(self.as_subclass(th.Tensor)[index], self.row_noise[rows])
 
 

@@ -34,15 +34,15 @@ _CUTS: dict[str, _Cut] = {
 
 
 # Tables by (kind, dtype, device), for torch and for numpy. A dictionary and not functools.cache, which torch.compile warns of.
-_TABLES: dict[tuple[FactorKind, th.dtype, th.device], tuple[th.Tensor, np.ndarray]] = {}
+_TABLES: dict[tuple[FactorKind, th.dtype, th.device], tuple[th.Tensor, np.ndarray | None]] = {}
 
 
-def _table(kind: FactorKind, dtype: th.dtype, device: th.device) -> tuple[th.Tensor, np.ndarray]:
+def _table(kind: FactorKind, dtype: th.dtype, device: th.device) -> tuple[th.Tensor, np.ndarray | None]:
     """Look-up table, row per value of a piece: (256, 8) signs, lowest bit first, or (65536, 1) quantiles."""
     name = (kind, dtype, device)
     if name not in _TABLES:
         table = _build_table(kind).to(dtype)
-        _TABLES[name] = (table.to(device), table.numpy())
+        _TABLES[name] = (table.to(device), None if dtype == th.bfloat16 else table.numpy())
     return _TABLES[name]
 
 
@@ -70,7 +70,10 @@ def salts(layer: int, vector: int, n: int, kind: FactorKind) -> th.Tensor:
     :return: One int64 per word, shape (ceil(n / factors per word),), CPU
     """
     words = -(-n // _CUTS[kind].per_word)
-    return fold_in(fold(0, layer, vector), th.arange(words))
+    start = fold(0, layer, vector)
+    if th.compiler.is_compiling():  # inductor folds the constants of a symbolic range without wrapping them
+        return th.tensor([fold(start, word) for word in range(words)])
+    return fold_in(start, th.arange(words))
 
 
 def factors(
@@ -89,13 +92,18 @@ def factors(
     :return: Factors, shape (N, words * factors per word)
     """
     cut = _CUTS[kind]
-    if keys.device.type == "cpu" and not th.compiler.is_compiling():
+    columns = len(word_salts) * cut.per_word
+    if not len(keys):
+        return th.empty(0, columns, dtype=dtype, device=keys.device)
+    if keys.device.type == "cpu" and dtype != th.bfloat16 and not th.compiler.is_compiling():
         # The same bits by numpy: its small operations cost a third of torch's, and hashing a batch is some twenty of them.
-        rows = _table(kind, dtype, keys.device)[1].take(_words(keys.numpy(), word_salts.numpy()).view(cut.numpy_piece), axis=0)
-        return th.from_numpy(rows.reshape(len(keys), -1))
+        table = _table(kind, dtype, keys.device)[1]
+        assert table is not None, "numpy has a table of every type but bfloat16"
+        rows = table.take(_words(keys.numpy(), word_salts.numpy()).view(cut.numpy_piece), axis=0)
+        return th.from_numpy(rows.reshape(len(keys), columns))
     pieces = fold_in(word_salts, keys[:, None]).view(cut.piece).to(th.int32)
     pieces = pieces if kind == "sign" else pieces & 0xFFFF  # int16 is signed, the table is not
-    return _table(kind, dtype, keys.device)[0].index_select(0, pieces.flatten()).view(len(keys), -1)
+    return _table(kind, dtype, keys.device)[0].index_select(0, pieces.flatten()).view(len(keys), columns)
 
 
 _GOLDEN = np.uint64(GOLDEN)

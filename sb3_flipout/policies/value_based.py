@@ -65,7 +65,9 @@ class ValueNoise(FlipoutPolicy):
             net.role, net.learning = role, self.learning
         self._add_prior()
         for net in (self.online, self.target):
-            net.noisy = NoisyNetwork(net, [net.prior[0]] if net.prior else [])
+            net.noisy = NoisyNetwork(net, self._parts(net))
+        # `perturbed(policy, keys)` is about what acts. The target network's layers have the same numbers, on purpose.
+        NoisyNetwork(self, self._parts(self.online))
         # Where each gradient step and the acting need bases of their own: not with members, whose base is frozen, and not
         # where the factors alone are the noise.
         drawn = settings.layer_noise().spec.base is not None or settings.noise_sharing == "shared"
@@ -82,6 +84,9 @@ class ValueNoise(FlipoutPolicy):
     def target(self) -> NoisyValueNet:
         """The target network."""
         return getattr(self, f"{self.online_name}_target")
+
+    def _parts(self, net: NoisyValueNet) -> list[nn.Module]:
+        return [net, net.prior[0]] if net.prior else [net]
 
     def _head(self, net: NoisyValueNet) -> nn.Module:
         return [module for module in net.modules() if type(module) is nn.Linear][-1]

@@ -1,0 +1,123 @@
+"""Drawing bases: when, from which key, and that nothing else draws."""
+
+from typing import Any
+
+import pytest
+import torch as th
+from cases import KEYS, every_noise, image, inputs, make, small_net
+from torch import nn
+
+from sb3_flipout.layers import FlipoutLayer, FlipoutLinear, NoisyNetwork, effective_weight, perturb, perturbed, redraw
+from sb3_flipout.noise import fold
+
+
+@pytest.fixture
+def net() -> nn.Sequential:
+    th.manual_seed(0)
+    return perturb(small_net(), base_key=3)
+
+
+def bases(net: nn.Module) -> list[th.Tensor]:
+    return [layer.weight_base.clone() for layer in net.modules() if isinstance(layer, FlipoutLayer)]
+
+
+def test_redraw_follows_from_the_present_key(net: nn.Sequential) -> None:
+    th.manual_seed(0)
+    twin = perturb(small_net(), base_key=3)
+    seen = [bases(net)]
+    for _ in range(3):
+        redraw(net)
+        redraw(twin)
+        assert all(th.equal(a, b) for a, b in zip(bases(net), bases(twin), strict=True))
+        assert all(not th.equal(a, b) for old in seen for a, b in zip(old, bases(net), strict=True))
+        seen.append(bases(net))
+    redraw(twin, fold(3, 0))
+    assert all(th.equal(a, b) for a, b in zip(seen[1], bases(twin), strict=True))
+
+
+@pytest.mark.parametrize("base_key", [0, 1, -1, 2**63, 2**64 + 5, -(2**70)])
+def test_a_given_base_key_is_reproducible(net: nn.Sequential, base_key: int) -> None:
+    redraw(net, base_key)
+    first = bases(net)
+    redraw(net)
+    redraw(net, base_key)
+    assert all(th.equal(a, b) for a, b in zip(first, bases(net), strict=True))
+    assert {layer.base_key for layer in net.modules() if isinstance(layer, FlipoutLayer)} == {base_key}
+
+
+@pytest.mark.parametrize("base_key", [True, 1.0, "1", th.tensor(1)])
+def test_a_bad_base_key_is_refused_and_changes_nothing(net: nn.Sequential, base_key: Any) -> None:
+    before = bases(net)
+    with pytest.raises(TypeError, match="base_key must be an integer or None, got"):
+        redraw(net, base_key)
+    assert all(th.equal(a, b) for a, b in zip(before, bases(net), strict=True))
+
+
+@every_noise
+def test_layers_of_one_shape_have_bases_of_their_own(noise: dict[str, str]) -> None:
+    net = perturb(nn.Sequential(*[nn.Linear(5, 5) for _ in range(3)]), base_key=1, **noise)
+    for draw in (1, 2):
+        redraw(net, draw)
+        found = [layer.weight_base for layer in net]
+        if found[0] is not None:
+            assert all(not th.equal(a, b) for i, a in enumerate(found) for b in found[:i])
+        weights = [effective_weight(layer, 4)[0] - layer.weight for layer in net]
+        assert all(not th.allclose(a, b) for i, a in enumerate(weights) for b in weights[:i])
+
+
+def test_redraw_of_one_layer_leaves_the_others(net: nn.Sequential) -> None:
+    before = bases(net)
+    redraw(net[3], 77)
+    same = [th.equal(a, b) for a, b in zip(before, bases(net), strict=True)]
+    assert same == [True, False, True, True]
+
+
+def test_redraw_without_noise_changes_no_output(net: nn.Sequential) -> None:
+    plain = net(image())
+    redraw(net)
+    assert th.equal(net(image()), plain)
+
+
+@every_noise
+def test_perturbed_alone_never_draws(noise: dict[str, str]) -> None:
+    layer = make(("linear", "plain"), **noise)
+    before, key = layer.weight_base, layer.base_key
+    for _ in range(3):
+        with perturbed(layer, KEYS):
+            layer(inputs(("linear", "plain"))).sum().backward()
+    assert layer.weight_base is before and layer.base_key == key
+
+
+@every_noise
+def test_base_draws_can_be_bound_again(noise: dict[str, str]) -> None:
+    net = perturb(nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 5)), base_key=1, **noise)
+    network, x = NoisyNetwork.of(net), th.ones(len(KEYS), 5)
+    with perturbed(net, KEYS):
+        before = net(x)
+    kept = network.bases()
+    redraw(net)
+    with perturbed(net, KEYS):
+        other = net(x)
+    network.bind(kept)
+    with perturbed(net, KEYS):
+        assert th.equal(net(x), before)
+    assert th.equal(other, before) == (kept[0][0] is None)
+    assert all(name not in net.state_dict() for name in ("0.weight_base", "1.bias_base"))
+
+
+def test_networks_beside_it_see_the_same_noise() -> None:
+    """What is no part of the module, but sees its rows: they are numbered, redrawn and switched together."""
+    net, beside = (nn.Sequential(FlipoutLinear(4, 4)) for _ in range(2))
+    network = NoisyNetwork(net, parts=[net, beside])
+    assert NoisyNetwork.of(net) is network and (net[0].noise_index, beside[0].noise_index) == (0, 1)
+    x = th.ones(len(KEYS), 4)
+    plain = beside(x)
+    with perturbed(net, KEYS):
+        for layer in (net[0], beside[0]):
+            expected = [
+                nn.functional.linear(row, *effective_weight(layer, key)) for row, key in zip(x, KEYS.tolist(), strict=True)
+            ]
+            th.testing.assert_close(layer(x), th.stack(expected))
+    assert th.equal(beside(x), plain)
+    redraw(net, 9)
+    assert net[0].base_key == beside[0].base_key == 9
