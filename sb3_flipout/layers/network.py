@@ -31,12 +31,12 @@ class NoisyNetwork:
         self.layers = _flipout_layers(self.parts)
         self.module.__dict__["_noisy_network"] = self
         self._number()
-        self._vectors = [layer.vectors() for layer in self.layers]
-        self.plan = FactorPlan(self._vectors)
+        self._planned = [(layer.noise_config, layer.noise_index) for layer in self.layers]
+        self.plan = FactorPlan([layer.vectors() for layer in self.layers])
 
     def _fits(self, layers: list[FlipoutLayer]) -> bool:
         # The same layer can have been restored and perturbed anew in another way, or renumbered in a larger network.
-        return self.layers == layers and self._vectors == [layer.vectors() for layer in layers]
+        return self.layers == layers and self._planned == [(layer.noise_config, layer.noise_index) for layer in layers]
 
     @staticmethod
     def of(module: nn.Module) -> NoisyNetwork:
