@@ -1,6 +1,6 @@
 """Draw the README's picture: the weights that three environments see in one forward pass.
 
-    python docs/make_picture.py
+python docs/make_picture.py
 """
 
 from __future__ import annotations
