@@ -32,7 +32,7 @@ _ACTOR_CRITIC: dict[str, type[FlipoutPolicy]] = {
     "FlipoutMultiInputPolicy": on_policy.FlipoutMultiInputActorCriticPolicy,
 }
 
-#: Which names each algorithm gets. The README's and the docs' tables are made from it.
+#: Which names each algorithm gets.
 ALIASES: dict[type[BaseAlgorithm], Aliases] = {
     PPO: _ACTOR_CRITIC,
     A2C: _ACTOR_CRITIC,
@@ -68,19 +68,35 @@ def _setup_model(original: Method, algorithm: Any) -> None:
 
 def _collect_rollouts(original: Method, algorithm: Any, *args: Any, **kwargs: Any) -> Any:
     """Tell that a rollout starts: only here do base and rollout-long keys change, never between rollout and update."""
-    algorithm.policy.begin_rollout()
-    return original(algorithm, *args, **kwargs)
+    policy = _policy(algorithm)
+    policy.begin_rollout()
+    with policy.collecting(algorithm.n_envs):
+        finished = original(algorithm, *args, **kwargs)
+    return _after_collection(algorithm, finished)
+
+
+def _collect_transitions(original: Method, algorithm: Any, *args: Any, **kwargs: Any) -> Any:
+    """The same for replayed transitions, whose collection steps are marked one by one."""
+    _policy(algorithm).begin_rollout()
+    return _after_collection(algorithm, original(algorithm, *args, **kwargs))
+
+
+def _after_collection(algorithm: Any, finished: Any) -> Any:
+    """Where a callback broke off, SB3 has not told the ends of episodes of the last step, so all count as ended."""
+    if not getattr(finished, "continue_training", finished):
+        _policy(algorithm).end_episodes(np.ones(algorithm.n_envs, dtype=bool))
+    return finished
 
 
 def _sample_action(original: Method, algorithm: Any, learning_starts: int, action_noise: Any = None, n_envs: int = 1) -> Any:
     """Mark the collection step: its prediction acts in the training environments, every other one is evaluation."""
-    with algorithm.policy.acting(n_envs):
+    with _policy(algorithm).collecting(n_envs):
         return original(algorithm, learning_starts, action_noise, n_envs)
 
 
 def _train(original: Method, algorithm: Any, *args: Any, **kwargs: Any) -> Any:
-    """Mark the gradient steps."""
-    with algorithm.policy.updating():
+    """Mark the update."""
+    with _policy(algorithm).updating():
         return original(algorithm, *args, **kwargs)
 
 
@@ -88,7 +104,7 @@ def _update_info_buffer(original: Method, algorithm: Any, infos: Any, dones: np.
     """Tell ends of episodes: SB3 calls this once per environment step, with the flags of all environments."""
     original(algorithm, infos, dones)
     if dones is not None:
-        algorithm.policy.end_episodes(dones)
+        _policy(algorithm).end_episodes(dones)
 
 
 def _setup_learn(original: Method, algorithm: Any, *args: Any, **kwargs: Any) -> Any:
@@ -97,33 +113,34 @@ def _setup_learn(original: Method, algorithm: Any, *args: Any, **kwargs: Any) ->
     before = algorithm._last_obs
     result = original(algorithm, *args, **kwargs)
     if algorithm._last_obs is not before:
-        algorithm.policy.end_episodes(np.ones(algorithm.n_envs, dtype=bool))
+        _policy(algorithm).end_episodes(np.ones(algorithm.n_envs, dtype=bool))
     return result
 
 
 def _warn_of_epsilon(algorithm: Any) -> None:
     """Say, once per model, that epsilon-greedy is still on: weight noise is there to replace it."""
-    policy = algorithm.policy
+    policy = _policy(algorithm)
     epsilon = max(getattr(algorithm, "exploration_initial_eps", 0.0), getattr(algorithm, "exploration_final_eps", 0.0))
     if epsilon > 0 and not policy.__dict__.get("warned_of_epsilon"):
         policy.__dict__["warned_of_epsilon"] = True
         warnings.warn(
             f"{type(algorithm).__name__} explores by weight noise and by epsilon-greedy at once. To explore by weight noise "
             "alone, pass exploration_initial_eps=0.0 and exploration_final_eps=0.0.",
-            stacklevel=4,
+            stacklevel=6,
         )
 
 
 _ON_POLICY: dict[str, Method] = {
     "_setup_model": _setup_model,
     "collect_rollouts": _collect_rollouts,
+    "train": _train,
     "_update_info_buffer": _update_info_buffer,
     "_setup_learn": _setup_learn,
 }
 _OFF_POLICY: dict[str, Method] = {
     "_sample_action": _sample_action,
     "train": _train,
-    "collect_rollouts": _collect_rollouts,
+    "collect_rollouts": _collect_transitions,
     "_update_info_buffer": _update_info_buffer,
     "_setup_learn": _setup_learn,
 }
@@ -133,12 +150,30 @@ _OFF_POLICY: dict[str, Method] = {
 _INSTALLED: dict[type[BaseAlgorithm], tuple[dict[str, Method | None], list[str]]] = {}
 
 
+def _policy(algorithm: Any) -> Any:
+    """The policy itself, also where the user has compiled it."""
+    return getattr(algorithm.policy, "_orig_mod", algorithm.policy)
+
+
+def _plainly(original: Method, algorithm: Any, *args: Any, **kwargs: Any) -> Any:
+    return original(algorithm, *args, **kwargs)
+
+
 def _wrap(original: Method, wrapper: Method) -> Method:
     @functools.wraps(original)
     def method(self: BaseAlgorithm, *args: Any, **kwargs: Any) -> Any:
-        if not issubclass(self.policy_class, FlipoutPolicy):
+        if wrapper is _setup_model:  # there is no policy yet
+            return (wrapper if issubclass(self.policy_class, FlipoutPolicy) else _plainly)(original, self, *args, **kwargs)
+        policy = _policy(self)
+        # A subclass that is registered too calls the method of its parent inside its own: the outer one has told already.
+        inside: set[str] = policy.__dict__.setdefault("told_methods", set())
+        if not isinstance(policy, FlipoutPolicy) or wrapper.__name__ in inside:
             return original(self, *args, **kwargs)
-        return wrapper(original, self, *args, **kwargs)
+        inside.add(wrapper.__name__)
+        try:
+            return wrapper(original, self, *args, **kwargs)
+        finally:
+            inside.discard(wrapper.__name__)
 
     method.wraps_for_flipout = True  # type: ignore[attr-defined]
     return method
@@ -176,6 +211,8 @@ def register(algorithm_class: type[BaseAlgorithm] | None = None, aliases: Aliase
         if not hasattr(current, "wraps_for_flipout"):
             methods[method_name] = algorithm_class.__dict__.get(method_name)
             setattr(algorithm_class, method_name, _wrap(current, wrapper))
+    if "policy_aliases" not in vars(algorithm_class):  # its parent's, which must not get names that are not its own
+        algorithm_class.policy_aliases = dict(algorithm_class.policy_aliases)
     names.extend(name for name in aliases if name not in algorithm_class.policy_aliases)
     algorithm_class.policy_aliases.update(aliases)
 
@@ -206,3 +243,6 @@ def unregister(algorithm_class: type[BaseAlgorithm] | None = None) -> None:
                 setattr(known, method_name, before)
         for name in names:
             known.policy_aliases.pop(name, None)
+        parents = (getattr(base, "policy_aliases", None) for base in known.__mro__[1:])
+        if known.policy_aliases == next(parents, None):  # a copy that register made of its parent's
+            del known.policy_aliases

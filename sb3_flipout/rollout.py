@@ -51,6 +51,15 @@ class KeyedBufferMixin:
         self.noise_scales[position] = noise.scale.cpu().numpy()
         super().add(*args, **kwargs)  # type: ignore[misc]
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """
+        Pickle by the class it was made from, since the class itself is made at run time.
+
+        :param protocol: Pickle protocol
+        :return: How to make it again
+        """
+        return _empty_keyed, (type(self).__mro__[2],), self.__dict__
+
     def _rollout_noise(self) -> RowNoise:
         """Noise of all transitions, in the order of the flattened buffer; made once per rollout."""
         if self._noise is None:
@@ -82,6 +91,11 @@ def keyed(buffer_class: type[RolloutBuffer]) -> type[RolloutBuffer]:
         )
     if issubclass(buffer_class, KeyedBufferMixin):
         return buffer_class
-    # __module__ would be "abc" otherwise, which breaks pickling and confuses readers of tracebacks.
+    # __module__ would be "abc" otherwise, which confuses readers of tracebacks.
     members = {"__module__": __name__, "__doc__": f"{buffer_class.__name__} that stores noise keys."}
     return type(f"Keyed{buffer_class.__name__}", (KeyedBufferMixin, buffer_class), members)
+
+
+def _empty_keyed(buffer_class: type[RolloutBuffer]) -> RolloutBuffer:
+    keyed_class = keyed(buffer_class)
+    return keyed_class.__new__(keyed_class)

@@ -89,3 +89,11 @@ def test_plain_torch_spreads_outside_the_data() -> None:
     truth, mean = ([float(row[column]) for row in rows if abs(float(row[0])) <= 0.5] for column in (1, 2))
     assert max(abs(a - b) for a, b in zip(truth, mean, strict=True)) < 0.3  # fits where there are data
     assert number(r"outside, ratio ([\d.]+)", out) > 2
+
+
+@pytest.mark.slow
+def test_dqn_deep_exploration_learns_what_random_actions_do_not_reach() -> None:
+    out = run_example("05_dqn_deep_exploration.py")
+    assert number(r"20 members\s+learned after (\d+) episodes", out) < 1000  # a random policy reaches it once in 1,024
+    visited = number(r"mean over\s+\d+ visited states\s+([\d.]+)", out)
+    assert number(r"mean over\s+\d+ unvisited states\s+([\d.]+)", out) > 2 * visited

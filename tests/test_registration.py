@@ -1,10 +1,12 @@
 """Names on the stock classes: added, refused, taken back."""
 
+import pickle
 import subprocess
 import sys
 from typing import ClassVar
 
 import gymnasium as gym
+import numpy as np
 import pytest
 from stable_baselines3 import A2C, PPO
 from stable_baselines3.common.buffers import DictRolloutBuffer, ReplayBuffer, RolloutBuffer
@@ -15,7 +17,7 @@ from sb3_flipout.policies import FlipoutActorCriticPolicy
 from sb3_flipout.registration import ALIASES
 from sb3_flipout.rollout import KeyedBufferMixin, keyed
 
-METHODS = ("_setup_model", "collect_rollouts", "_update_info_buffer", "_setup_learn")
+METHODS = ("_setup_model", "collect_rollouts", "train", "_update_info_buffer", "_setup_learn")
 
 
 @pytest.fixture(autouse=True)
@@ -110,6 +112,41 @@ def test_own_algorithm_needs_registration_and_is_told_so():
     finally:
         sb3_flipout.unregister(OwnAlgorithm)
     assert OwnAlgorithm.policy_aliases == {}
+
+
+def test_names_of_a_subclass_do_not_reach_its_parent():
+    class Sub(PPO):
+        pass
+
+    sb3_flipout.register(Sub, {"Mine": FlipoutActorCriticPolicy})
+    assert "Mine" in Sub.policy_aliases and "MlpPolicy" in Sub.policy_aliases and "Mine" not in PPO.policy_aliases
+    sb3_flipout.unregister(Sub)
+    assert "policy_aliases" not in vars(Sub) and "Mine" not in Sub.policy_aliases
+
+
+def test_registered_subclass_that_calls_super_tells_once():
+    class Sub(PPO):
+        def collect_rollouts(self, *args, **kwargs):
+            return super().collect_rollouts(*args, **kwargs)
+
+    sb3_flipout.register(Sub)
+    model = Sub("FlipoutMlpPolicy", "CartPole-v1", n_steps=8, batch_size=8).learn(16)
+    sb3_flipout.unregister(Sub)
+    assert model.policy._rollouts == 2
+
+
+def test_plain_policy_put_in_place_of_a_flipout_one_trains():
+    model = PPO("FlipoutMlpPolicy", "CartPole-v1", n_steps=8, batch_size=8)
+    model.policy = model.policy.to_plain_policy()
+    model.rollout_buffer = RolloutBuffer(8, model.observation_space, model.action_space)
+    assert model.learn(16).num_timesteps == 16
+
+
+def test_keyed_buffer_pickles():
+    model = PPO("FlipoutMlpPolicy", "CartPole-v1", n_steps=8, batch_size=8).learn(8)
+    copy = pickle.loads(pickle.dumps(model.rollout_buffer))
+    assert type(copy) is type(model.rollout_buffer)
+    np.testing.assert_array_equal(copy.noise_keys, model.rollout_buffer.noise_keys)
 
 
 @pytest.mark.parametrize("bad", [gym.Env, "PPO", 3])

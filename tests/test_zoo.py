@@ -24,7 +24,7 @@ from sb3_flipout.policies import FlipoutPolicy
 
 REPOSITORY = Path(__file__).parent.parent
 ALGORITHMS: dict[str, type[BaseAlgorithm]] = {"ppo": PPO, "a2c": A2C}
-CONFIGS = {path.stem: yaml.safe_load(path.read_text()) for path in sorted((REPOSITORY / "zoo_configs").glob("*.yml"))}
+CONFIGS = {name: yaml.safe_load((REPOSITORY / "zoo_configs" / f"{name}.yml").read_text()) for name in ALGORITHMS}
 CASES = [(algorithm, env) for algorithm, config in CONFIGS.items() for env in config]
 NAMES = {"th": th, "nn": th.nn, "RMSpropTFLike": RMSpropTFLike}  # what RL Zoo lets policy_kwargs use
 

@@ -108,14 +108,15 @@ class FlipoutLayer(nn.Module, ABC):
         :param bias_eps: The same for the bias
         :return: Perturbation of weight and bias, before row factors and noise scale
         """
-        relative = self.noise_config.spec.relative
+        spec, bias = self.noise_config.spec, self.bias
+        weight_sigma = self.weight_sigma
         weight_eps = self.weight_base if weight_eps is None else weight_eps
+        delta_weight = functional.delta(self.weight, weight_sigma, weight_eps, spec.relative)
+        if bias is None:
+            return delta_weight, None
+        bias_sigma = weight_sigma if spec.sigma == "per_layer" else self.bias_sigma
         bias_eps = self.bias_base if bias_eps is None else bias_eps
-        delta_bias = None if self.bias is None else functional.delta(self.bias, self._sigma_of_bias(), bias_eps, relative)
-        return functional.delta(self.weight, self.weight_sigma, weight_eps, relative), delta_bias
-
-    def _sigma_of_bias(self) -> th.Tensor | None:
-        return self.weight_sigma if self.noise_config.spec.sigma == "per_layer" else self.bias_sigma
+        return delta_weight, functional.delta(bias, bias_sigma, bias_eps, spec.relative)
 
     def vectors(self) -> LayerVectors:
         """

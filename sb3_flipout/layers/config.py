@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from numbers import Real
 from typing import Any
 
 from sb3_flipout.noise.families import DEFAULT_SIGMA_INIT, FAMILIES, NOISE_SHARINGS, Family
@@ -41,13 +42,14 @@ class LayerNoise:
         one_of("init", self.init, INITS)
         if self.sigma_init is not None:
             self._check_sigma_init(self.sigma_init)
+            object.__setattr__(self, "sigma_init", float(self.sigma_init))
         if self.init == "noisynet" and self.family not in ("gaussian", "factorised"):
             raise ValueError(f'init="noisynet" is defined for "gaussian" and "factorised" noise, got family={self.family!r}.')
 
     def _check_sigma_init(self, sigma_init: Any) -> None:
-        if isinstance(sigma_init, bool) or not isinstance(sigma_init, (int, float)):
+        if isinstance(sigma_init, bool) or not isinstance(sigma_init, Real):
             raise TypeError(f"sigma_init must be a number >= 0 or None, got {type(sigma_init).__name__}.")
-        if not (math.isfinite(sigma_init) and sigma_init >= 0):
+        if not (math.isfinite(sigma_init) and float(sigma_init) >= 0):
             raise ValueError(f"sigma_init must be finite and >= 0, got {sigma_init}; use 0.0 for no perturbation.")
         if self.spec.sigma == "none":
             raise ValueError(
@@ -89,3 +91,19 @@ def one_of(name: str, value: Any, allowed: Collection[str]) -> None:
     """
     if not isinstance(value, str) or value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
+
+
+def layer_noise(noise: dict[str, Any]) -> LayerNoise:
+    """
+    Make the settings from the keyword arguments that a user gave.
+
+    :param noise: Settings by name
+    :return: The settings, checked
+    :raises TypeError: If a name is no setting
+    :raises ValueError: If a value is unknown, out of range or unfit
+    """
+    allowed = [field.name for field in fields(LayerNoise)]
+    unknown = [name for name in noise if name not in allowed]
+    if unknown:
+        raise TypeError(f"unknown noise setting {', '.join(map(repr, unknown))}; allowed are {', '.join(allowed)}.")
+    return LayerNoise(**noise)

@@ -7,7 +7,7 @@ from torch import nn
 
 from sb3_flipout.layers import functional
 from sb3_flipout.layers.base import FlipoutLayer
-from sb3_flipout.layers.config import LayerNoise
+from sb3_flipout.layers.config import layer_noise
 
 
 class FlipoutConv2d(FlipoutLayer, nn.Conv2d):
@@ -29,8 +29,10 @@ class FlipoutConv2d(FlipoutLayer, nn.Conv2d):
     :param padding_mode: ``"zeros"``, ``"reflect"``, ``"replicate"`` or ``"circular"``
     :param device: Device of the parameters
     :param dtype: Floating-point type of the parameters
-    :param noise: ``family``, ``sigma_init``, ``learn_sigma``, ``noise_sharing``, ``init`` as in :class:`LayerNoise`
-    :raises ValueError: If a noise setting is unknown, out of range or unfit
+    :param noise: ``family``, ``sigma_init``, ``learn_sigma``, ``noise_sharing``, ``init`` as in
+        :class:`~sb3_flipout.layers.config.LayerNoise`
+    :raises TypeError: If a keyword is no noise setting
+    :raises ValueError: If a noise setting is out of range or unfit
     """
 
     _least_dims = 4
@@ -50,7 +52,7 @@ class FlipoutConv2d(FlipoutLayer, nn.Conv2d):
         dtype: th.dtype | None = None,
         **noise: Any,
     ) -> None:
-        config = LayerNoise(**noise)
+        config = layer_noise(noise)
         nn.Conv2d.__init__(
             self,
             in_channels,

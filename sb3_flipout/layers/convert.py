@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from sb3_flipout.layers.base import FlipoutLayer
-from sb3_flipout.layers.config import LayerNoise, one_of
+from sb3_flipout.layers.config import layer_noise, one_of
 from sb3_flipout.layers.conv import FlipoutConv2d
 from sb3_flipout.layers.linear import FlipoutLinear
 
@@ -38,25 +38,28 @@ def perturb(module: M, layers: str = "all", base_key: int = 0, **noise: Any) -> 
     :param module: Network, or a single layer
     :param layers: ``"all"``, or ``"linear"`` for linear layers only (NoisyNet's choice)
     :param base_key: Key of the base perturbation, any integer
-    :param noise: ``family``, ``sigma_init``, ``learn_sigma``, ``noise_sharing``, ``init`` as in :class:`LayerNoise`
+    :param noise: ``family``, ``sigma_init``, ``learn_sigma``, ``noise_sharing``, ``init`` as in
+        :class:`~sb3_flipout.layers.config.LayerNoise`
     :return: The same network
     :raises ValueError: If a setting is unknown, out of range or unfit, or a layer is already perturbed in another way
     """
     one_of("layers", layers, LAYER_CHOICES)
     if isinstance(base_key, bool) or not isinstance(base_key, int):
         raise TypeError(f"base_key must be an integer, got {type(base_key).__name__}.")
-    config = LayerNoise(**noise)
+    config = layer_noise(noise)
     present = [layer for layer in module.modules() if isinstance(layer, FlipoutLayer)]
     for layer in present:
         if layer.noise_config != config:
             raise ValueError(f"a layer is already perturbed with {layer.noise_config}, not {config}; call restore first.")
+    wanted = [plain for plain in module.modules() if type(plain) in LAYER_CHOICES[layers]]
+    if not wanted and not present:
+        names = ", ".join(plain.__name__ for plain in LAYER_CHOICES[layers])
+        raise ValueError(f"{type(module).__name__} has no layer to perturb with layers={layers!r}, which stands for: {names}.")
     following = 1 + max((layer.noise_index or 0 for layer in present), default=-1)
-    for plain in list(module.modules()):
-        if type(plain) in LAYER_CHOICES[layers]:
-            plain.__class__ = PERTURBED_CLASSES[type(plain)]
-            assert isinstance(plain, FlipoutLayer), "the table holds perturbed classes"
-            plain.init_noise(config, base_key, following)
-            following += 1
+    for number, plain in enumerate(wanted, start=following):
+        plain.__class__ = PERTURBED_CLASSES[type(plain)]
+        assert isinstance(plain, FlipoutLayer), "the table holds perturbed classes"
+        plain.init_noise(config, base_key, number)
     return module
 
 

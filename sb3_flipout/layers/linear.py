@@ -7,7 +7,7 @@ from torch import nn
 
 from sb3_flipout.layers import functional
 from sb3_flipout.layers.base import FlipoutLayer
-from sb3_flipout.layers.config import LayerNoise
+from sb3_flipout.layers.config import layer_noise
 
 
 class FlipoutLinear(FlipoutLayer, nn.Linear):  # type: ignore[misc]
@@ -21,8 +21,10 @@ class FlipoutLinear(FlipoutLayer, nn.Linear):  # type: ignore[misc]
     :param bias: Whether there is a bias; it is perturbed too
     :param device: Device of the parameters
     :param dtype: Floating-point type of the parameters
-    :param noise: ``family``, ``sigma_init``, ``learn_sigma``, ``noise_sharing``, ``init`` as in :class:`LayerNoise`
-    :raises ValueError: If a noise setting is unknown, out of range or unfit
+    :param noise: ``family``, ``sigma_init``, ``learn_sigma``, ``noise_sharing``, ``init`` as in
+        :class:`~sb3_flipout.layers.config.LayerNoise`
+    :raises TypeError: If a keyword is no noise setting
+    :raises ValueError: If a noise setting is out of range or unfit
     """
 
     def __init__(
@@ -34,7 +36,7 @@ class FlipoutLinear(FlipoutLayer, nn.Linear):  # type: ignore[misc]
         dtype: th.dtype | None = None,
         **noise: Any,
     ) -> None:
-        config = LayerNoise(**noise)
+        config = layer_noise(noise)
         nn.Linear.__init__(self, in_features, out_features, bias, device, dtype)
         self.init_noise(config)
 

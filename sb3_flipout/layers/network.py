@@ -123,20 +123,21 @@ class _Activation:
     def __init__(self, network: NoisyNetwork, noise: RowNoise | None) -> None:
         self._network = network
         self._noise = noise
-        self._before: list[Any] = []
+        self._before: list[list[Any]] = []  # what was active before each time it was entered
 
     def __enter__(self) -> None:
         network, noise = self._network, self._noise
         states: list[Any] = [None] * len(network.layers) if noise is None else network.views(noise)
-        self._before = [network.module.__dict__.get("explicit_noise")]
+        before = [network.module.__dict__.get("explicit_noise")]
         # Written past nn.Module.__setattr__: these are no parameters, buffers or modules, and this is the hot path.
         network.module.__dict__["explicit_noise"] = (noise,)
         for layer, state in zip(network.layers, states, strict=True):
-            self._before.append(layer.__dict__.get("_active"))
+            before.append(layer.__dict__.get("_active"))
             layer.__dict__["_active"] = state
+        self._before.append(before)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        network, before = self._network, self._before
+        network, before = self._network, self._before.pop()
         network.module.__dict__["explicit_noise"] = before[0]
         for layer, state in zip(network.layers, before[1:], strict=True):
             layer.__dict__["_active"] = state
@@ -177,6 +178,8 @@ def perturbed(module: nn.Module, keys: th.Tensor | RowNoise | None, scale: th.Te
 def redraw(module: nn.Module, base_key: int | None = None) -> None:
     """
     Draw a new base perturbation for every perturbed layer of a network.
+
+    Policies redraw by themselves, as their ``base_every`` says; what is drawn here by hand is not saved with them.
 
     :param module: Network with perturbed layers, or one such layer
     :param base_key: Key of the base, any integer; by default the one that follows from the layer's present key

@@ -16,11 +16,11 @@ Draw = Callable[[th.Size, th.Generator], th.Tensor]
 
 
 def _normal(shape: th.Size, generator: th.Generator) -> th.Tensor:
-    return th.randn(shape, generator=generator)
+    return th.randn(shape, generator=generator, device="cpu")
 
 
 def _rademacher(shape: th.Size, generator: th.Generator) -> th.Tensor:
-    return th.randint(0, 2, shape, generator=generator).float() * 2 - 1
+    return th.randint(0, 2, shape, generator=generator, device="cpu").float() * 2 - 1
 
 
 @dataclass(frozen=True)
@@ -68,5 +68,5 @@ FAMILIES: dict[str, Family] = {family.name: family for family in _TABLE}
 #: Who shares a draw: every row its own signs on one base; one draw for the batch; a full draw for each row.
 NOISE_SHARINGS = ("flipout", "shared", "independent")
 
-#: ``sigma_init`` where none is given (Fortunato et al. 2018, section 3.2, for the factorised family; see docs/defaults.md).
+#: ``sigma_init`` where none is given (Fortunato et al. 2018, section 3.2, for the factorised family; see docs/settings.md).
 DEFAULT_SIGMA_INIT = 0.5

@@ -6,9 +6,11 @@ steps, rollouts (or gradient steps) and evaluation calls there have been.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict, fields
 from inspect import signature
 from typing import Any, TypeVar
@@ -47,8 +49,7 @@ class FlipoutPolicy(BasePolicy):
     def _init_noise(self, settings: NoiseSettings) -> None:
         """Set the noise state up; called in the constructor, after SB3 has built the stock policy."""
         self.noise_settings = settings
-        # Read, not drawn: with SB3's seed it is that seed, and torch's global generator stays as stock SB3 leaves it.
-        self._noise_seed = fold(th.initial_seed())
+        self._noise_seed = _seed_of_torch()
         members = getattr(settings, "members", None)
         self._keys = KeyStream(fold(self._noise_seed, _COLLECTION), settings.resample, members)
         self._evaluation = EvaluationStream(fold(self._noise_seed, _EVALUATION), 0, members)
@@ -74,7 +75,11 @@ class FlipoutPolicy(BasePolicy):
         """
         kwargs = dict(self.optimizer_kwargs)
         learned = self.noise_settings.learn_sigma and self.noise_settings.layer_noise().spec.sigma == "per_weight"
-        if learned and "fused" in signature(self.optimizer_class).parameters and not {"fused", "foreach"} & kwargs.keys():
+        if (
+            learned
+            and "fused" in signature(self.optimizer_class).parameters
+            and not {"fused", "foreach", "differentiable"} & kwargs.keys()
+        ):
             kwargs["fused"] = True
         return self.optimizer_class(parameters, lr=lr_schedule(1), **kwargs)  # type: ignore[call-arg]
 
@@ -109,14 +114,15 @@ class FlipoutPolicy(BasePolicy):
             return None
         return self._evaluation.next(n_rows(obs), self._noise_scale, self.device)
 
-    def _replayed_noise(self, obs: Any) -> RowNoise | None:
-        """Noise that a batch brings with it; during an update it must bring some."""
+    def _replayed_noise(self, obs: Any, needed: bool) -> RowNoise | None:
+        """Noise that a batch brings with it, or mean weights where none is needed."""
         noise = noise_of(obs)
-        if noise is None and self.training:
+        if noise is None and needed:
             raise ValueError(
                 "a batch without noise keys reached the policy in training mode, so its noise cannot be replayed. Batches of "
                 "PPO and A2C carry them; for an algorithm of your own call sb3_flipout.register(YourAlgorithm), and to train "
-                "the mean weights (behaviour cloning) write `with sb3_flipout.perturbed(policy, None):` around the call."
+                "the mean weights (behaviour cloning) write `with sb3_flipout.perturbed(policy, None):` around the call. To "
+                "look at a policy that is not being trained, call policy.set_training_mode(False) first."
             )
         return noise
 
@@ -125,6 +131,23 @@ class FlipoutPolicy(BasePolicy):
     @abstractmethod
     def begin_rollout(self) -> None:
         """Tell that a rollout starts."""
+
+    @abstractmethod
+    def collecting(self, n_envs: int) -> AbstractContextManager[None]:
+        """
+        Mark collection: forward passes inside it act in the training environments.
+
+        :param n_envs: Number of environments
+        :return: Context manager
+        """
+
+    @abstractmethod
+    def updating(self) -> AbstractContextManager[None]:
+        """
+        Mark the update.
+
+        :return: Context manager
+        """
 
     def end_episodes(self, dones: np.ndarray) -> None:
         """
@@ -199,6 +222,8 @@ class FlipoutPolicy(BasePolicy):
         """
         Give SB3's own policy with the mean weights, for export and for use without this package.
 
+        Of an ensemble (``members``) that is neither the vote nor any member, and the prior is left out.
+
         :return: Stock policy on the same device; its optimizer is new
         """
         plain_class: Any = next(base for base in type(self).__mro__ if not issubclass(base, FlipoutPolicy))
@@ -210,6 +235,16 @@ class FlipoutPolicy(BasePolicy):
         plain.load_state_dict({name: own[name] for name in plain.state_dict()})
         plain.set_training_mode(self.training)
         return plain.to(self.device)
+
+
+def _seed_of_torch() -> int:
+    """
+    Seed the noise by the state of torch's generator: read, not drawn, so that it stays as stock SB3 leaves it.
+
+    The state counts as well as the seed, so that two models made one after the other explore by different noise.
+    """
+    state = hashlib.blake2b(th.get_rng_state().numpy().tobytes(), digest_size=8)
+    return fold(th.initial_seed(), int.from_bytes(state.digest(), "little"))
 
 
 def n_rows(obs: Any) -> int:

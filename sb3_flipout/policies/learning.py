@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch as th
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import PyTorchObs
@@ -30,6 +32,18 @@ class LearningNoise:
         self.step = 0  # gradient steps so far
         self.active = False  # whether SB3's `train` is running
         self.scale = 1.0
+        # Whether gradient steps need bases of their own: not with members, whose base is frozen, and not where the factors
+        # alone are the noise.
+        drawn = settings.layer_noise().spec.base is not None or settings.noise_sharing == "shared"
+        self.base_moves = drawn and settings.members is None and settings.noise_sharing != "independent"
+
+    def count(self, *_: Any) -> None:
+        """
+        Count a gradient step; hung on the optimizer.
+
+        :param _: What torch hands to hooks
+        """
+        self.step += 1
 
     def _role(self, role: int) -> int:
         return _ONLINE if self.settings.target_noise == "same" else role
@@ -67,6 +81,12 @@ class NoisyValueNet(BasePolicy):
     # In a tuple, so that the prior is no part of this network's parameters: it is neither trained nor copied by polyak.
     prior: tuple[BasePolicy, float] | None = None
     explicit_noise: tuple[RowNoise | None] | None = None
+    drawn_base_key: int | None = None  # of the learning base that is bound now
+
+    def _draw_base(self, base_key: int) -> None:
+        if base_key != self.drawn_base_key:
+            self.noisy.redraw(base_key)
+            self.drawn_base_key = base_key
 
     def forward(self, obs: PyTorchObs) -> th.Tensor:
         """
@@ -76,7 +96,10 @@ class NoisyValueNet(BasePolicy):
         :return: Values, shape (N, n_actions), or quantiles, shape (N, n_quantiles, n_actions)
         """
         if self.explicit_noise is None and self.learning is not None and self.learning.active:
-            with self.noisy.activate(self.learning.rows(self.role, n_rows(obs), self.device)):
+            noise = self.learning.rows(self.role, n_rows(obs), self.device)
+            if noise is not None and self.learning.base_moves:
+                self._draw_base(self.learning.base_key(self.role))
+            with self.noisy.activate(noise):
                 return self.forward(obs)
         values: th.Tensor = super().forward(obs)
         if self.prior is None:

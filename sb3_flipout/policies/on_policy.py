@@ -7,6 +7,8 @@ them again. Values are replayed with the same keys; bootstrap values, asked for 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch as th
@@ -69,6 +71,7 @@ class OnPolicyNoise(FlipoutPolicy, ActorCriticPolicy):
         self._perturb(self._modules_to_perturb(perturb))
         self.network = NoisyNetwork.of(self)
         self._rollouts = 0
+        self._collects = self._updates = False
         # Made once more, over sigma too. The first one has no state yet, so nothing is lost.
         self.optimizer = self._make_optimizer(self.parameters(), lr_schedule)
 
@@ -88,6 +91,33 @@ class OnPolicyNoise(FlipoutPolicy, ActorCriticPolicy):
             self.network.redraw(self._base_key(self._rollouts // every))
         self._rollouts += 1
         self._keys.begin_rollout()
+
+    @contextmanager
+    def collecting(self, n_envs: int) -> Iterator[None]:
+        """
+        Mark a rollout: forward passes inside it act in the training environments.
+
+        :param n_envs: Number of environments
+        :return: Context manager
+        """
+        self._collects = True
+        try:
+            yield
+        finally:
+            self._collects = False
+
+    @contextmanager
+    def updating(self) -> Iterator[None]:
+        """
+        Mark an update: inside it, every batch has to bring its noise.
+
+        :return: Context manager
+        """
+        self._updates = True
+        try:
+            yield
+        finally:
+            self._updates = False
 
     def get_extra_state(self) -> dict[str, Any]:
         """
@@ -112,14 +142,17 @@ class OnPolicyNoise(FlipoutPolicy, ActorCriticPolicy):
         """
         Act in the environments: the collection step of a rollout, one row per environment.
 
-        The noise of the rows hangs on the returned log-probabilities as their attribute ``row_noise``.
+        The noise of the rows hangs on the returned log-probabilities as their attribute ``row_noise``. Outside
+        ``collect_rollouts`` it comes from the stream of evaluation, so that training does not notice.
 
         :param obs: Observations, shape (n_envs, ...)
         :param deterministic: Most likely actions under the mean weights, as exports use it; draws nothing
         :return: Actions, values and log-probabilities
         """
         if self.explicit_noise is None:
-            with self.network.activate(None if deterministic else self._collection_noise(n_rows(obs))):
+            collects = self._collects and not deterministic
+            noise = self._collection_noise(n_rows(obs)) if collects else self._prediction_noise(obs, deterministic)
+            with self.network.activate(noise):
                 return self.forward(obs, deterministic)
         actions, values, log_prob = super().forward(obs, deterministic)
         log_prob.row_noise = self.explicit_noise[0]  # type: ignore[attr-defined]
@@ -135,7 +168,7 @@ class OnPolicyNoise(FlipoutPolicy, ActorCriticPolicy):
         :raises ValueError: In training mode, if the observations carry no noise
         """
         if self.explicit_noise is None:
-            with self.network.activate(self._replayed_noise(obs)):
+            with self.network.activate(self._replayed_noise(obs, needed=self.training)):
                 return self.evaluate_actions(obs, actions)
         return super().evaluate_actions(without_noise(obs), actions)
 
@@ -145,10 +178,10 @@ class OnPolicyNoise(FlipoutPolicy, ActorCriticPolicy):
 
         :param obs: Observations
         :return: Action distribution
-        :raises ValueError: In training mode, if the observations carry no noise
+        :raises ValueError: During an update, if the observations carry no noise
         """
         if self.explicit_noise is None:
-            with self.network.activate(self._replayed_noise(obs)):
+            with self.network.activate(self._replayed_noise(obs, needed=self._updates)):
                 return self.get_distribution(obs)
         return super().get_distribution(without_noise(obs))
 
@@ -158,10 +191,10 @@ class OnPolicyNoise(FlipoutPolicy, ActorCriticPolicy):
 
         :param obs: Observations
         :return: Values, shape (N, 1)
-        :raises ValueError: In training mode, if the observations carry no noise
+        :raises ValueError: During an update, if the observations carry no noise
         """
         if self.explicit_noise is None:
-            with self.network.activate(self._replayed_noise(obs)):
+            with self.network.activate(self._replayed_noise(obs, needed=self._updates)):
                 return self.predict_values(obs)
         return super().predict_values(without_noise(obs))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
+from numbers import Integral, Real
 
 from sb3_flipout.layers import LayerNoise
 from sb3_flipout.layers.config import one_of
@@ -39,6 +40,10 @@ class NoiseSettings:
     init: str = "keep"
 
     def __post_init__(self) -> None:
+        # Plain Python numbers: the settings are saved with the model, and torch loads no others.
+        _plain(self, "sigma_init", Real, float)
+        for name in ("resample", "base_every"):
+            _plain(self, name, Integral, int)
         self.layer_noise()
         check_resample(self.resample)
         one_of("perturb", self.perturb, PERTURB_CHOICES)
@@ -56,6 +61,13 @@ class NoiseSettings:
         return LayerNoise(**{name: getattr(self, name) for name in names})
 
 
+def _plain(settings: object, name: str, kind: type, plain: type) -> None:
+    """Turn a number of numpy's into one of Python's; what is no such number stays, for the checks to refuse."""
+    value = getattr(settings, name)
+    if isinstance(value, kind) and not isinstance(value, bool):
+        object.__setattr__(settings, name, plain(value))
+
+
 TARGET_NOISE_CHOICES = ("independent", "same", "mean")
 
 
@@ -65,8 +77,10 @@ class ValueSettings(NoiseSettings):
     The settings of value-based policies: those of every policy, and what learning from replayed transitions adds.
 
     :param base_every: How often the acting base is redrawn, in collection steps; ``None`` for never
-    :param target_noise: Noise of the target network: ``"independent"`` of the online network's (NoisyNet's rule),
-        the ``"same"``, or ``"mean"`` weights
+    :param resample: As above; by default ``"episode"`` with members and ``"step"`` without
+    :param target_noise: Noise of the target network: ``"independent"`` of the online network's (NoisyNet's rule, the
+        default without members), the ``"same"`` (the default with members: each learns from its own target), or ``"mean"``
+        weights
     :param members: Number K of keys that exist; the base is frozen then, so each key is a member of an implicit ensemble.
         ``None``: no end of keys
     :param prior_scale: Scale of the frozen random prior that is added to each member's values (Osband et al. 2018);
@@ -74,12 +88,20 @@ class ValueSettings(NoiseSettings):
     :raises ValueError: If a value is unknown, out of range, or does not fit another one
     """
 
+    resample: str | int | None = None  # type: ignore[assignment]
     base_every: int | None = None
-    target_noise: str = "independent"
+    target_noise: str | None = None
     members: int | None = None
     prior_scale: float = 0.0
 
     def __post_init__(self) -> None:
+        for name in ("members", "prior_scale"):
+            _plain(self, name, *((Integral, int) if name == "members" else (Real, float)))
+        ensemble = self.members is not None
+        if self.resample is None:
+            object.__setattr__(self, "resample", "episode" if ensemble else "step")
+        if self.target_noise is None:
+            object.__setattr__(self, "target_noise", "same" if ensemble else "independent")
         super().__post_init__()
         one_of("target_noise", self.target_noise, TARGET_NOISE_CHOICES)
         if self.members is not None:

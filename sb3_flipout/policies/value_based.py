@@ -68,12 +68,7 @@ class ValueNoise(FlipoutPolicy):
             net.noisy = NoisyNetwork(net, self._parts(net))
         # `perturbed(policy, keys)` is about what acts. The target network's layers have the same numbers, on purpose.
         NoisyNetwork(self, self._parts(self.online))
-        # Where each gradient step and the acting need bases of their own: not with members, whose base is frozen, and not
-        # where the factors alone are the noise.
-        drawn = settings.layer_noise().spec.base is not None or settings.noise_sharing == "shared"
-        self._base_moves = drawn and settings.members is None and settings.noise_sharing != "independent"
         self.optimizer = self._make_optimizer(self.online.parameters(), lr_schedule)
-        self.optimizer.register_step_post_hook(self._after_gradient_step)
 
     @property
     def online(self) -> NoisyValueNet:
@@ -122,7 +117,7 @@ class ValueNoise(FlipoutPolicy):
         self._keys.begin_rollout()
 
     @contextmanager
-    def acting(self, n_envs: int) -> Iterator[None]:
+    def collecting(self, n_envs: int) -> Iterator[None]:
         """
         Mark one collection step: predictions inside it act in the training environments.
 
@@ -141,7 +136,7 @@ class ValueNoise(FlipoutPolicy):
         settings = self.noise_settings
         if settings.noise_sharing == "shared":  # the base is the draw, so it changes when the first environment's key does
             self._bind_acting_base(int(noise.keys[0]))
-        elif settings.base_every is not None and self._base_moves:
+        elif settings.base_every is not None and self.learning.base_moves:
             self._bind_acting_base(self._base_key(step // settings.base_every))
 
     def _bind_acting_base(self, base_key: int) -> None:
@@ -158,22 +153,15 @@ class ValueNoise(FlipoutPolicy):
         """
         acting_bases = self.online.noisy.bases()
         self.learning.active, self.learning.scale = True, self._noise_scale
-        self._redraw_learning_base()
+        # Hung on here, not once for all: copies of an optimizer, and another one put in its place, have no hooks.
+        hook = self.optimizer.register_step_post_hook(self.learning.count)
         try:
             yield
         finally:
+            hook.remove()
             self.learning.active = False
+            self.online.drawn_base_key = None
             self.online.noisy.bind(acting_bases)
-
-    def _after_gradient_step(self, *_: Any) -> None:
-        if self.learning.active:
-            self.learning.step += 1
-            self._redraw_learning_base()
-
-    def _redraw_learning_base(self) -> None:
-        if self._base_moves:
-            for role, net in enumerate((self.online, self.target)):
-                net.noisy.redraw(self.learning.base_key(role))
 
     # ---- predictions --------------------------------------------------------------------------------------------
 

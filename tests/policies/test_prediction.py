@@ -97,10 +97,12 @@ def test_missing_keys_in_training_mode_raise_and_behaviour_cloning_by_name_works
     policy = model.policy
     policy.set_training_mode(True)
     obs, actions = th.as_tensor(OBS), th.zeros(6, 3)
-    for call in (lambda: policy.evaluate_actions(obs, actions), lambda: policy.predict_values(obs),
-                 lambda: policy.get_distribution(obs)):  # fmt: skip
-        with pytest.raises(ValueError, match="without noise keys"):
-            call()
+    with pytest.raises(ValueError, match="without noise keys"):
+        policy.evaluate_actions(obs, actions)
+    for look in (policy.predict_values, policy.get_distribution):
+        with policy.updating(), pytest.raises(ValueError, match=r"set_training_mode\(False\)"):
+            look(obs)
+        look(obs)  # outside an update, looking at a fresh or loaded policy gives what the mean weights give
     policy.optimizer.zero_grad()
     with perturbed(policy, None):
         _, log_prob, _ = policy.evaluate_actions(obs, actions)
@@ -171,3 +173,18 @@ def test_exported_module_is_the_mean_policy(model):
     plain.set_training_mode(False)
     exported = th.export.export(Exported(plain).eval(), (th.as_tensor(OBS),)).module()
     assert th.allclose(exported(th.as_tensor(OBS)), means(model.policy, None))
+
+
+def test_forward_outside_collection_leaves_the_training_noise_alone(model):
+    before = model.policy._keys.step
+    with th.no_grad():
+        model.policy(th.as_tensor(OBS))
+    assert model.policy._keys.step == before
+
+
+def test_a_context_can_be_entered_again(model):
+    context = perturbed(model.policy, th.arange(6))
+    with context, context:
+        pass
+    assert model.policy.explicit_noise is None
+    assert all(layer._active is None for layer in model.policy.network.layers)

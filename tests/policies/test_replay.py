@@ -93,7 +93,7 @@ def test_the_action_of_each_environment_comes_from_its_own_weights():
     policy.set_training_mode(False)
     policy.begin_rollout()
     obs = th.rand(3, 5)
-    with th.no_grad():
+    with th.no_grad(), policy.collecting(3):
         _, values, log_prob = policy(obs, deterministic=False)
     noise = noise_of(log_prob)
     assert noise.keys.unique().numel() == 3
@@ -142,7 +142,7 @@ def test_noise_of_two_environments_is_uncorrelated():
     for step in range(n):
         if step % 4 == 0:
             policy.begin_rollout()
-        with th.no_grad():
+        with th.no_grad(), policy.collecting(3):
             _, _, log_prob = policy(obs)
             with policy.network.activate(noise_of(log_prob)):
                 rows.append(policy.get_distribution(obs).distribution.mean[:, 0])

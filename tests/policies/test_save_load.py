@@ -8,6 +8,7 @@ import pytest
 import torch as th
 from helpers import CASES, NoiseRecorder, vector_env
 from stable_baselines3 import A2C, PPO
+from stable_baselines3.common.callbacks import BaseCallback
 
 from sb3_flipout.policies import FlipoutActorCriticPolicy
 
@@ -139,3 +140,28 @@ def test_saved_zip_holds_the_users_buffer_class(tmp_path):
 def test_two_models_in_one_process_have_their_own_noise():
     one, other = build(), PPO("FlipoutMlpPolicy", vector_env(), n_steps=16, batch_size=8, n_epochs=1, seed=2)
     assert np.intersect1d(learn(one).all_keys(), learn(other).all_keys()).size == 0
+
+
+def test_two_models_without_seeds_explore_by_different_noise():
+    one, other = (PPO("FlipoutMlpPolicy", vector_env(), n_steps=8, batch_size=8) for _ in range(2))
+    assert one.policy._noise_seed != other.policy._noise_seed
+    assert not th.equal(one.policy.action_net.weight_base, other.policy.action_net.weight_base)
+
+
+@pytest.mark.parametrize("sigma_init, resample", [(np.float64(0.1), np.int64(3)), (np.float32(0.5), "step")])
+def test_settings_of_numpys_types_are_saved_and_loaded(sigma_init, resample, tmp_path):
+    model = build(sigma_init=sigma_init, resample=resample)
+    model.save(tmp_path / "model")
+    settings = PPO.load(tmp_path / "model").policy.noise_settings
+    assert settings.sigma_init == pytest.approx(float(sigma_init)) and settings.resample == resample
+
+
+def test_rollout_broken_off_by_a_callback_ends_all_episodes():
+    class Stop(BaseCallback):
+        def _on_step(self):
+            return self.n_calls < 5
+
+    model = build(resample="episode")
+    model.learn(48, callback=Stop())
+    held = model.policy._keys._drawn.copy()
+    assert (held == 5).all()

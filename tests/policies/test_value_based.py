@@ -1,5 +1,7 @@
 """DQN and QRDQN: two streams of noise, one per environment for acting, one per gradient step for learning."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch as th
@@ -35,7 +37,7 @@ class Recorder(BaseCallback):
 
     def _init_callback(self):
         policy = self.model.policy
-        predict, rows = policy._predict, policy.learning.rows
+        predict, nets = policy._predict, (policy.online, policy.target)
 
         def record_predict(observation, deterministic=True):
             if policy._acting_noise is not None:
@@ -44,14 +46,19 @@ class Recorder(BaseCallback):
                 self.acting_bases.append(None if base is None else base.clone())
             return predict(observation, deterministic)
 
-        def record_rows(role, n, device):
-            noise = rows(role, n, device)
-            layer = (policy.online, policy.target)[role].noisy.layers[0]
-            base = None if layer.weight_base is None else layer.weight_base.clone()
-            self.learning.append((policy.learning.step, role, None if noise is None else noise.keys.clone(), base))
-            return noise
+        def recording(role, activate):
+            def record_activate(noise):
+                if policy.learning.active:
+                    base = nets[role].noisy.layers[0].weight_base
+                    keys = None if noise is None else noise.keys.clone()
+                    self.learning.append((policy.learning.step, role, keys, None if base is None else base.clone()))
+                return activate(noise)
 
-        policy._predict, policy.learning.rows = record_predict, record_rows
+            return record_activate
+
+        policy._predict = record_predict
+        for role, net in enumerate(nets):
+            net.noisy.activate = recording(role, net.noisy.activate)
 
     def _on_step(self):
         self.dones.append(self.locals["dones"].copy())
@@ -172,7 +179,7 @@ def test_action_is_greedy_under_each_environments_own_weights():
     model = build(n_envs=3)
     obs = model.env.reset()
     model._last_obs = obs
-    with model.policy.acting(3):
+    with model.policy.collecting(3):
         keys = model.policy._acting_noise.keys
         actions, _ = model.policy.predict(obs)
     for env in range(3):
@@ -196,7 +203,7 @@ def test_evaluation_changes_nothing_in_the_training_noise(deterministic):
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-@pytest.mark.parametrize("noise", [{}, dict(base_every=5), dict(members=4, prior_scale=1.0)])
+@pytest.mark.parametrize("noise", [{}, dict(base_every=5), dict(members=4, prior_scale=1.0, resample="step")])
 def test_noise_goes_on_after_save_and_load_as_if_uninterrupted(algorithm, noise, tmp_path):
     whole = learn(build(algorithm, noise=noise), 160)
     model = build(algorithm, noise=noise)
@@ -367,3 +374,31 @@ def test_cnn_layers_by_perturb():
     assert kinds("linear") == ["FlipoutLinear"] * 2
     assert kinds("policy") == kinds("all") == ["FlipoutConv2d"] * 3 + ["FlipoutLinear"] * 2
     assert kinds("heads") == ["FlipoutLinear"]
+
+
+def test_gradient_steps_are_counted_with_another_optimizer_and_in_a_copied_policy():
+    model = build(learning_starts=0).learn(20)
+    before = model.policy.learning.step
+    model.policy = copy.deepcopy(model.policy)
+    model._create_aliases()
+    model.learn(20)
+    model.policy.optimizer = th.optim.Adam(model.policy.q_net.parameters())
+    model.learn(20)
+    assert model.policy.learning.step == before + 10
+
+
+def test_members_learn_from_their_own_targets_and_hold_their_keys_by_default():
+    assert (members().policy.noise_settings.target_noise, members().policy.noise_settings.resample) == ("same", "episode")
+    plain = build().policy.noise_settings
+    assert (plain.target_noise, plain.resample) == ("independent", "step")
+
+
+def test_bases_are_drawn_once_per_gradient_step_and_network(monkeypatch):
+    draws = []
+    redraw = FlipoutLayer.redraw
+    monkeypatch.setattr(FlipoutLayer, "redraw", lambda layer, key: (draws.append(key), redraw(layer, key)))
+    model = build(learning_starts=0, gradient_steps=3, noise=dict(base_every=None))
+    draws.clear()
+    model.learn(40)
+    steps, layers = model.policy.learning.step, 3
+    assert len(draws) == 2 * layers * steps
