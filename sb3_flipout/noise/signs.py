@@ -208,8 +208,11 @@ class FactorPlan:
         :return: Block of factors, shape (N, ``width``); those over outputs are multiplied by the scale
         """
         blocks = []
-        for kind, word_salts, first_output in self._groups:
-            block = factors(keys, word_salts.to(keys.device), kind, dtype)
+        for number, (kind, word_salts, first_output) in enumerate(self._groups):
+            if word_salts.device != keys.device:  # moved once, then remembered: a network stays where it is
+                word_salts = word_salts.to(keys.device)
+                self._groups[number] = (kind, word_salts, first_output)
+            block = factors(keys, word_salts, kind, dtype)
             if scale is not None:
                 block[:, first_output:] *= scale.to(dtype)[:, None]
             blocks.append(block)
