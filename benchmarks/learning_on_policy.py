@@ -117,11 +117,12 @@ def main() -> None:
     parser.add_argument("--task", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--arm", nargs="+", choices=ARMS, default=["stock", "flipout"])
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--first-seed", type=int, default=0, help="to confirm, on seeds that nothing was chosen by")
     parser.add_argument("--steps", type=int, default=100_000)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("docs/benchmarks/learning_on_policy.json"))
     args = parser.parse_args()
-    runs = list(product(args.task, args.arm, range(args.seeds)))
+    runs = list(product(args.task, args.arm, range(args.first_seed, args.first_seed + args.seeds)))
     with ProcessPoolExecutor(args.jobs) as pool:
         futures = [pool.submit(train, *run, args.steps) for run in runs]
         rows = []
