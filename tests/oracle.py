@@ -72,14 +72,26 @@ def factors(key: int, layer: int, vector: int, n: int, kind: str) -> list[float]
     return [factor for word in _words(key, layer, vector, math.ceil(n / per_word)) for factor in cut(word)][:n]
 
 
+@cache
+def base_table(law: str, size: int) -> th.Tensor:
+    """The table that bases are slices of."""
+    normal = th.randn(size, generator=th.Generator().manual_seed(0x5B3F11))
+    return normal if law == "normal" else th.tensor([-1.0, 1.0])[(normal >= 0).long()]
+
+
 def base(layer: Any) -> tuple[th.Tensor | None, th.Tensor | None]:
-    """The base draw, from a generator seeded with base key and number: weight first, then bias."""
-    draw = layer.noise_config.spec.base
-    if draw is None:
+    """The base draw, a slice of the table that begins where key and number say: weight first, then bias."""
+    law = layer.noise_config.spec.base
+    if law is None:
         return None, None
-    generator = th.Generator().manual_seed(fold(layer.base_key, layer.noise_index))
-    weight = draw(layer.weight.shape, generator).to(layer.weight.dtype)
-    return weight, None if layer.bias is None else draw(layer.bias.shape, generator).to(layer.weight.dtype)
+    n_weight, n_bias = layer.weight.numel(), 0 if layer.bias is None else layer.bias.numel()
+    size = 4 * 2**20
+    while size < 4 * (n_weight + n_bias):
+        size *= 2
+    start = fold(layer.base_key, layer.noise_index) % (size - (n_weight + n_bias) + 1)
+    flat = base_table(law, size)[start:].to(layer.weight.dtype)
+    bias = None if layer.bias is None else flat[n_weight : n_weight + n_bias]
+    return flat[:n_weight].view(layer.weight.shape), bias
 
 
 class _Row:

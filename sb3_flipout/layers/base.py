@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch as th
 from torch import nn
 
 from sb3_flipout.layers import functional
 from sb3_flipout.layers.config import LayerNoise
+from sb3_flipout.noise.bases import base_draws
 from sb3_flipout.noise.keys import fold
 from sb3_flipout.noise.rows import RowNoise
 from sb3_flipout.noise.signs import FactorKind, LayerVectors, factors, salts
@@ -76,7 +78,7 @@ class FlipoutLayer(nn.Module, ABC):
 
     def redraw(self, base_key: int) -> None:
         """
-        Draw the base perturbation, a pure function of the base key and the layer's number, on an own CPU generator.
+        Draw the base perturbation, a pure function of the base key and the layer's number.
 
         New tensors are bound, never filled in place: a backward pass that still waits sees the draw it was made with.
 
@@ -88,15 +90,24 @@ class FlipoutLayer(nn.Module, ABC):
         self.register_buffer("bias_base", bias_base, persistent=False)
 
     def _draw_base(self, base_key: int) -> tuple[th.Tensor | None, th.Tensor | None]:
-        sharing, draw = self.noise_config.noise_sharing, self.noise_config.spec.base
-        if draw is not None and sharing != "independent":
-            generator = th.Generator().manual_seed(fold(base_key, self.noise_index or 0))
-            weight_base = draw(self.weight.shape, generator).to(self.weight)
-            return weight_base, None if self.bias is None else draw(self.bias.shape, generator).to(self.bias)
+        sharing, law = self.noise_config.noise_sharing, self.noise_config.spec.base
+        if law is not None and sharing != "independent":
+            shapes = [self.weight.shape] if self.bias is None else [self.weight.shape, self.bias.shape]
+            draws = base_draws(law, fold(base_key, self.noise_index or 0), shapes, self.weight)
+            return draws[0], None if self.bias is None else draws[1]
         if sharing == "shared":  # factors of one key for all rows: NoisyNet's factorised draw
             s, r = self._factors(th.tensor([base_key], device=self.weight.device))
             return self._outer(r, s)[0], None if self.bias is None else r[0]
         return None, None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """
+        Give what copies and pickles keep: base draws of their own, not the whole table that they are slices of.
+
+        :return: Attributes
+        """
+        buffers = {name: buffer if buffer is None else buffer.clone() for name, buffer in self._buffers.items()}
+        return {**self.__dict__, "_buffers": buffers}
 
     def deltas(
         self, weight_eps: th.Tensor | None = None, bias_eps: th.Tensor | None = None

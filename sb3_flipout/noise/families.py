@@ -4,23 +4,11 @@ Every family gives row n the weights ``W + c_n * delta * outer(r_n, s_n)``. It s
 weights are multiplied to give ``delta``, and what the row factors r and s are.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-import torch as th
-
+from sb3_flipout.noise.bases import BaseLaw
 from sb3_flipout.noise.signs import FactorKind
-
-Draw = Callable[[th.Size, th.Generator], th.Tensor]
-
-
-def _normal(shape: th.Size, generator: th.Generator) -> th.Tensor:
-    return th.randn(shape, generator=generator, device="cpu")
-
-
-def _rademacher(shape: th.Size, generator: th.Generator) -> th.Tensor:
-    return th.randint(0, 2, shape, generator=generator, device="cpu").float() * 2 - 1
 
 
 @dataclass(frozen=True)
@@ -30,7 +18,7 @@ class Family:
 
     :param name: Its name in ``family=``
     :param factor: The law of the row factors
-    :param base: Draw of the base, given shape and a CPU generator; ``None`` where the factors alone are the noise
+    :param base: Law of the base draw; ``None`` where the factors alone are the noise
     :param row_draw: Law of the elements of a row's own draw under ``noise_sharing="independent"``; ``None`` where rows
         that differ by their factors are independent already
     :param sigma: ``"per_weight"``, ``"per_layer"`` (one number, not learned) or ``"none"``
@@ -40,7 +28,7 @@ class Family:
 
     name: str
     factor: FactorKind
-    base: Draw | None
+    base: BaseLaw | None
     row_draw: Literal["normal", "sign"] | None
     sigma: Literal["per_weight", "per_layer", "none"]
     relative: bool
@@ -51,16 +39,16 @@ _TABLE = (
     Family(
         "gaussian",
         "sign",
-        _normal,
+        "normal",
         "normal",
         "per_weight",
         False,
         "Blundell et al. 2015; Fortunato et al. 2018, section 3",
     ),
     Family("factorised", "sqrt_normal", None, None, "per_weight", False, "Fortunato et al. 2018, eq. (10)"),
-    Family("multiplicative", "sign", _normal, "normal", "per_weight", True, "Wen et al. 2018, section 4.1"),
-    Family("dropconnect", "sign", _rademacher, "sign", "none", True, "Wan et al. 2013, p = 1/2"),
-    Family("isotropic", "sign", _normal, "normal", "per_layer", False, "Plappert et al. 2018"),
+    Family("multiplicative", "sign", "normal", "normal", "per_weight", True, "Wen et al. 2018, section 4.1"),
+    Family("dropconnect", "sign", "sign", "sign", "none", True, "Wan et al. 2013, p = 1/2"),
+    Family("isotropic", "sign", "normal", "normal", "per_layer", False, "Plappert et al. 2018"),
 )
 
 FAMILIES: dict[str, Family] = {family.name: family for family in _TABLE}
