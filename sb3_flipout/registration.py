@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 from gymnasium import spaces
-from stable_baselines3 import A2C, DQN, PPO
+from stable_baselines3 import A2C, DDPG, DQN, PPO, SAC, TD3
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
-from sb3_flipout.policies import on_policy, value_based
+from sb3_flipout.policies import actor_critic, on_policy, value_based
 from sb3_flipout.policies.base import FlipoutPolicy
 from sb3_flipout.rollout import keyed
 
@@ -31,6 +31,11 @@ _ACTOR_CRITIC: dict[str, type[FlipoutPolicy]] = {
     "FlipoutCnnPolicy": on_policy.FlipoutActorCriticCnnPolicy,
     "FlipoutMultiInputPolicy": on_policy.FlipoutMultiInputActorCriticPolicy,
 }
+_TD3: dict[str, type[FlipoutPolicy]] = {
+    "FlipoutMlpPolicy": actor_critic.FlipoutTD3Policy,
+    "FlipoutCnnPolicy": actor_critic.FlipoutTD3CnnPolicy,
+    "FlipoutMultiInputPolicy": actor_critic.FlipoutTD3MultiInputPolicy,
+}
 
 #: Which names each algorithm gets.
 ALIASES: dict[type[BaseAlgorithm], Aliases] = {
@@ -41,18 +46,33 @@ ALIASES: dict[type[BaseAlgorithm], Aliases] = {
         "FlipoutCnnPolicy": value_based.FlipoutDQNCnnPolicy,
         "FlipoutMultiInputPolicy": value_based.FlipoutDQNMultiInputPolicy,
     },
+    SAC: {
+        "FlipoutMlpPolicy": actor_critic.FlipoutSACPolicy,
+        "FlipoutCnnPolicy": actor_critic.FlipoutSACCnnPolicy,
+        "FlipoutMultiInputPolicy": actor_critic.FlipoutSACMultiInputPolicy,
+    },
+    TD3: _TD3,
+    DDPG: _TD3,
 }
 
 if find_spec("sb3_contrib") is not None:  # an extra: the rest works without it
-    from sb3_contrib import QRDQN
+    from sb3_contrib import ARS, QRDQN, TQC, CrossQ
 
-    from sb3_flipout.policies import quantile
+    from sb3_flipout.policies import actor_critic_contrib, quantile, refused
 
     ALIASES[QRDQN] = {
         "FlipoutMlpPolicy": quantile.FlipoutQRDQNPolicy,
         "FlipoutCnnPolicy": quantile.FlipoutQRDQNCnnPolicy,
         "FlipoutMultiInputPolicy": quantile.FlipoutQRDQNMultiInputPolicy,
     }
+    ALIASES[TQC] = {
+        "FlipoutMlpPolicy": actor_critic_contrib.FlipoutTQCPolicy,
+        "FlipoutCnnPolicy": actor_critic_contrib.FlipoutTQCCnnPolicy,
+        "FlipoutMultiInputPolicy": actor_critic_contrib.FlipoutTQCMultiInputPolicy,
+    }
+    ALIASES[CrossQ] = {"FlipoutMlpPolicy": actor_critic_contrib.FlipoutCrossQPolicy}
+    # A name that says why there is no such policy.
+    ARS.policy_aliases.setdefault("FlipoutMlpPolicy", refused.NoFlipoutForARS)
 
 
 def _setup_model(original: Method, algorithm: Any) -> None:

@@ -1,20 +1,21 @@
-"""The noise of gradient steps, and the value networks that ask for it while SB3 trains."""
+"""The noise of gradient steps, and the networks that ask for it while SB3 trains."""
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch as th
-from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.policies import BaseModel, BasePolicy
 from stable_baselines3.common.type_aliases import PyTorchObs
 
 from sb3_flipout.layers import NoisyNetwork
 from sb3_flipout.noise import RowNoise, fold, fold_in
 from sb3_flipout.noise.stream import restrict
 from sb3_flipout.policies.base import n_rows
-from sb3_flipout.policies.settings import ValueSettings
+from sb3_flipout.policies.settings import LearningSettings
 
-_ONLINE, _TARGET = 0, 1
+ONLINE, TARGET = 0, 1  # roles
 _KEYS, _BASE = 16, 17  # streams of a policy's seed, beside those in policies/base.py
 
 
@@ -26,7 +27,7 @@ class LearningNoise:
     :param settings: Settings of the policy
     """
 
-    def __init__(self, seed: int, settings: ValueSettings) -> None:
+    def __init__(self, seed: int, settings: LearningSettings) -> None:
         self.seed = seed
         self.settings = settings
         self.step = 0  # gradient steps so far
@@ -46,7 +47,7 @@ class LearningNoise:
         self.step += 1
 
     def _role(self, role: int) -> int:
-        return _ONLINE if self.settings.target_noise == "same" else role
+        return ONLINE if self.settings.target_noise == "same" else role
 
     def rows(self, role: int, n: int, device: th.device) -> RowNoise | None:
         """
@@ -57,7 +58,7 @@ class LearningNoise:
         :param device: Device of the network
         :return: Row noise; ``None`` for mean weights
         """
-        if role == _TARGET and self.settings.target_noise == "mean":
+        if role == TARGET and self.settings.target_noise == "mean":
             return None
         keys = fold_in(fold(self.seed, _KEYS, self.step, self._role(role)), th.arange(n, device=device))
         return RowNoise(restrict(keys, self.settings.members), self.scale)
@@ -72,21 +73,34 @@ class LearningNoise:
         return fold(self.seed, _BASE, self.step, self._role(role))
 
 
-class NoisyValueNet(BasePolicy):
-    """Mixin of a value network that draws learning noise while SB3 trains, and adds its members' prior."""
+class NoisyNet(BaseModel):
+    """
+    Mixin of a network that draws the noise of the gradient step while SB3 trains.
 
-    role: int = _ONLINE
+    Noise that was activated by name, with ``perturbed`` or by the policy, goes before it.
+    """
+
+    role: int = ONLINE
     learning: LearningNoise | None = None
     noisy: NoisyNetwork
+    explicit_noise: tuple[RowNoise | None] | None = None
+
+    def _step_noise(self, obs: PyTorchObs, role: int) -> AbstractContextManager[None] | None:
+        """Activate the noise of the present gradient step; ``None`` where the network is to run as it is."""
+        learning = self.learning
+        if self.explicit_noise is not None or learning is None or not learning.active:
+            return None
+        noise = learning.rows(role, n_rows(obs), self.device)
+        if noise is not None and learning.base_moves:
+            self.noisy.redraw(learning.base_key(role))
+        return self.noisy.activate(noise)
+
+
+class NoisyValueNet(NoisyNet, BasePolicy):
+    """Mixin of a value network that learns under noise, and adds its members' prior."""
+
     # In a tuple, so that the prior is no part of this network's parameters: it is neither trained nor copied by polyak.
     prior: tuple[BasePolicy, float] | None = None
-    explicit_noise: tuple[RowNoise | None] | None = None
-    drawn_base_key: int | None = None  # of the learning base that is bound now
-
-    def _draw_base(self, base_key: int) -> None:
-        if base_key != self.drawn_base_key:
-            self.noisy.redraw(base_key)
-            self.drawn_base_key = base_key
 
     def forward(self, obs: PyTorchObs) -> th.Tensor:
         """
@@ -95,11 +109,9 @@ class NoisyValueNet(BasePolicy):
         :param obs: Observations, shape (N, ...)
         :return: Values, shape (N, n_actions), or quantiles, shape (N, n_quantiles, n_actions)
         """
-        if self.explicit_noise is None and self.learning is not None and self.learning.active:
-            noise = self.learning.rows(self.role, n_rows(obs), self.device)
-            if noise is not None and self.learning.base_moves:
-                self._draw_base(self.learning.base_key(self.role))
-            with self.noisy.activate(noise):
+        step_noise = self._step_noise(obs, self.role)
+        if step_noise is not None:
+            with step_noise:
                 return self.forward(obs)
         values: th.Tensor = super().forward(obs)
         if self.prior is None:
@@ -108,3 +120,76 @@ class NoisyValueNet(BasePolicy):
         with th.no_grad():
             prior = network(obs)
         return values + scale * prior
+
+
+class NoisyCritic(NoisyNet):
+    """Mixin of a critic that learns under noise. An actor's loss sees it under that of the online role."""
+
+    def forward(self, obs: PyTorchObs, actions: th.Tensor) -> Any:
+        """
+        Compute the values of actions under the active noise; while SB3 trains, under that of the gradient step.
+
+        :param obs: Observations, shape (N, ...)
+        :param actions: Actions, shape (N, n_actions)
+        :return: What the plain critic gives
+        """
+        step_noise = self._step_noise(obs, self.role)
+        if step_noise is None:
+            return super().forward(obs, actions)
+        with step_noise:
+            return self.forward(obs, actions)
+
+    def q1_forward(self, obs: PyTorchObs, actions: th.Tensor) -> th.Tensor:
+        """
+        Compute the values of the first critic alone, as TD3's actor loss asks for them.
+
+        :param obs: Observations, shape (N, ...)
+        :param actions: Actions, shape (N, n_actions)
+        :return: Values, shape (N, 1)
+        """
+        step_noise = self._step_noise(obs, self.role)
+        if step_noise is None:
+            return super().q1_forward(obs, actions)  # type: ignore[misc]
+        with step_noise:
+            return self.q1_forward(obs, actions)
+
+
+class _NoisyActor(NoisyNet, BasePolicy):
+    """What actors share: where SB3 asks for actions without gradients, they are part of a target."""
+
+    def _actor_role(self) -> int:
+        return self.role if th.is_grad_enabled() else TARGET
+
+
+class NoisyDeterministicActor(_NoisyActor):
+    """Mixin of TD3's actor, whose output is the action."""
+
+    def forward(self, obs: PyTorchObs) -> th.Tensor:
+        """
+        Compute actions under the active noise; while SB3 trains, under that of the gradient step.
+
+        :param obs: Observations, shape (N, ...)
+        :return: Actions, shape (N, n_actions)
+        """
+        step_noise = self._step_noise(obs, self._actor_role())
+        if step_noise is None:
+            return super().forward(obs)
+        with step_noise:
+            return self.forward(obs)
+
+
+class NoisyStochasticActor(_NoisyActor):
+    """Mixin of an actor like SAC's: acting and learning both ask for the parameters of its action distribution."""
+
+    def get_action_dist_params(self, obs: PyTorchObs) -> tuple[th.Tensor, th.Tensor, dict[str, th.Tensor]]:
+        """
+        Compute the action distribution under the active noise; while SB3 trains, under that of the gradient step.
+
+        :param obs: Observations, shape (N, ...)
+        :return: Mean, logarithm of the standard deviation, further arguments of the distribution
+        """
+        step_noise = self._step_noise(obs, self._actor_role())
+        if step_noise is None:
+            return super().get_action_dist_params(obs)  # type: ignore[misc]
+        with step_noise:
+            return self.get_action_dist_params(obs)

@@ -72,19 +72,17 @@ TARGET_NOISE_CHOICES = ("independent", "same", "mean")
 
 
 @dataclass(frozen=True)
-class ValueSettings(NoiseSettings):
+class LearningSettings(NoiseSettings):
     """
-    The settings of value-based policies: those of every policy, and what learning from replayed transitions adds.
+    The settings of policies that learn from replayed transitions: those of every policy, and the noise of gradient steps.
 
-    :param base_every: How often the acting base is redrawn, in collection steps; ``None`` for never
     :param resample: As above; by default ``"episode"`` with members and ``"step"`` without
-    :param target_noise: Noise of the target network: ``"independent"`` of the online network's (NoisyNet's rule, the
+    :param base_every: How often the acting base is redrawn, in collection steps; ``None`` for never
+    :param target_noise: Noise of the networks in the target: ``"independent"`` of the online ones (NoisyNet's rule, the
         default without members), the ``"same"`` (the default with members: each learns from its own target), or ``"mean"``
         weights
     :param members: Number K of keys that exist; the base is frozen then, so each key is a member of an implicit ensemble.
         ``None``: no end of keys
-    :param prior_scale: Scale of the frozen random prior that is added to each member's values (Osband et al. 2018);
-        0 for none
     :raises ValueError: If a value is unknown, out of range, or does not fit another one
     """
 
@@ -92,11 +90,9 @@ class ValueSettings(NoiseSettings):
     base_every: int | None = None
     target_noise: str | None = None
     members: int | None = None
-    prior_scale: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("members", "prior_scale"):
-            _plain(self, name, *((Integral, int) if name == "members" else (Real, float)))
+        _plain(self, "members", Integral, int)
         ensemble = self.members is not None
         if self.resample is None:
             object.__setattr__(self, "resample", "episode" if ensemble else "step")
@@ -104,15 +100,8 @@ class ValueSettings(NoiseSettings):
             object.__setattr__(self, "target_noise", "same" if ensemble else "independent")
         super().__post_init__()
         one_of("target_noise", self.target_noise, TARGET_NOISE_CHOICES)
-        if self.members is not None:
+        if ensemble:
             self._check_members()
-        number = isinstance(self.prior_scale, (int, float)) and not isinstance(self.prior_scale, bool)
-        if not (number and math.isfinite(self.prior_scale) and self.prior_scale >= 0):
-            raise ValueError(f"prior_scale must be a finite number >= 0, got {self.prior_scale!r}; use 0.0 for no prior.")
-        if self.prior_scale > 0 and self.members is None:
-            raise ValueError(
-                f"prior_scale={self.prior_scale} needs members: a prior belongs to a member. Give members=20, say."
-            )
 
     def _check_members(self) -> None:
         if not isinstance(self.members, int) or isinstance(self.members, bool) or self.members < 2:
@@ -126,4 +115,28 @@ class ValueSettings(NoiseSettings):
             raise ValueError(
                 f"members={self.members} does not fit base_every={self.base_every}: a member is a key under one frozen base. "
                 "Leave base_every out."
+            )
+
+
+@dataclass(frozen=True)
+class ValueSettings(LearningSettings):
+    """
+    The settings of value-based policies: those of learning from replayed transitions, and the members' prior.
+
+    :param prior_scale: Scale of the frozen random prior that is added to each member's values (Osband et al. 2018);
+        0 for none
+    :raises ValueError: If a value is unknown, out of range, or does not fit another one
+    """
+
+    prior_scale: float = 0.0
+
+    def __post_init__(self) -> None:
+        _plain(self, "prior_scale", Real, float)
+        super().__post_init__()
+        number = isinstance(self.prior_scale, (int, float)) and not isinstance(self.prior_scale, bool)
+        if not (number and math.isfinite(self.prior_scale) and self.prior_scale >= 0):
+            raise ValueError(f"prior_scale must be a finite number >= 0, got {self.prior_scale!r}; use 0.0 for no prior.")
+        if self.prior_scale > 0 and self.members is None:
+            raise ValueError(
+                f"prior_scale={self.prior_scale} needs members: a prior belongs to a member. Give members=20, say."
             )

@@ -1,29 +1,21 @@
-"""Policies for DQN and QRDQN: act under row noise, and learn under fresh row noise in each gradient step.
-
-Nothing of the acting noise is replayed: a value-based update is right under any weights. So there are two streams. Acting:
-one key per environment, held as ``resample`` says, under the acting base. Learning: keys and base are pure functions of
-(gradient step, role of the network), so that no state has to be threaded through SB3's ``train``.
-"""
+"""Policies for DQN and QRDQN: explore by weight noise alone, or by an implicit ensemble whose members have priors."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import fields
 from typing import Any, ClassVar
 
 import numpy as np
 import torch as th
-from gymnasium import spaces
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from stable_baselines3.dqn.policies import CnnPolicy, DQNPolicy, MultiInputPolicy, QNetwork
 from torch import nn
 
 from sb3_flipout.layers import NoisyNetwork, perturb
 from sb3_flipout.noise import RowNoise, fold
-from sb3_flipout.policies.base import FlipoutPolicy, check_extractor, n_rows
-from sb3_flipout.policies.learning import LearningNoise, NoisyValueNet
+from sb3_flipout.policies.base import n_rows
+from sb3_flipout.policies.learning import NoisyNet, NoisyValueNet
+from sb3_flipout.policies.off_policy import OffPolicyNoise
 from sb3_flipout.policies.settings import ValueSettings
 
 _PRIOR_BASE = 18  # a stream beside those in policies/base.py and policies/learning.py
@@ -34,7 +26,7 @@ class FlipoutQNetwork(NoisyValueNet, QNetwork):
     """DQN's network."""
 
 
-class ValueNoise(FlipoutPolicy):
+class ValueNoise(OffPolicyNoise):
     """
     Mixin that gives a value-based policy its noise.
 
@@ -47,27 +39,17 @@ class ValueNoise(FlipoutPolicy):
     """
 
     noise_settings: ValueSettings
+    settings_class = ValueSettings
     online_name: ClassVar[str]
 
-    def __init__(
-        self, observation_space: spaces.Space[Any], action_space: Any, lr_schedule: Schedule, *args: Any, **kwargs: Any
-    ) -> None:
-        names = [field.name for field in fields(ValueSettings) if field.name in kwargs]
-        settings = ValueSettings(**{name: kwargs.pop(name) for name in names})
-        check_extractor(observation_space, type(self), kwargs)
-        super().__init__(observation_space, action_space, lr_schedule, *args, **kwargs)
-        self._init_noise(settings)
-        self.learning = LearningNoise(self._noise_seed, settings)
-        self._acting_noise: RowNoise | None = None
-        self._acting_base_key = self._base_key(0)
+    def _make_noisy(self, lr_schedule: Schedule) -> None:
         for role, net in enumerate((self.online, self.target)):
-            self._perturb([self._head(net) if settings.perturb == "heads" else net])
+            self._perturb([self._head(net) if self.noise_settings.perturb == "heads" else net])
             net.role, net.learning = role, self.learning
         self._add_prior()
         for net in (self.online, self.target):
             net.noisy = NoisyNetwork(net, self._parts(net))
-        # `perturbed(policy, keys)` is about what acts. The target network's layers have the same numbers, on purpose.
-        NoisyNetwork(self, self._parts(self.online))
+        self._own_network(self._parts(self.online))
         self.optimizer = self._make_optimizer(self.online.parameters(), lr_schedule)
 
     @property
@@ -79,6 +61,19 @@ class ValueNoise(FlipoutPolicy):
     def target(self) -> NoisyValueNet:
         """The target network."""
         return getattr(self, f"{self.online_name}_target")
+
+    @property
+    def acting(self) -> NoisyNet:
+        """The network that acts."""
+        return self.online
+
+    @property
+    def step_optimizer(self) -> th.optim.Optimizer:
+        """The optimizer that makes one step in each gradient step."""
+        return self.optimizer
+
+    def _noisy_nets(self) -> list[NoisyNet]:
+        return [self.online, self.target]
 
     def _parts(self, net: NoisyValueNet) -> list[nn.Module]:
         return [net, net.prior[0]] if net.prior else [net]
@@ -110,63 +105,10 @@ class ValueNoise(FlipoutPolicy):
     def _make_value_net(self) -> NoisyValueNet:
         """Make one more network of the same form."""
 
-    # ---- what the algorithm tells -------------------------------------------------------------------------------
-
-    def begin_rollout(self) -> None:
-        """Tell that a rollout starts."""
-        self._keys.begin_rollout()
-
-    @contextmanager
-    def collecting(self, n_envs: int) -> Iterator[None]:
-        """
-        Mark one collection step: predictions inside it act in the training environments.
-
-        :param n_envs: Number of environments
-        :return: Context manager
-        """
-        step = self._keys.step
-        self._acting_noise = self._collection_noise(n_envs)
-        self._move_acting_base(step, self._acting_noise)
-        try:
-            yield
-        finally:
-            self._acting_noise = None
-
-    def _move_acting_base(self, step: int, noise: RowNoise) -> None:
-        settings = self.noise_settings
-        if settings.noise_sharing == "shared":  # the base is the draw, so it changes when the first environment's key does
-            self._bind_acting_base(int(noise.keys[0]))
-        elif settings.base_every is not None and self.learning.base_moves:
-            self._bind_acting_base(self._base_key(step // settings.base_every))
-
-    def _bind_acting_base(self, base_key: int) -> None:
-        if base_key != self._acting_base_key:
-            self._acting_base_key = base_key
-            self.online.noisy.redraw(base_key)
-
-    @contextmanager
-    def updating(self) -> Iterator[None]:
-        """
-        Mark the gradient steps of an update; inside it, networks that are given no noise draw that of the gradient step.
-
-        :return: Context manager; the acting base is as before when it is left
-        """
-        acting_bases = self.online.noisy.bases()
-        self.learning.active, self.learning.scale = True, self._noise_scale
-        # Hung on here, not once for all: copies of an optimizer, and another one put in its place, have no hooks.
-        hook = self.optimizer.register_step_post_hook(self.learning.count)
-        try:
-            yield
-        finally:
-            hook.remove()
-            self.learning.active = False
-            self.online.drawn_base_key = None
-            self.online.noisy.bind(acting_bases)
-
     # ---- predictions --------------------------------------------------------------------------------------------
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = True) -> th.Tensor:
-        if self.explicit_noise is not None or self.online.explicit_noise is not None:
+        if self._is_explicit():
             return self._greedy(observation)
         if deterministic and self._acting_noise is None and self.noise_settings.members is not None:
             return self._vote(observation)
@@ -214,16 +156,6 @@ class ValueNoise(FlipoutPolicy):
             return observation
         return self.obs_to_tensor(observation)[0]
 
-    # ---- save and load ------------------------------------------------------------------------------------------
-
-    def get_extra_state(self) -> dict[str, Any]:
-        """
-        Give the noise state; torch puts it into ``state_dict``.
-
-        :return: Settings, seed, counters and noise scale, as plain Python values
-        """
-        return {**super().get_extra_state(), "gradient_steps": self.learning.step}
-
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """
         Continue from a saved noise state.
@@ -231,12 +163,9 @@ class ValueNoise(FlipoutPolicy):
         :param state: What :meth:`get_extra_state` gave
         """
         super().set_extra_state(state)
-        self.learning.seed, self.learning.step = self._noise_seed, state["gradient_steps"]
-        self._acting_base_key = self._base_key(0)
-        for net in (self.online, self.target):
-            for layer in net.noisy.layers:
-                prior = (layer.noise_index or 0) >= _PRIOR_NUMBERS
-                layer.redraw(fold(self._noise_seed, _PRIOR_BASE) if prior else self._acting_base_key)
+        for layer in self.online.noisy.layers:
+            if (layer.noise_index or 0) >= _PRIOR_NUMBERS:
+                layer.redraw(fold(self._noise_seed, _PRIOR_BASE))
 
 
 class FlipoutDQNPolicy(ValueNoise, DQNPolicy):
