@@ -13,15 +13,13 @@ from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
-from gymnasium import spaces
 from stable_baselines3 import A2C, DDPG, DQN, PPO, SAC, TD3
 from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
 from sb3_flipout.policies import actor_critic, on_policy, value_based
 from sb3_flipout.policies.base import FlipoutPolicy
-from sb3_flipout.rollout import keyed
+from sb3_flipout.rollout import keyed, store_noise
 
 Method = Callable[..., Any]
 Aliases = Mapping[str, type[FlipoutPolicy]]
@@ -56,10 +54,21 @@ ALIASES: dict[type[BaseAlgorithm], Aliases] = {
 }
 
 if find_spec("sb3_contrib") is not None:  # an extra: the rest works without it
-    from sb3_contrib import ARS, QRDQN, TQC, CrossQ
+    from sb3_contrib import ARS, QRDQN, TQC, TRPO, CrossQ, MaskablePPO, RecurrentPPO
 
-    from sb3_flipout.policies import actor_critic_contrib, quantile, refused
+    from sb3_flipout.policies import actor_critic_contrib, maskable, quantile, recurrent, refused
 
+    ALIASES[TRPO] = _ACTOR_CRITIC
+    ALIASES[MaskablePPO] = {
+        "FlipoutMlpPolicy": maskable.FlipoutMaskableActorCriticPolicy,
+        "FlipoutCnnPolicy": maskable.FlipoutMaskableActorCriticCnnPolicy,
+        "FlipoutMultiInputPolicy": maskable.FlipoutMaskableMultiInputActorCriticPolicy,
+    }
+    ALIASES[RecurrentPPO] = {
+        "FlipoutMlpLstmPolicy": recurrent.FlipoutRecurrentPolicy,
+        "FlipoutCnnLstmPolicy": recurrent.FlipoutRecurrentCnnPolicy,
+        "FlipoutMultiInputLstmPolicy": recurrent.FlipoutRecurrentMultiInputPolicy,
+    }
     ALIASES[QRDQN] = {
         "FlipoutMlpPolicy": quantile.FlipoutQRDQNPolicy,
         "FlipoutCnnPolicy": quantile.FlipoutQRDQNCnnPolicy,
@@ -76,14 +85,12 @@ if find_spec("sb3_contrib") is not None:  # an extra: the rest works without it
 
 
 def _setup_model(original: Method, algorithm: Any) -> None:
-    """Choose the key-storing buffer. It is built before the policy, so the class has to be chosen here."""
-    given = algorithm.rollout_buffer_class
-    is_dict = isinstance(algorithm.observation_space, spaces.Dict)
-    algorithm.rollout_buffer_class = keyed(given or (DictRolloutBuffer if is_dict else RolloutBuffer))
-    try:
-        original(algorithm)
-    finally:
-        algorithm.rollout_buffer_class = given  # what the user gave is what is saved
+    """Make the rollout buffer store noise, whatever its class: RecurrentPPO lets nobody choose it."""
+    given = getattr(algorithm, "rollout_buffer_class", None)
+    if given is not None:
+        keyed(given)  # refuse an unfit one before anything is built
+    original(algorithm)
+    store_noise(algorithm.rollout_buffer)
 
 
 def _collect_rollouts(original: Method, algorithm: Any, *args: Any, **kwargs: Any) -> Any:

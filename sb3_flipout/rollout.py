@@ -17,7 +17,7 @@ from stable_baselines3.common.buffers import RolloutBuffer
 from sb3_flipout.noise import RowNoise, noise_of, with_noise
 
 
-class KeyedBufferMixin:
+class KeyedBufferMixin(RolloutBuffer):
     """Stands before a rollout buffer class in the bases of the class that :func:`keyed` makes."""
 
     noise_keys: np.ndarray  # (n_steps, n_envs) int64
@@ -26,11 +26,15 @@ class KeyedBufferMixin:
 
     def reset(self) -> None:
         """Empty the buffer."""
-        shape = (self.buffer_size, self.n_envs)  # type: ignore[attr-defined]
+        self.reset_noise()
+        super().reset()
+
+    def reset_noise(self) -> None:
+        """Empty the part of the buffer that holds the noise."""
+        shape = (self.buffer_size, self.n_envs)
         self.noise_keys = np.zeros(shape, dtype=np.int64)
         self.noise_scales = np.zeros(shape, dtype=np.float32)
         self._noise = None
-        super().reset()  # type: ignore[misc]
 
     def add(self, *args: Any, **kwargs: Any) -> None:
         """
@@ -46,10 +50,10 @@ class KeyedBufferMixin:
                 "the rollout buffer got a transition whose log_prob carries no noise keys, so the update could not replay it; "
                 "collect with policy(obs), neither inside perturbed(policy, None) nor with a policy replaced since."
             )
-        position = self.pos  # type: ignore[attr-defined]
+        position = self.pos
         self.noise_keys[position] = noise.keys.cpu().numpy()
         self.noise_scales[position] = noise.scale.cpu().numpy()
-        super().add(*args, **kwargs)  # type: ignore[misc]
+        super().add(*args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """
@@ -61,18 +65,22 @@ class KeyedBufferMixin:
         return _empty_keyed, (type(self).__mro__[2],), self.__dict__
 
     def _rollout_noise(self) -> RowNoise:
-        """Noise of all transitions, in the order of the flattened buffer; made once per rollout."""
+        """Noise of padding, then of all transitions in the order of the flattened buffer; made once per rollout."""
         if self._noise is None:
             keys, scales = (
-                th.as_tensor(self.swap_and_flatten(array)[:, 0], device=self.device)  # type: ignore[attr-defined]
+                th.as_tensor(np.pad(self.swap_and_flatten(array)[:, 0], (1, 0)), device=self.device)
                 for array in (self.noise_keys, self.noise_scales)
             )
             self._noise = RowNoise(keys, scales)
         return self._noise
 
     def _get_samples(self, batch_inds: np.ndarray, *args: Any, **kwargs: Any) -> Any:
-        samples = super()._get_samples(batch_inds, *args, **kwargs)  # type: ignore[misc]
-        return samples._replace(observations=with_noise(samples.observations, self._rollout_noise()[batch_inds]))
+        samples = super()._get_samples(batch_inds, *args, **kwargs)
+        # Recurrent buffers have just bound the method that pads the sequences of this batch. It pads with zeros, and row 0
+        # is there for them: key 0 at scale 0.
+        pad = getattr(self, "pad_and_flatten", None)
+        rows = batch_inds + 1 if pad is None else pad(batch_inds + 1)
+        return samples._replace(observations=with_noise(samples.observations, self._rollout_noise()[rows]))
 
 
 @cache
@@ -94,6 +102,18 @@ def keyed(buffer_class: type[RolloutBuffer]) -> type[RolloutBuffer]:
     # __module__ would be "abc" otherwise, which confuses readers of tracebacks.
     members = {"__module__": __name__, "__doc__": f"{buffer_class.__name__} that stores noise keys."}
     return type(f"Keyed{buffer_class.__name__}", (KeyedBufferMixin, buffer_class), members)
+
+
+def store_noise(buffer: RolloutBuffer) -> None:
+    """
+    Turn an empty rollout buffer into the key-storing version of itself, in place.
+
+    :param buffer: Rollout buffer, as an algorithm has made it
+    :raises TypeError: If it is no ``RolloutBuffer``
+    """
+    buffer.__class__ = keyed(type(buffer))
+    assert isinstance(buffer, KeyedBufferMixin), "that is what keyed makes"
+    buffer.reset_noise()
 
 
 def _empty_keyed(buffer_class: type[RolloutBuffer]) -> RolloutBuffer:

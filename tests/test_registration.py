@@ -201,7 +201,7 @@ def test_unfit_buffer_class_is_refused_with_the_remedy(bad):
         (dict(sigma_init=float("nan")), "sigma_init must be finite and >= 0"),
         (dict(family="dropconnect", sigma_init=0.1), "does not fit family='dropconnect'"),
         (dict(noise_sharing="shared"), 'Use resample="rollout"'),
-        (dict(perturb="value"), "perturb must be one of 'policy', 'heads', 'linear', 'all'"),
+        (dict(perturb="value"), "perturb must be one of 'policy', 'heads', 'linear', 'hidden', 'all'"),
         (dict(base_every=0), "base_every must be an integer >= 1"),
         (dict(init="zeros"), "init must be one of 'keep', 'noisynet'"),
     ],

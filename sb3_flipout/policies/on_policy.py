@@ -1,4 +1,4 @@
-"""Policies for PPO and A2C: explore under row noise, and replay it exactly in the update.
+"""Policies for PPO, A2C and TRPO: explore under row noise, and replay it exactly in the update.
 
 One transition's noise: :meth:`OnPolicyNoise.forward` draws keys, acts under them and hangs them on the log-probabilities;
 the rollout buffer stores them and hands them back on the observations; :meth:`OnPolicyNoise.evaluate_actions` activates
@@ -8,14 +8,13 @@ them again. Values are replayed with the same keys; bootstrap values, asked for 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, ClassVar
 
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.distributions import Distribution
 from stable_baselines3.common.policies import ActorCriticCnnPolicy, ActorCriticPolicy, MultiInputActorCriticPolicy
-from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
+from stable_baselines3.common.type_aliases import Schedule
 from torch import nn
 
 from sb3_flipout.layers import NoisyNetwork
@@ -24,9 +23,10 @@ from sb3_flipout.policies.base import FlipoutPolicy, check_extractor, n_rows
 from sb3_flipout.policies.settings import NoiseSettings
 
 
-class OnPolicyNoise(FlipoutPolicy, ActorCriticPolicy):
+class OnPolicyNoise(FlipoutPolicy):
     """
-    Mixin that gives an actor-critic policy its noise.
+    Mixin that gives an actor-critic policy its noise. What an algorithm hands over beside the observations, such as action
+    masks or hidden states, passes through to the policy class behind it.
 
     :param observation_space: Observation space
     :param action_space: Action space
@@ -39,13 +39,20 @@ class OnPolicyNoise(FlipoutPolicy, ActorCriticPolicy):
     :param resample: How long an environment keeps its noise: ``"step"``, ``"episode"``, ``"rollout"``, or a number of steps
     :param base_every: How often the base perturbation is redrawn, in rollouts; ``None`` for never
     :param noise_sharing: ``"flipout"``, ``"shared"`` (with ``resample="rollout"``) or ``"independent"``
-    :param perturb: ``"policy"`` (all that the action depends on), ``"heads"``, ``"linear"`` (no convolutions) or ``"all"``
+    :param perturb: ``"policy"`` (all that the action depends on), ``"heads"``, ``"linear"`` (linear layers alone),
+        ``"hidden"`` (of an LSTM the hidden-to-hidden weights alone) or ``"all"``
     :param init: ``"keep"`` SB3's initialisation, or ``"noisynet"``
     :param kwargs: Further keyword arguments of SB3's policy
     :raises ValueError: If a noise setting is unknown, out of range or unfit
     """
 
     network: NoisyNetwork
+    pi_features_extractor: Any  # these three are made by SB3's policy classes
+    mlp_extractor: Any
+    action_net: Any
+    #: Where ``deterministic`` stands among the arguments of ``forward`` and ``_predict`` after the observations.
+    deterministic_at: ClassVar[int] = 0
+    _collects = _updates = False
 
     def __init__(
         self,
@@ -71,7 +78,6 @@ class OnPolicyNoise(FlipoutPolicy, ActorCriticPolicy):
         self._perturb(self._modules_to_perturb(perturb))
         self.network = NoisyNetwork.of(self)
         self._rollouts = 0
-        self._collects = self._updates = False
         # Made once more, over sigma too. The first one has no state yet, so nothing is lost.
         self.optimizer = self._make_optimizer(self.parameters(), lr_schedule)
 
@@ -138,71 +144,94 @@ class OnPolicyNoise(FlipoutPolicy, ActorCriticPolicy):
         every = self.noise_settings.base_every
         self.network.redraw(self._base_key(0 if every is None else max(self._rollouts - 1, 0) // every))
 
-    def forward(self, obs: th.Tensor, deterministic: bool = False) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """
+        Give parameters; during an update only those that learn, since TRPO differentiates by all that it finds here.
+
+        :param args: As of ``torch.nn.Module``
+        :param kwargs: As of ``torch.nn.Module``
+        :return: Names and parameters
+        """
+        named = super().named_parameters(*args, **kwargs)
+        return (item for item in named if item[1].requires_grad) if self._updates else named
+
+    def forward(self, obs: Any, *args: Any, **kwargs: Any) -> Any:
         """
         Act in the environments: the collection step of a rollout, one row per environment.
 
         The noise of the rows hangs on the returned log-probabilities as their attribute ``row_noise``. Outside
-        ``collect_rollouts`` it comes from the stream of evaluation, so that training does not notice.
+        ``collect_rollouts`` it comes from the stream of evaluation, so that training does not notice. With
+        ``deterministic`` the actions are the most likely ones under the mean weights, and nothing is drawn.
 
         :param obs: Observations, shape (n_envs, ...)
-        :param deterministic: Most likely actions under the mean weights, as exports use it; draws nothing
-        :return: Actions, values and log-probabilities
+        :param args: Further arguments of SB3's policy
+        :param kwargs: The same by name
+        :return: Actions, values, log-probabilities, and what else SB3's policy returns
         """
-        if self.explicit_noise is None:
-            collects = self._collects and not deterministic
-            noise = self._collection_noise(n_rows(obs)) if collects else self._prediction_noise(obs, deterministic)
-            with self.network.activate(noise):
-                return self.forward(obs, deterministic)
-        actions, values, log_prob = super().forward(obs, deterministic)
-        log_prob.row_noise = self.explicit_noise[0]  # type: ignore[attr-defined]
-        return actions, values, log_prob
+        with self._acting(obs, self._is_deterministic(args, kwargs), self._collects):
+            outputs = super().forward(obs, *args, **kwargs)
+            outputs[2].row_noise = self.explicit_noise[0] if self.explicit_noise else None
+        return outputs
 
-    def evaluate_actions(self, obs: PyTorchObs, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
+    def evaluate_actions(self, obs: Any, actions: th.Tensor, *args: Any, **kwargs: Any) -> Any:
         """
         Evaluate actions under the noise that the observations carry: the update.
 
         :param obs: Observations of N transitions, carrying their noise
         :param actions: Actions of these transitions
+        :param args: Further arguments of SB3's policy
+        :param kwargs: The same by name
         :return: Values, log-probabilities and entropies
         :raises ValueError: In training mode, if the observations carry no noise
         """
-        if self.explicit_noise is None:
-            with self.network.activate(self._replayed_noise(obs, needed=self.training)):
-                return self.evaluate_actions(obs, actions)
-        return super().evaluate_actions(without_noise(obs), actions)
+        with self._replaying(obs, needed=self.training):
+            return super().evaluate_actions(without_noise(obs), actions, *args, **kwargs)  # type: ignore[misc]
 
-    def get_distribution(self, obs: PyTorchObs) -> Distribution:
+    def get_distribution(self, obs: Any, *args: Any, **kwargs: Any) -> Any:
         """
         Give the action distribution under the noise that the observations carry, else under the mean weights.
 
         :param obs: Observations
-        :return: Action distribution
+        :param args: Further arguments of SB3's policy
+        :param kwargs: The same by name
+        :return: Action distribution, and what else SB3's policy returns
         :raises ValueError: During an update, if the observations carry no noise
         """
-        if self.explicit_noise is None:
-            with self.network.activate(self._replayed_noise(obs, needed=self._updates)):
-                return self.get_distribution(obs)
-        return super().get_distribution(without_noise(obs))
+        with self._replaying(obs, needed=self._updates):
+            return super().get_distribution(without_noise(obs), *args, **kwargs)  # type: ignore[misc]
 
-    def predict_values(self, obs: PyTorchObs) -> th.Tensor:
+    def predict_values(self, obs: Any, *args: Any, **kwargs: Any) -> Any:
         """
         Give values under the noise that the observations carry, else under the mean weights (bootstrapping).
 
         :param obs: Observations
+        :param args: Further arguments of SB3's policy
+        :param kwargs: The same by name
         :return: Values, shape (N, 1)
         :raises ValueError: During an update, if the observations carry no noise
         """
-        if self.explicit_noise is None:
-            with self.network.activate(self._replayed_noise(obs, needed=self._updates)):
-                return self.predict_values(obs)
-        return super().predict_values(without_noise(obs))
+        with self._replaying(obs, needed=self._updates):
+            return super().predict_values(without_noise(obs), *args, **kwargs)  # type: ignore[misc]
 
-    def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
-        if self.explicit_noise is None:
-            with self.network.activate(self._prediction_noise(observation, deterministic)):
-                return self._predict(observation, deterministic)
-        return super()._predict(observation, deterministic)
+    def _predict(self, observation: Any, *args: Any, **kwargs: Any) -> Any:
+        with self._acting(observation, self._is_deterministic(args, kwargs), collects=False):
+            return super()._predict(observation, *args, **kwargs)  # type: ignore[safe-super]
+
+    def _is_deterministic(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        at = self.deterministic_at
+        return bool(args[at] if len(args) > at else kwargs.get("deterministic", False))
+
+    def _acting(self, obs: Any, deterministic: bool, collects: bool) -> AbstractContextManager[None]:
+        """Activate the noise of a step of collection or prediction; what the user has activated by name goes before it."""
+        if self.explicit_noise is not None:
+            return nullcontext()
+        if collects and not deterministic:
+            return self.network.activate(self._collection_noise(n_rows(obs)))
+        return self.network.activate(self._prediction_noise(obs, deterministic))
+
+    def _replaying(self, obs: Any, needed: bool) -> AbstractContextManager[None]:
+        """Activate the noise that a batch brings with it, unless noise is active already."""
+        return nullcontext() if self.explicit_noise is not None else self.network.activate(self._replayed_noise(obs, needed))
 
 
 def _check_replayable(settings: NoiseSettings) -> None:
@@ -215,12 +244,12 @@ def _check_replayable(settings: NoiseSettings) -> None:
 
 
 class FlipoutActorCriticPolicy(OnPolicyNoise, ActorCriticPolicy):
-    """``"FlipoutMlpPolicy"`` of PPO and A2C; arguments as in :class:`OnPolicyNoise`."""
+    """``"FlipoutMlpPolicy"`` of PPO, A2C and TRPO; arguments as in :class:`OnPolicyNoise`."""
 
 
 class FlipoutActorCriticCnnPolicy(OnPolicyNoise, ActorCriticCnnPolicy):
-    """``"FlipoutCnnPolicy"`` of PPO and A2C; arguments as in :class:`OnPolicyNoise`."""
+    """``"FlipoutCnnPolicy"`` of PPO, A2C and TRPO; arguments as in :class:`OnPolicyNoise`."""
 
 
 class FlipoutMultiInputActorCriticPolicy(OnPolicyNoise, MultiInputActorCriticPolicy):
-    """``"FlipoutMultiInputPolicy"`` of PPO and A2C; arguments as in :class:`OnPolicyNoise`."""
+    """``"FlipoutMultiInputPolicy"`` of PPO, A2C and TRPO; arguments as in :class:`OnPolicyNoise`."""

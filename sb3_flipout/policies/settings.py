@@ -10,7 +10,7 @@ from sb3_flipout.layers import LayerNoise
 from sb3_flipout.layers.config import one_of
 from sb3_flipout.noise.stream import check_resample
 
-PERTURB_CHOICES = ("policy", "heads", "linear", "all")
+PERTURB_CHOICES = ("policy", "heads", "linear", "hidden", "all")
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,8 @@ class NoiseSettings:
     :param base_every: How often the base perturbation is redrawn, in rollouts; ``None`` for never
     :param noise_sharing: ``"flipout"``, ``"shared"`` or ``"independent"``
     :param perturb: Which modules: ``"policy"`` (all that the action depends on), ``"heads"`` (its last layer),
-        ``"linear"`` (as ``"policy"``, without convolutions), ``"all"`` (values too)
+        ``"linear"`` (as ``"policy"``, linear layers alone), ``"hidden"`` (the hidden-to-hidden weights of the LSTM alone),
+        ``"all"`` (values too)
     :param init: ``"keep"`` SB3's initialisation, or ``"noisynet"``
     :raises ValueError: If a value is unknown, out of range, or does not fit another one
     """

@@ -106,10 +106,11 @@ class ReplayProbe(BaseCallback):
             actions = batch.actions
             if isinstance(self.model.action_space, spaces.Discrete):
                 actions = actions.long().flatten()
+            masks = {"action_masks": batch.action_masks} if hasattr(batch, "action_masks") else {}
             with th.no_grad():
-                values, log_prob, _ = policy.evaluate_actions(batch.observations, actions)
+                values, log_prob, _ = policy.evaluate_actions(batch.observations, actions, **masks)
                 with perturbed(policy, None):
-                    _, of_mean, _ = policy.evaluate_actions(batch.observations, actions)
+                    _, of_mean, _ = policy.evaluate_actions(batch.observations, actions, **masks)
             ratio = th.exp(log_prob - batch.old_log_prob)
             self.worst_ratio = max(self.worst_ratio, float((ratio - 1).abs().max()))
             self.worst_value = max(self.worst_value, float((values.flatten() - batch.old_values).abs().max()))

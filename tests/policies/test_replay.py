@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch as th
 from helpers import CASES, NoiseRecorder, ReplayProbe, vector_env
+from sb3_contrib import TRPO
 from stable_baselines3 import A2C, PPO
 from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 
@@ -12,20 +13,18 @@ from sb3_flipout.layers import effective_weight
 from sb3_flipout.noise import FAMILIES, noise_of
 
 RATIO_TOLERANCE = 1e-5
+SIZES = {PPO: dict(batch_size=8, n_epochs=2), TRPO: dict(batch_size=8, n_critic_updates=2, cg_max_steps=4), A2C: {}}
 
 
 def learn(algorithm, case, probe, steps=None, **more):
     policy, make_env, arguments = CASES[case]
-    arguments = {**arguments, **more}
     n_steps = 16
-    if algorithm is PPO:
-        arguments.update(batch_size=8, n_epochs=2)
-    model = algorithm(policy, make_env(), n_steps=n_steps, seed=1, **arguments)
+    model = algorithm(policy, make_env(), n_steps=n_steps, seed=1, **arguments, **more, **SIZES[algorithm])
     return model.learn(steps or 3 * n_steps * model.n_envs, callback=probe)
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("algorithm", [PPO, A2C])
+@pytest.mark.parametrize("algorithm", SIZES)
 def test_ratio_is_one_before_the_first_optimiser_step(algorithm, case):
     probe = ReplayProbe(8 if algorithm is PPO else None)
     learn(algorithm, case, probe)

@@ -8,6 +8,7 @@ import pytest
 import torch as th
 from helpers import CASES, NoiseRecorder, vector_env
 from stable_baselines3 import A2C, PPO
+from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 
 from sb3_flipout.policies import FlipoutActorCriticPolicy
@@ -131,9 +132,9 @@ def test_zip_of_a_stock_policy_is_refused(tmp_path):
         PPO.load(tmp_path / "stock", custom_objects={"policy_class": FlipoutActorCriticPolicy})
 
 
-def test_saved_zip_holds_the_users_buffer_class(tmp_path):
+def test_saved_zip_holds_the_buffer_class_that_stock_chooses():
     model = build()
-    assert model.rollout_buffer_class is None
+    assert model.rollout_buffer_class is RolloutBuffer
     assert type(model.rollout_buffer).__name__ == "KeyedRolloutBuffer"
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch as th
 from helpers import CASES, vector_env
+from sb3_contrib import TRPO
 from stable_baselines3 import A2C, PPO
 
 from sb3_flipout import FlipoutLinear
@@ -15,13 +16,18 @@ STOCK_NAMES = {
 }
 
 
+SIZES = {
+    PPO: dict(n_steps=128, batch_size=64, n_epochs=1),
+    TRPO: dict(n_steps=64, batch_size=64, n_critic_updates=2, cg_max_steps=4),
+    A2C: {},
+}
+
+
 def trained(algorithm, policy, case, noise):
     _, make_env, arguments = CASES[case]
     kwargs = {k: v for k, v in arguments.get("policy_kwargs", {}).items() if noise or k != "perturb"}
     arguments = {**arguments, "policy_kwargs": {**kwargs, **noise}}
-    if algorithm is PPO:
-        arguments.update(n_steps=128, batch_size=64, n_epochs=1)
-    return algorithm(policy, make_env(), seed=3, **arguments).learn(512)
+    return algorithm(policy, make_env(), seed=3, **arguments, **SIZES[algorithm]).learn(512)
 
 
 def assert_equal_weights(stock, ours):
@@ -31,7 +37,7 @@ def assert_equal_weights(stock, ours):
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("algorithm", [PPO, A2C])
+@pytest.mark.parametrize("algorithm", SIZES)
 def test_sigma_frozen_at_zero_trains_bitwise_as_stock(algorithm, case):
     name = CASES[case][0]
     stock = trained(algorithm, STOCK_NAMES[name], case, {})
