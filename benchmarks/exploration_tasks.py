@@ -9,13 +9,11 @@ from math import ceil
 from typing import Any, NamedTuple
 
 import gymnasium as gym
-import numpy as np
-import torch as th
-from gymnasium import spaces
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
-from torch import nn
 
 from sb3_flipout.envs import Chain, DeepSea
+from sb3_flipout.envs.wrappers import ChannelsFirst
+from sb3_flipout.policies.extractors import MinAtarCNN
 
 ANNEAL_EPISODES = 100  # over which epsilon falls: the same number whatever the cap, so that the cap changes no run's course
 
@@ -75,33 +73,6 @@ class GoalIsTermination(gym.Wrapper[Any, Any, Any, Any]):
         return observation, reward, terminated, truncated, {**info, "reached_goal": terminated}
 
 
-class ChannelsFirst(gym.ObservationWrapper[Any, Any, Any]):
-    """Boolean (10, 10, C) to float32 (C, 10, 10)."""
-
-    def __init__(self, env: gym.Env[Any, Any]) -> None:
-        super().__init__(env)
-        height, width, channels = env.observation_space.shape or ()
-        self.observation_space = spaces.Box(0.0, 1.0, (channels, height, width), np.float32)
-
-    def observation(self, observation: np.ndarray) -> np.ndarray:
-        return observation.transpose(2, 0, 1).astype(np.float32)
-
-
-class MinAtarCNN(BaseFeaturesExtractor):
-    """The network of Young and Tian 2019 up to its last layer: 16 filters of 3x3, then 128 units."""
-
-    def __init__(self, observation_space: spaces.Box, features_dim: int = 128) -> None:
-        super().__init__(observation_space, features_dim)
-        channels, height, width = observation_space.shape
-        flat = 16 * (height - 2) * (width - 2)
-        self.layers = nn.Sequential(
-            nn.Conv2d(channels, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(flat, features_dim), nn.ReLU()
-        )
-
-    def forward(self, observations: th.Tensor) -> th.Tensor:
-        return self.layers(observations)
-
-
 #: Settings are written to JSON, so they name the extractor.
 EXTRACTORS: dict[str, type[BaseFeaturesExtractor]] = {"MinAtarCNN": MinAtarCNN}
 
@@ -111,12 +82,8 @@ def mountain_car(seed: int) -> gym.Env[Any, Any]:
 
 
 def minatar(seed: int, game: str, longest: int) -> gym.Env[Any, Any]:
-    try:
-        from minatar.gym import register_envs
-    except ImportError as error:
-        raise SystemExit("The MinAtar tasks need the package minatar: run `make bench-install`.") from error
-    if f"MinAtar/{game}-v1" not in gym.registry:
-        register_envs()
+    import sb3_flipout.envs.minatar  # noqa: F401  (registers the games; the other tasks do without the package)
+
     # MinAtar has no time limit: a policy that never loses the ball would be evaluated for ever.
     # The checker would warn of observations that reset to bool, and cost time in every step.
     return ChannelsFirst(gym.make(f"MinAtar/{game}-v1", max_episode_steps=longest, disable_env_checker=True))

@@ -14,15 +14,6 @@ import argparse
 import time
 from pathlib import Path
 
-try:
-    import ale_py
-    import cv2  # noqa: F401  (SB3's Atari wrappers scale frames with it)
-    import gymnasium as gym
-
-    gym.register_envs(ale_py)
-except ImportError:
-    raise SystemExit("This demo needs the Atari games: pip install 'sb3_flipout[atari]'") from None
-
 import torch as th
 from PIL import Image
 from stable_baselines3 import DQN
@@ -30,9 +21,13 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_atari_env
 from stable_baselines3.common.vec_env import VecEnv, VecFrameStack
 
-import sb3_flipout  # noqa: F401  (gives DQN the policy names "FlipoutCnnPolicy" and so on)
+from sb3_flipout.envs import atari_id  # importing the package gives DQN the policy names "FlipoutCnnPolicy" and so on
 
-ENV, N_ENVS = "PongNoFrameskip-v4", 8
+try:
+    ENV = atari_id("PongNoFrameskip-v4")
+except ImportError as error:
+    raise SystemExit(f"This demo cannot run. {error}") from None
+N_ENVS = 8
 FRAMES_PER_SECOND = 15  # the game's 60, of which the agent sees every fourth
 MS_PER_FRAME = 70  # GIF knows hundredths of a second only
 

@@ -19,11 +19,11 @@ _SB3 = (*_TENSORS, "stable_baselines3", "sb3_contrib")
 RINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "noise": ((), _TENSORS),
     "layers": (("noise",), _TENSORS),
-    "envs": ((), ("gymnasium", "numpy")),
+    "envs": ((), ("gymnasium", "numpy", "ale_py", "minatar")),  # the last two are extras, imported where they are asked for
     "diagnostics": (("noise", "layers"), _TENSORS),
     "rollout": (("noise",), _SB3),
     "policies": (("noise", "layers"), (*_SB3, "gymnasium")),
-    "callbacks": (("noise", "layers", "diagnostics", "policies.base"), _SB3),
+    "callbacks": (("noise", "layers", "diagnostics", "policies.base"), (*_SB3, "gymnasium", "matplotlib")),
     "registration": (("policies", "rollout"), (*_SB3, "gymnasium")),
     "zoo": (("registration",), (*_SB3, "rl_zoo3")),
     "": (("noise", "layers", "envs", "diagnostics", "rollout", "policies", "callbacks", "registration"), ()),

@@ -15,7 +15,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import exploration
 import exploration_report
-import exploration_tasks
 import exploration_training
 from exploration_tasks import ARMS, TASKS, Run, Task, settings
 from exploration_training import GoalRecord
@@ -176,25 +175,6 @@ def test_settings_of_every_run_can_be_written_as_json():
         "deep-sea-30": 256,
         "deep-sea-50": 256,
     }
-
-
-def test_minatar_observations_are_channels_first():
-    class Boolean(exploration_tasks.gym.Env):
-        observation_space = exploration_tasks.spaces.Box(0.0, 1.0, (10, 10, 4), bool)
-        action_space = exploration_tasks.spaces.Discrete(3)
-
-        def reset(self, *, seed=None, options=None):
-            observation = np.zeros((10, 10, 4), bool)
-            observation[2, 5, 3] = True
-            return observation, {}
-
-    env = exploration_tasks.ChannelsFirst(Boolean())
-    observation, _ = env.reset()
-    assert env.observation_space.contains(observation) and observation[3, 2, 5] == 1 and observation.sum() == 1
-    assert exploration_tasks.MinAtarCNN(env.observation_space)(exploration_tasks.th.as_tensor(observation)[None]).shape == (
-        1,
-        128,
-    )
 
 
 # ---- the file of runs -----------------------------------------------------------------------------------------------

@@ -12,12 +12,15 @@ import numpy as np
 import pytest
 import yaml
 from gymnasium import spaces
+from rl_zoo3.utils import get_class_by_name, get_wrapper_class
 from sb3_contrib import QRDQN
 from stable_baselines3 import DQN
 from stable_baselines3.common.base_class import BaseAlgorithm
 from test_zoo import REPOSITORY, zoo
 
+from sb3_flipout.envs import minatar
 from sb3_flipout.policies import FlipoutPolicy
+from sb3_flipout.policies.extractors import MinAtarCNN
 
 ALGORITHMS: dict[str, type[BaseAlgorithm]] = {"dqn": DQN, "qrdqn": QRDQN}
 CONFIGS = {name: yaml.safe_load((REPOSITORY / "zoo_configs" / f"{name}.yml").read_text()) for name in ALGORITHMS}
@@ -31,7 +34,15 @@ SPACES: dict[str, tuple[spaces.Box, int]] = {
     "LunarLander-v3": (spaces.Box(-1, 1, (8,)), 4),
     "Acrobot-v1": (spaces.Box(-1, 1, (6,)), 3),
     "atari": (spaces.Box(0, 255, (4, 84, 84), np.uint8), 6),
+    # Behind ChannelsFirst; the channels differ.
+    "MinAtar/Breakout-v1": (spaces.Box(0, 1, (4, 10, 10)), 3),
+    "MinAtar/Asterix-v1": (spaces.Box(0, 1, (4, 10, 10)), 5),
+    "MinAtar/Freeway-v1": (spaces.Box(0, 1, (7, 10, 10)), 3),
+    "MinAtar/Seaquest-v1": (spaces.Box(0, 1, (10, 10, 10)), 6),
+    "MinAtar/SpaceInvaders-v1": (spaces.Box(0, 1, (6, 10, 10)), 4),
 }
+MINATAR = [env for env in SPACES if env.startswith("MinAtar/")]  # of these RL Zoo has no settings
+NAMES = {"get_class_by_name": get_class_by_name}  # of what RL Zoo lets policy_kwargs use, what ours do
 
 
 class SpacesOnly(gym.Env):
@@ -43,7 +54,7 @@ class SpacesOnly(gym.Env):
 
 
 def policy_kwargs(algorithm: str, env: str) -> dict[str, Any]:
-    kwargs: dict[str, Any] = eval(CONFIGS[algorithm][env]["policy_kwargs"])
+    kwargs: dict[str, Any] = eval(CONFIGS[algorithm][env]["policy_kwargs"], dict(NAMES))
     return kwargs
 
 
@@ -78,7 +89,7 @@ def test_policy_takes_its_settings(algorithm: str, env: str) -> None:
     assert model.exploration_fraction > 0  # SB3 divides by it
 
 
-@pytest.mark.parametrize(("algorithm", "env"), CASES)
+@pytest.mark.parametrize(("algorithm", "env"), [case for case in CASES if case[1] not in MINATAR])
 def test_differs_from_rl_zoo_only_as_stated(algorithm: str, env: str) -> None:
     spec = importlib.util.find_spec("rl_zoo3")
     assert spec is not None
@@ -94,15 +105,41 @@ def test_differs_from_rl_zoo_only_as_stated(algorithm: str, env: str) -> None:
     assert ours == stock
 
 
+@pytest.mark.parametrize(("algorithm", "env"), [case for case in CASES if case[1] in MINATAR])
+def test_minatar_games_get_these_spaces(algorithm: str, env: str) -> None:
+    config = CONFIGS[algorithm][env]
+    assert config == CONFIGS[algorithm][MINATAR[0]]
+    wrap = get_wrapper_class(config)
+    assert wrap is not None
+    game = wrap(gym.spec(env).make(**config["env_kwargs"]))
+    assert (game.observation_space, game.action_space.n) == SPACES[env]
+    assert isinstance(game, minatar.ChannelsFirst)
+    assert game.spec.max_episode_steps == 5000
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_minatar_commands_are_there(algorithm: str) -> None:
+    path = f"zoo_configs/{algorithm}.yml"
+    text = (REPOSITORY / path).read_text().replace(" \\\n#    ", "")
+    packages = "--gym-packages sb3_flipout.envs.minatar\n"
+    assert f"rl_zoo3.train --algo {algorithm} --env MinAtar/Breakout-v1 --conf-file {path} {packages}" in text
+    assert f"rl_zoo3.enjoy --algo {algorithm} --env MinAtar/Breakout-v1 --folder logs --no-render {packages}" in text
+
+
 # ---- the commands ---------------------------------------------------------------------------------------------------
+
+
+def package(env: str) -> str:
+    return "sb3_flipout.envs.minatar" if env in MINATAR else "sb3_flipout"
 
 
 def train(algorithm: str, env: str, steps: int, folder: Path, *arguments: str) -> BaseAlgorithm:
     """Train by the command of the header, shortened, and load what it saved."""
     path = f"zoo_configs/{algorithm}.yml"
-    command = ["--algo", algorithm, "--env", env, "--conf-file", path, "--gym-packages", "sb3_flipout"]
+    command = ["--algo", algorithm, "--env", env, "--conf-file", path, "--gym-packages", package(env)]
     zoo("train", *command, "-n", str(steps), "-f", str(folder), "--seed", "1", *arguments)
-    saved = folder / algorithm / f"{env}_1" / f"{env}.zip"
+    name = env.replace("/", "-")
+    saved = folder / algorithm / f"{name}_1" / f"{name}.zip"
     # The buffer is not in the zip, and would be made anew.
     model = ALGORITHMS[algorithm].load(saved, device="cpu", custom_objects={"buffer_size": 1})
     assert model.num_timesteps >= steps
@@ -151,3 +188,19 @@ def test_atari(algorithm: str, tmp_path: Path) -> None:
     model = train(algorithm, "PongNoFrameskip-v4", 200, tmp_path, *small)
     assert_stated_noise(model, algorithm, "atari")
     assert model.observation_space.shape == (4, 84, 84)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_minatar(algorithm: str, tmp_path: Path) -> None:
+    env = "MinAtar/Breakout-v1"
+    small = ["--hyperparams", "learning_starts:100", "buffer_size:1000"]
+    limit = ["--eval-env-kwargs", "max_episode_steps:50", "disable_env_checker:True"]
+    model = train(algorithm, env, 400, tmp_path, *small, "--eval-freq", "200", "--eval-episodes", "2", *limit)
+    assert_stated_noise(model, algorithm, env)
+    assert isinstance(model.policy.online.features_extractor, MinAtarCNN)
+    assert model.observation_space.shape == (4, 10, 10)
+
+    play = ["--algo", algorithm, "--env", env, "--folder", str(tmp_path), "--no-render", "-n", "300"]
+    printed = zoo("enjoy", *play, "--gym-packages", package(env))
+    assert "Mean reward" in printed

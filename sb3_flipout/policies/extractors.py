@@ -1,0 +1,34 @@
+"""Features extractors for observations that SB3 has none for."""
+
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+from torch import nn
+
+
+class MinAtarCNN(BaseFeaturesExtractor):
+    """
+    The network of Young and Tian 2019 up to its last layer: 16 filters of 3x3, then 128 units.
+
+    SB3's NatureCNN cannot be used on MinAtar: its filters are larger than the ten by ten pixels. Give ``net_arch=[]`` with it.
+
+    :param observation_space: Observations of shape (channels, height, width), floating-point numbers
+    :param features_dim: Units of the last layer
+    """
+
+    def __init__(self, observation_space: spaces.Box, features_dim: int = 128) -> None:
+        super().__init__(observation_space, features_dim)
+        channels, height, width = observation_space.shape
+        flat = 16 * (height - 2) * (width - 2)
+        self.layers = nn.Sequential(
+            nn.Conv2d(channels, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(flat, features_dim), nn.ReLU()
+        )
+
+    def forward(self, observations: th.Tensor) -> th.Tensor:
+        """
+        Compute the features.
+
+        :param observations: Observations, shape (N, channels, height, width)
+        :return: Features, shape (N, features_dim)
+        """
+        return self.layers(observations)
