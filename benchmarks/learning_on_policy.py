@@ -8,15 +8,10 @@ episodes on an environment of another seed. The interval is a 95 % bootstrap (BC
 
 from __future__ import annotations
 
-import argparse
-import json
-from concurrent.futures import ProcessPoolExecutor
-from itertools import product
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch as th
+from learning import run
 from stable_baselines3 import PPO
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
@@ -81,60 +76,8 @@ def train(task: str, arm: str, seed: int, steps: int) -> dict[str, Any]:
     return dict(task=task, arm=arm, seed=seed, steps=steps, score=score, spread=spread)
 
 
-def difference_interval(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, float]:
-    from scipy.stats import bootstrap
-
-    def mean_difference(a: np.ndarray, b: np.ndarray, axis: int = -1) -> np.ndarray:
-        return np.mean(a, axis=axis) - np.mean(b, axis=axis)
-
-    if np.ptp(ours) == 0 and np.ptp(theirs) == 0:
-        return float(ours[0] - theirs[0]), float(ours[0] - theirs[0])
-    result = bootstrap((ours, theirs), mean_difference, n_resamples=20_000, method="percentile", rng=0)
-    return float(result.confidence_interval.low), float(result.confidence_interval.high)
-
-
-def report(rows: list[dict[str, Any]]) -> str:
-    lines = ["| task | arm | score per seed | mean |", "|---|---|---|---|"]
-    scores = {}
-    for task, arm in dict.fromkeys((row["task"], row["arm"]) for row in rows):
-        found = np.array([row["score"] for row in rows if (row["task"], row["arm"]) == (task, arm)])
-        scores[task, arm] = found
-        lines.append(f"| {task} | {arm} | {', '.join(f'{score:.1f}' for score in found)} | {found.mean():.1f} |")
-    for task, arm in scores:
-        if arm != "stock" and (task, "stock") in scores:
-            stock, ours = scores[task, "stock"], scores[task, arm]
-            low, high = difference_interval(ours, stock)
-            loss = 0.1 * abs(stock.mean())
-            lines.append(
-                f"\n{task}: {arm} - stock, 95 % interval [{low:.1f}, {high:.1f}]; a loss of 10 % would be {-loss:.1f}: "
-                f"{'excluded' if low > -loss else 'not excluded'}."
-            )
-    return "\n".join(lines)
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", nargs="+", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--arm", nargs="+", choices=ARMS, default=["stock", "flipout"])
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--first-seed", type=int, default=0, help="to confirm, on seeds that nothing was chosen by")
-    parser.add_argument("--steps", type=int, default=100_000)
-    parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=Path("docs/benchmarks/learning_on_policy.json"))
-    args = parser.parse_args()
-    runs = list(product(args.task, args.arm, range(args.first_seed, args.first_seed + args.seeds)))
-    with ProcessPoolExecutor(args.jobs) as pool:
-        futures = [pool.submit(train, *run, args.steps) for run in runs]
-        rows = []
-        for future in futures:
-            rows.append(future.result())
-            print(rows[-1], flush=True)
-    if args.out.exists():  # runs of other arms and tasks are kept, so that a table can grow over several calls
-        fresh = {(row["task"], row["arm"], row["seed"]) for row in rows}
-        rows = [row for row in json.loads(args.out.read_text()) if (row["task"], row["arm"], row["seed"]) not in fresh] + rows
-    args.out.write_text(json.dumps(rows, indent=1) + "\n")
-    args.out.with_suffix(".md").write_text(HEADER + report(rows) + "\n")
-    print(report(rows))
+    run(__doc__, train, TASKS, ARMS, ["stock", "flipout"], 100_000, HEADER, "docs/benchmarks/learning_on_policy.json")
 
 
 if __name__ == "__main__":
