@@ -3,8 +3,9 @@
     python benchmarks/variance.py --out docs/benchmarks/variance.md
 
 The protocol of Wen et al. 2018, section 4.1 and figure 1, on made data: a partially trained classifier of Gaussian clusters,
-fully connected (three layers) or convolutional (two convolutions and a linear layer), is frozen; for each batch size N, many
-gradients of the mean cross-entropy are taken, each with N examples, base and keys drawn anew. (Examples come from the
+fully connected (three layers), convolutional (two convolutions and a linear layer) or recurrent (an LSTM that reads the image
+row by row under one key, and a linear layer), is frozen; for each batch size N, many gradients of the mean cross-entropy are
+taken, each with N examples, base and keys drawn anew. (Examples come from the
 distribution, there is no end to them: a finite set drawn from without replacement would make the lines steeper.) What is
 reported is the variance of a gradient entry, averaged over the mean weights and biases, with its standard error.
 
@@ -52,7 +53,23 @@ def convolutional() -> nn.Module:
     )  # fmt: skip
 
 
-NETWORKS: dict[str, Callable[[], nn.Module]] = {"fully connected": fully_connected, "convolutional": convolutional}
+class Recurrent(nn.Module):
+    """Reads an image as a sequence of its 8 rows; its LSTM and its linear layer see the same keys."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.head = nn.LSTM(8, 16, batch_first=True), nn.Linear(16, CLASSES)
+
+    def forward(self, x: th.Tensor) -> th.Tensor:
+        classes: th.Tensor = self.head(self.lstm(x.view(-1, 8, 8))[0][:, -1])
+        return classes
+
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "fully connected": fully_connected,
+    "convolutional": convolutional,
+    "recurrent": Recurrent,
+}
 CENTRES = th.randn(CLASSES, 64, generator=th.Generator().manual_seed(0))
 
 

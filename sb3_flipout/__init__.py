@@ -4,7 +4,7 @@
 the price of two matrix products (Flipout, Wen et al. 2018), and PPO's update replays that noise exactly.
 """
 
-from sb3_flipout.layers import FlipoutConv2d, FlipoutLinear, perturb, perturbed, redraw, restore
+from sb3_flipout.layers import FlipoutConv2d, FlipoutLinear, FlipoutLSTM, perturb, perturbed, redraw, restore
 from sb3_flipout.noise import signs
 from sb3_flipout.registration import register, unregister
 
@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "FlipoutConv2d",
+    "FlipoutLSTM",
     "FlipoutLinear",
     "__version__",
     "perturb",

@@ -6,11 +6,12 @@ import torch as th
 from torch import nn
 
 from sb3_flipout.layers import functional
-from sb3_flipout.layers.base import FlipoutLayer
+from sb3_flipout.layers.block import Block
 from sb3_flipout.layers.config import layer_noise
+from sb3_flipout.layers.single import OneWeightLayer
 
 
-class FlipoutConv2d(FlipoutLayer, nn.Conv2d):
+class FlipoutConv2d(OneWeightLayer, nn.Conv2d):
     """
     ``nn.Conv2d`` whose every row can see its own perturbed kernel.
 
@@ -85,8 +86,8 @@ class FlipoutConv2d(FlipoutLayer, nn.Conv2d):
     def _op_per_row(self, x: th.Tensor, weight: th.Tensor, bias: th.Tensor | None) -> th.Tensor:
         return functional.conv2d_per_row(self._conv_forward, x, weight, bias)
 
-    def _size_in(self) -> int:
-        return self.in_channels
+    def _sizes(self, block: Block) -> tuple[int, int]:
+        return self.in_channels, self.out_channels
 
     def _unit_dims(self, factor: th.Tensor, x: th.Tensor) -> th.Tensor:
         return factor[:, :, None, None]

@@ -9,7 +9,7 @@ Notation: N rows, I inputs, O outputs; ``w``, ``b`` mean weight and bias; ``dw``
 formulas are compositions of differentiable operations, so they can be differentiated twice, as TRPO needs.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch as th
 
@@ -122,3 +122,37 @@ def fan_in(weight: th.Tensor) -> int:
     :return: I times the size of the kernel
     """
     return weight[0].numel()
+
+
+def lstm(
+    gates: Sequence[th.Tensor],
+    state: tuple[th.Tensor, th.Tensor],
+    step: Callable[[th.Tensor, th.Tensor, int], th.Tensor],
+    kept: Sequence[th.Tensor] | None = None,
+) -> tuple[list[th.Tensor], tuple[th.Tensor, th.Tensor]]:
+    """
+    Run one LSTM layer over time (Hochreiter & Schmidhuber 1997, with forget gate; ``nn.LSTM``'s equations and order of gates).
+
+    :param gates: For each step what the inputs give the gates, shape (N_t, 4 * hidden); N_t may fall, then the last rows end
+    :param state: Hidden and cell state before the first step, shape (N_0, hidden)
+    :param step: Adds to the gates of a step what its hidden state gives them: called with gates, hidden state, and number of
+        the step
+    :param kept: For each step what the state is multiplied by before it: 0 where an episode starts; ``None`` for nothing
+    :return: Hidden states after each step, and the last states of all rows
+    """
+    (h, c), outputs, ended = state, [], []
+    for t, gates_t in enumerate(gates):
+        n = len(gates_t)
+        if n < len(h):
+            ended.append((h[n:], c[n:]))
+            h, c = h[:n], c[:n]
+        if kept is not None:
+            h, c = h * kept[t], c * kept[t]
+        i, f, g, o = step(gates_t, h, t).chunk(4, dim=1)
+        c = th.addcmul(f.sigmoid() * c, i.sigmoid(), g.tanh())
+        h = o.sigmoid() * c.tanh()
+        outputs.append(h)
+    if not ended:
+        return outputs, (h, c)
+    last = [(h, c), *reversed(ended)]
+    return outputs, (th.cat([h for h, _ in last]), th.cat([c for _, c in last]))

@@ -6,11 +6,11 @@ import torch as th
 from torch import nn
 
 from sb3_flipout.layers import functional
-from sb3_flipout.layers.base import FlipoutLayer
 from sb3_flipout.layers.config import layer_noise
+from sb3_flipout.layers.single import OneWeightLayer
 
 
-class FlipoutLinear(FlipoutLayer, nn.Linear):  # type: ignore[misc]
+class FlipoutLinear(OneWeightLayer, nn.Linear):  # type: ignore[misc]
     """
     ``nn.Linear`` whose every row can see its own perturbed weights (Wen et al. 2018, eq. (4)).
 
@@ -56,11 +56,5 @@ class FlipoutLinear(FlipoutLayer, nn.Linear):  # type: ignore[misc]
     def _op_per_row(self, x: th.Tensor, weight: th.Tensor, bias: th.Tensor | None) -> th.Tensor:
         return functional.linear_per_row(x, weight, bias)
 
-    def _size_in(self) -> int:
-        return self.in_features
-
     def _unit_dims(self, factor: th.Tensor, x: th.Tensor) -> th.Tensor:
         return factor if x.dim() == 2 else factor.view(len(factor), *[1] * (x.dim() - 2), -1)
-
-    def _per_weight_input(self, s: th.Tensor) -> th.Tensor:
-        return s[:, None, :]

@@ -10,6 +10,7 @@ import torch as th
 from torch import nn
 
 from sb3_flipout.layers.base import FlipoutLayer
+from sb3_flipout.layers.block import Block, Pair
 from sb3_flipout.noise.keys import fold
 from sb3_flipout.noise.rows import RowNoise
 from sb3_flipout.noise.signs import FactorPlan
@@ -74,22 +75,22 @@ class NoisyNetwork:
         for layer in self.layers:
             layer.redraw(base_key)
 
-    def bases(self) -> list[tuple[th.Tensor | None, th.Tensor | None]]:
+    def bases(self) -> list[list[th.Tensor | None]]:
         """
         Give the base draws of all layers, to be bound again later.
 
         :return: Draws of weight and bias, layer by layer
         """
-        return [(layer.weight_base, layer.bias_base) for layer in self.layers]
+        return [layer.bases() for layer in self.layers]
 
-    def bind(self, bases: list[tuple[th.Tensor | None, th.Tensor | None]]) -> None:
+    def bind(self, bases: list[list[th.Tensor | None]]) -> None:
         """
         Bind base draws that :meth:`bases` gave.
 
         :param bases: Draws of weight and bias, layer by layer
         """
-        for layer, (weight_base, bias_base) in zip(self.layers, bases, strict=True):
-            layer.weight_base, layer.bias_base = weight_base, bias_base
+        for layer, draws in zip(self.layers, bases, strict=True):
+            layer.bind(draws)
 
     def activate(self, noise: RowNoise | None) -> _Activation:
         """
@@ -109,7 +110,7 @@ class NoisyNetwork:
         """
         if not self.plan.width:
             return [(noise, ()) for _ in self.layers]
-        vectors = noise.factors(self.plan, self.layers[0].weight.dtype).split(self.plan.sizes, dim=1)  # type: ignore[no-untyped-call]
+        vectors = noise.factors(self.plan, self.layers[0].like.dtype).split(self.plan.sizes, dim=1)  # type: ignore[no-untyped-call]
         return [(noise, tuple([vectors[piece] for piece in pieces])) for pieces in self.plan.pieces]
 
 
@@ -167,7 +168,7 @@ def perturbed(module: nn.Module, keys: th.Tensor | RowNoise | None, scale: th.Te
     if isinstance(keys, RowNoise) and scale is not None:
         raise ValueError("scale must be None where keys is row noise, which has its own; give RowNoise(keys, scale).")
     noise = keys if isinstance(keys, RowNoise) else RowNoise(keys, scale)
-    device = network.layers[0].weight.device
+    device = network.layers[0].like.device
     if noise.keys.device != device:
         raise ValueError(
             f"keys must be on the network's device {device}, got {noise.keys.device}; use keys.to({str(device)!r})."
@@ -191,18 +192,33 @@ def redraw(module: nn.Module, base_key: int | None = None) -> None:
         layer.redraw(fold(layer.base_key, 0) if base_key is None else base_key)
 
 
-def effective_weight(layer: FlipoutLayer, key: int | th.Tensor, scale: float = 1.0) -> tuple[th.Tensor, th.Tensor | None]:
+def effective_weight(layer: FlipoutLayer, key: int | th.Tensor, scale: float = 1.0, name: str | None = None) -> Pair:
     """
     Materialise exactly the weights that the row with this key sees (Wen et al. 2018, eq. (3)).
 
     :param layer: Perturbed layer
     :param key: Noise key: an integer, or an int64 tensor of one element
     :param scale: Noise scale c
-    :return: Weight and bias (``None`` if the layer has none), shapes of the layer's own
+    :param name: Which weight of an LSTM, such as ``"weight_hh_l0"``; other layers have one only
+    :return: That weight and its bias (``None`` if the layer has none), shapes of the layer's own
     :raises TypeError: If ``layer`` is not a perturbed layer
+    :raises ValueError: If ``name`` is no weight of the layer, or missing where there are several
     """
     if not isinstance(layer, FlipoutLayer):
         raise TypeError(f"layer must be a perturbed layer, got {type(layer).__name__}; call sb3_flipout.perturb(layer) first.")
-    keys = th.as_tensor(key, dtype=th.int64, device=layer.weight.device).reshape(1)
-    weight, bias = layer.row_weights(keys, th.full((1,), scale, dtype=layer.weight.dtype, device=layer.weight.device))
+    block = _block(layer, name)
+    mean, mean_bias = block.means(layer)
+    if block in layer.quiet_blocks:
+        return mean, mean_bias
+    keys = th.as_tensor(key, dtype=th.int64, device=mean.device).reshape(1)
+    weight, bias = layer.row_weights(keys, th.full((1,), scale, dtype=mean.dtype, device=mean.device), block)
     return weight[0], None if bias is None else bias[0]
+
+
+def _block(layer: FlipoutLayer, name: str | None) -> Block:
+    known = {block.weight: block for block in (*layer.blocks, *layer.quiet_blocks)}
+    if name is None and len(known) == 1:
+        return layer.blocks[0]
+    if name not in known:
+        raise ValueError(f"name must be a weight of the {type(layer).__name__}: {', '.join(sorted(known))}; got {name!r}.")
+    return known[name]

@@ -60,7 +60,7 @@ class RowNoise:
         return self.keys.device if known is None else known.device
 
     def __len__(self) -> int:
-        return len(self.keys)
+        return self.keys.shape[0]
 
     def __getitem__(self, index: Index) -> RowNoise:
         """

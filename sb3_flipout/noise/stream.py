@@ -94,11 +94,20 @@ class KeyStream:
         :return: Row noise of the step, one row per environment
         """
         if scale is not self._scale:
-            self._held = self._ahead = None
-            self._scale = scale
+            self._rescale(scale)
         noise = self._step_noise(n_envs, scale) if self.resample == "step" else self._held_noise(n_envs, scale)
         self.step += 1
         return noise
+
+    def _rescale(self, scale: th.Tensor) -> None:
+        """Keep the keys: a callback may move the scale at each step, and hashing keys costs more than all the rest."""
+        known = self._scale is not None and len(self._scale) == len(scale) and self._scale.device == scale.device
+        self._scale = scale
+        if self._held is not None:
+            self._held = RowNoise(self._held.keys, scale) if known and self.resample != "step" else None
+        if self._ahead is not None:
+            first, noise = self._ahead
+            self._ahead = (first, RowNoise(noise.keys, scale.repeat(_STEPS_AHEAD))) if known else None
 
     def _step_noise(self, n_envs: int, scale: th.Tensor) -> RowNoise:
         if self._ahead is None or not 0 <= self.step - self._ahead[0] < _STEPS_AHEAD:

@@ -15,7 +15,7 @@ from stable_baselines3.sac import policies as sac
 from stable_baselines3.td3 import policies as td3
 from torch import nn
 
-from sb3_flipout.layers import NoisyNetwork
+from sb3_flipout.layers import FlipoutLayer, NoisyNetwork
 from sb3_flipout.policies.learning import (
     ONLINE,
     TARGET,
@@ -66,8 +66,9 @@ class ActorNoise(OffPolicyNoise):
         for name in online:
             self._learn_under_noise(getattr(self, name), ONLINE)
         for name, followed in self.targets:
-            if followed in online:
-                self._perturb_target(getattr(self, name), getattr(self, followed))
+            make = self._perturb_target if followed in online else self._match_shared_layers
+            make(getattr(self, name), getattr(self, followed))
+            getattr(self, name).load_state_dict(getattr(self, followed).state_dict())  # as SB3 does; `init` may have drawn
         self._own_network([self.actor])
         for name in online:
             net = getattr(self, name)
@@ -100,6 +101,13 @@ class ActorNoise(OffPolicyNoise):
             layer.noise_index = model.noise_index
             layer.redraw(model.base_key)
         self._learn_under_noise(target, TARGET)
+
+    def _match_shared_layers(self, target: nn.Module, followed: nn.Module) -> None:
+        """Give a target the sigma of layers that its critic shares with the actor: polyak pairs parameters by their order."""
+        pairs = zip(target.modules(), followed.modules(), strict=True)
+        shared = [layer for layer, model in pairs if isinstance(model, FlipoutLayer)]
+        if shared:
+            self._perturb(shared)
 
     @property
     def acting(self) -> NoisyNet:

@@ -25,6 +25,7 @@ from torch import nn
 
 from sb3_flipout.layers import perturb
 from sb3_flipout.noise import EvaluationStream, KeyStream, RowNoise, fold, noise_of
+from sb3_flipout.noise.ladder import checked_ladder, environment_scales
 from sb3_flipout.policies.settings import NoiseSettings
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -54,11 +55,12 @@ class FlipoutPolicy(BasePolicy):
         self._keys = KeyStream(fold(self._noise_seed, _COLLECTION), settings.resample, members)
         self._evaluation = EvaluationStream(fold(self._noise_seed, _EVALUATION), 0, members)
         self._noise_scale = 1.0
+        self._noise_ladder: tuple[float, ...] | None = None
         self._row_scale: th.Tensor | None = None
 
     def _perturb(self, modules: list[nn.Module]) -> None:
         """Perturb modules of the policy as the settings say; their layers are numbered in this order, from 0."""
-        layers = "linear" if self.noise_settings.perturb == "linear" else "all"
+        layers = self.noise_settings.perturb if self.noise_settings.perturb in ("linear", "hidden") else "all"
         perturb(nn.ModuleList(modules), layers, self._base_key(0), **asdict(self.noise_settings.layer_noise()))
 
     def _base_key(self, draw: int) -> int:
@@ -98,13 +100,22 @@ class FlipoutPolicy(BasePolicy):
             raise ValueError(f"noise_scale must be finite and >= 0, got {scale}; use 0.0 to switch the noise off.")
         self._noise_scale, self._row_scale = float(scale), None
 
+    @property
+    def noise_ladder(self) -> tuple[float, ...] | None:
+        """What multiplies the noise scale in each training environment; ``None`` for no ladder. Saved with the model."""
+        return self._noise_ladder
+
+    @noise_ladder.setter
+    def noise_ladder(self, ladder: tuple[float, ...] | None) -> None:
+        self._noise_ladder, self._row_scale = checked_ladder(ladder), None
+
     # ---- which noise a forward pass sees ------------------------------------------------------------------------
 
     @_eager
     def _collection_noise(self, n_envs: int) -> RowNoise:
         """Noise of the next collection step: one row per environment. The only place that advances the training noise."""
         if self._row_scale is None or len(self._row_scale) != n_envs or self._row_scale.device != self.device:
-            self._row_scale = th.full((n_envs,), self._noise_scale, device=self.device)
+            self._row_scale = environment_scales(self._noise_scale, self._noise_ladder, n_envs, self.device)
         return self._keys.next(n_envs, self._row_scale)
 
     @_eager
@@ -120,9 +131,9 @@ class FlipoutPolicy(BasePolicy):
         if noise is None and needed:
             raise ValueError(
                 "a batch without noise keys reached the policy in training mode, so its noise cannot be replayed. Batches of "
-                "PPO and A2C carry them; for an algorithm of your own call sb3_flipout.register(YourAlgorithm), and to train "
-                "the mean weights (behaviour cloning) write `with sb3_flipout.perturbed(policy, None):` around the call. To "
-                "look at a policy that is not being trained, call policy.set_training_mode(False) first."
+                "the registered algorithms carry them; for an algorithm of your own call sb3_flipout.register(YourAlgorithm), "
+                "and to train the mean weights (behaviour cloning) write `with sb3_flipout.perturbed(policy, None):` around "
+                "the call. To look at a policy that is not being trained, call policy.set_training_mode(False) first."
             )
         return noise
 
@@ -171,6 +182,7 @@ class FlipoutPolicy(BasePolicy):
             "steps": self._keys.step,
             "evaluations": self._evaluation.calls,
             "noise_scale": self._noise_scale,
+            "noise_ladder": self._noise_ladder,
         }
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
@@ -182,7 +194,7 @@ class FlipoutPolicy(BasePolicy):
         self._noise_seed = state["seed"]
         self._keys.restart(state["steps"], fold(self._noise_seed, _COLLECTION))
         self._evaluation.seed, self._evaluation.calls = fold(self._noise_seed, _EVALUATION), state["evaluations"]
-        self.noise_scale = state["noise_scale"]
+        self.noise_scale, self.noise_ladder = state["noise_scale"], state.get("noise_ladder")
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """

@@ -13,6 +13,7 @@ from sb3_flipout.layers import NoisyNetwork
 from sb3_flipout.noise import RowNoise, fold, fold_in
 from sb3_flipout.noise.stream import restrict
 from sb3_flipout.policies.base import n_rows
+from sb3_flipout.policies.prior import Prior
 from sb3_flipout.policies.settings import LearningSettings
 
 ONLINE, TARGET = 0, 1  # roles
@@ -100,7 +101,7 @@ class NoisyValueNet(NoisyNet, BasePolicy):
     """Mixin of a value network that learns under noise, and adds its members' prior."""
 
     # In a tuple, so that the prior is no part of this network's parameters: it is neither trained nor copied by polyak.
-    prior: tuple[BasePolicy, float] | None = None
+    prior: tuple[Prior, float] | None = None
 
     def forward(self, obs: PyTorchObs) -> th.Tensor:
         """
@@ -112,14 +113,14 @@ class NoisyValueNet(NoisyNet, BasePolicy):
         step_noise = self._step_noise(obs, self.role)
         if step_noise is not None:
             with step_noise:
+                if self.prior is not None:
+                    self.prior[0].measure(obs)
                 return self.forward(obs)
         values: th.Tensor = super().forward(obs)
         if self.prior is None:
             return values
-        network, scale = self.prior
-        with th.no_grad():
-            prior = network(obs)
-        return values + scale * prior
+        prior, scale = self.prior
+        return values + scale * prior(obs)
 
 
 class NoisyCritic(NoisyNet):

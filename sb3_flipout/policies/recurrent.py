@@ -65,5 +65,3 @@ class FlipoutRecurrentCnnPolicy(RecurrentNoise, RecurrentActorCriticCnnPolicy):
 
 class FlipoutRecurrentMultiInputPolicy(RecurrentNoise, RecurrentMultiInputActorCriticPolicy):
     """``"FlipoutMultiInputLstmPolicy"`` of RecurrentPPO; arguments as in :class:`RecurrentNoise`."""
-
-

@@ -11,15 +11,15 @@ from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from stable_baselines3.dqn.policies import CnnPolicy, DQNPolicy, MultiInputPolicy, QNetwork
 from torch import nn
 
-from sb3_flipout.layers import NoisyNetwork, perturb
+from sb3_flipout.layers import NoisyNetwork
 from sb3_flipout.noise import RowNoise, fold
 from sb3_flipout.policies.base import n_rows
 from sb3_flipout.policies.learning import NoisyNet, NoisyValueNet
 from sb3_flipout.policies.off_policy import OffPolicyNoise
+from sb3_flipout.policies.prior import Prior
 from sb3_flipout.policies.settings import ValueSettings
 
 _PRIOR_BASE = 18  # a stream beside those in policies/base.py and policies/learning.py
-_PRIOR_NUMBERS = 1000  # the layers of the prior are numbered from here
 
 
 class FlipoutQNetwork(NoisyValueNet, QNetwork):
@@ -46,6 +46,7 @@ class ValueNoise(OffPolicyNoise):
         for role, net in enumerate((self.online, self.target)):
             self._perturb([self._head(net) if self.noise_settings.perturb == "heads" else net])
             net.role, net.learning = role, self.learning
+        self.target.load_state_dict(self.online.state_dict())  # as SB3 does; `init` may have drawn
         self._add_prior()
         for net in (self.online, self.target):
             net.noisy = NoisyNetwork(net, self._parts(net))
@@ -82,22 +83,11 @@ class ValueNoise(OffPolicyNoise):
         return [module for module in net.modules() if type(module) is nn.Linear][-1]
 
     def _add_prior(self) -> None:
-        """Add a frozen random value per member: a network of zero means, whose perturbation alone is the prior."""
+        """Add a frozen random function per member to the values of both networks."""
         if self.noise_settings.prior_scale == 0:
             return
         with th.random.fork_rng(devices=[]):
-            self.prior = self._make_value_net()
-        base_key = fold(self._noise_seed, _PRIOR_BASE)
-        # sigma 1/sqrt(fan_in) keeps the size of activations from layer to layer.
-        perturb(self.prior, base_key=base_key, family="gaussian", sigma_init=1.0, learn_sigma=False)
-        for layer in NoisyNetwork(self.prior).layers:
-            # Apart from the numbers of the learned network, so that the two perturbations have nothing in common.
-            layer.noise_index = _PRIOR_NUMBERS + (layer.noise_index or 0)
-            layer.redraw(base_key)
-            for mean in (layer.weight, layer.bias):
-                if mean is not None:
-                    nn.init.zeros_(mean)
-        self.prior.requires_grad_(False)
+            self.prior = Prior(self._make_value_net(), fold(self._noise_seed, _PRIOR_BASE))
         for net in (self.online, self.target):
             net.__dict__["prior"] = (self.prior, float(self.noise_settings.prior_scale))
 
@@ -163,9 +153,8 @@ class ValueNoise(OffPolicyNoise):
         :param state: What :meth:`get_extra_state` gave
         """
         super().set_extra_state(state)
-        for layer in self.online.noisy.layers:
-            if (layer.noise_index or 0) >= _PRIOR_NUMBERS:
-                layer.redraw(fold(self._noise_seed, _PRIOR_BASE))
+        if self.online.prior is not None:
+            self.prior.redraw(fold(self._noise_seed, _PRIOR_BASE))
 
 
 class FlipoutDQNPolicy(ValueNoise, DQNPolicy):

@@ -85,7 +85,7 @@ def test_only_exact_types_are_converted() -> None:
     assert [type(layer) for layer in net] == [FlipoutLinear, *types]
     assert type(attention.out_proj) is not FlipoutLinear
     assert sum(isinstance(layer, FlipoutLayer) for layer in net.modules()) == 1
-    assert set(PERTURBED_CLASSES) == {nn.Linear, nn.Conv2d}
+    assert set(PERTURBED_CLASSES) == {nn.Linear, nn.Conv2d, nn.LSTM}
 
 
 def test_linear_layers_only() -> None:
@@ -99,7 +99,7 @@ def test_linear_layers_only() -> None:
 @pytest.mark.parametrize("layers", ["conv", "", None, ["linear"]])
 def test_unknown_choice_of_layers_is_refused(layers: Any) -> None:
     net = small_net()
-    with pytest.raises(ValueError, match="layers must be one of 'all', 'linear', got"):
+    with pytest.raises(ValueError, match="layers must be one of 'all', 'linear', 'hidden', got"):
         perturb(net, layers=layers)
     assert not any(isinstance(layer, FlipoutLayer) for layer in net.modules())
 

@@ -1,7 +1,6 @@
-"""How noisy perturbed networks are, as numbers: variance of gradients, its slope over batch sizes, correlation of rows.
+"""How noisy perturbed networks are: variance of gradients, its slope over batch sizes, correlation of rows.
 
-Pure functions: they draw from keys, leave the network's base and gradients as they were, and never log. Each returns an
-:class:`Estimate`, the number with its standard error.
+Each function returns an :class:`Estimate`, the number with its standard error.
 """
 
 from __future__ import annotations
@@ -62,7 +61,7 @@ def gradient_variance(
     _check_count("repeats", repeats)
     wanted = _means(network) if parameters is None else list(parameters)
     found = []
-    with _base_kept(network):
+    with base_kept(network):
         for repeat in range(repeats):
             data = batch(repeat) if callable(batch) else batch
             with _fresh_noise(network, len(data[0]), data[0].device, fold(seed, repeat)):
@@ -86,7 +85,7 @@ def perturbed_outputs(network: nn.Module, inputs: th.Tensor, draws: int, seed: i
     """
     _check_count("draws", draws)
     found = []
-    with th.no_grad(), _base_kept(network):
+    with th.no_grad(), base_kept(network):
         for draw in range(draws):
             with _fresh_noise(network, len(inputs), inputs.device, fold(seed, draw)):
                 found.append(network(inputs))
@@ -153,8 +152,7 @@ def _mean(samples: th.Tensor) -> Estimate:
 
 
 def _means(network: nn.Module) -> list[th.Tensor]:
-    layers = NoisyNetwork.of(network).layers
-    return [mean for layer in layers for mean in (layer.weight, layer.bias) if mean is not None and mean.requires_grad]
+    return [mean for layer in NoisyNetwork.of(network).layers for mean in layer.means() if mean.requires_grad]
 
 
 @contextmanager
@@ -166,15 +164,22 @@ def _fresh_noise(network: nn.Module, rows: int, device: th.device, key: int) -> 
 
 
 @contextmanager
-def _base_kept(network: nn.Module) -> Iterator[None]:
-    """Put back the base that was there before."""
-    layers = NoisyNetwork.of(network).layers
-    base_keys = [layer.base_key for layer in layers]
+def base_kept(network: nn.Module) -> Iterator[None]:
+    """
+    Make a context in which bases may be redrawn; leaving it binds again what was there before.
+
+    :param network: Network with perturbed layers
+    :return: Context manager
+    """
+    noisy = NoisyNetwork.of(network)
+    # Bound, not drawn from the base keys again: a policy may have bound a base that its layers' keys do not tell.
+    bases, base_keys = noisy.bases(), [layer.base_key for layer in noisy.layers]
     try:
         yield
     finally:
-        for layer, base_key in zip(layers, base_keys, strict=True):
-            layer.redraw(base_key)
+        noisy.bind(bases)
+        for layer, base_key in zip(noisy.layers, base_keys, strict=True):
+            layer.base_key = base_key
 
 
 def _check_count(name: str, count: int) -> None:

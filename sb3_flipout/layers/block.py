@@ -1,0 +1,55 @@
+"""A weight with its bias, as a perturbed layer knows them: by name."""
+
+from __future__ import annotations
+
+import torch as th
+from torch import nn
+
+Pair = tuple[th.Tensor, th.Tensor | None]  # of a weight and of its bias, if it has one
+MaybePair = tuple[th.Tensor | None, th.Tensor | None]
+
+
+class Block:
+    """
+    A weight with its bias, by their names in a layer. Most layers are one block, an LSTM two per layer.
+
+    Vectors of block i are numbered 2i (factors over inputs) and 2i + 1 (over outputs). The draws of a row of its own, under
+    ``noise_sharing="independent"``, are numbered 2i + 2 (weight) and 2i + 3 (bias); no layer has both kinds.
+
+    :param weight: Name of the weight; sigma and base are named after it
+    :param bias: Name of the bias; ``None`` where the layer has no such name
+    :param number: The block's number among the perturbed ones of its layer
+    """
+
+    def __init__(self, weight: str = "weight", bias: str | None = "bias", number: int = 0) -> None:
+        self.weight, self.bias, self.number = weight, bias, number
+        # Written out once, since the hot path asks for them.
+        self.weight_sigma, self.bias_sigma = f"{weight}_sigma", bias and f"{bias}_sigma"
+        self.weight_base, self.bias_base = f"{weight}_base", bias and f"{bias}_base"
+
+    def means(self, layer: nn.Module) -> Pair:
+        """
+        Give mean weight and mean bias.
+
+        :param layer: The layer
+        :return: The layer's own tensors
+        """
+        return getattr(layer, self.weight), None if self.bias is None else getattr(layer, self.bias)
+
+    def sigmas(self, layer: nn.Module) -> MaybePair:
+        """
+        Give sigma of weight and bias; a family may have none, or one for both, which is that of the weight.
+
+        :param layer: The layer
+        :return: The layer's own parameters
+        """
+        return getattr(layer, self.weight_sigma), None if self.bias_sigma is None else getattr(layer, self.bias_sigma)
+
+    def bases(self, layer: nn.Module) -> MaybePair:
+        """
+        Give the base draws of weight and bias.
+
+        :param layer: The layer
+        :return: The layer's own buffers
+        """
+        return getattr(layer, self.weight_base), None if self.bias_base is None else getattr(layer, self.bias_base)

@@ -1,0 +1,272 @@
+"""NoiseEvalCallback: what each way of acting sees, what is logged and saved, and when it warns."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch as th
+from gymnasium import spaces
+from helpers import vector_env
+from probes import make, parameters
+from stable_baselines3 import A2C, DQN, PPO
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.callbacks import BaseCallback, CallbackList, EvalCallback
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.logger import KVWriter, Logger
+from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
+
+from sb3_flipout.callbacks import AnnealNoise, NoiseEvalCallback
+from sb3_flipout.callbacks.evaluate import mean_lags
+
+MEMBERS = dict(policy_kwargs=dict(net_arch=[16], members=5, prior_scale=1.0))
+
+
+class Sized(gym.Env):
+    """Pays the size of the action, for five steps: a policy of mean weights 0 gets nothing, a perturbed one something."""
+
+    observation_space = spaces.Box(-1, 1, (2,), np.float32)
+    action_space = spaces.Box(-1, 1, (1,), np.float32)
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
+        super().reset(seed=seed)
+        self.t = 0
+        return np.array([0.5, 1.0], np.float32), {}
+
+    def step(self, action: np.ndarray) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        self.t += 1
+        info = {"is_success": bool(abs(action[0]) > 0)}
+        return np.array([0.5, 1.0], np.float32), float(abs(action[0])), self.t >= 5, False, info
+
+
+def sized(n_envs: int = 1) -> VecEnv:
+    return DummyVecEnv([lambda: Monitor(Sized())] * n_envs)
+
+
+def silent() -> BaseAlgorithm:
+    """PPO whose mean weights choose the action 0, and stay there."""
+    model = make(PPO, env=sized(2), learning_rate=0.0)
+    for mean in (model.policy.action_net.weight, model.policy.action_net.bias):
+        th.nn.init.zeros_(mean)
+    return model
+
+
+class Remember(KVWriter):
+    """Keeps all that is written."""
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[int, dict[str, Any]]] = []
+
+    def write(self, key_values: dict[str, Any], key_excluded: dict[str, tuple[str, ...]], step: int = 0) -> None:
+        self.rows.append((step, dict(key_values)))
+
+    def close(self) -> None:
+        pass
+
+
+def evaluate(model: BaseAlgorithm, steps: int, *others: BaseCallback, **kwargs: Any) -> tuple[NoiseEvalCallback, Remember]:
+    memory = Remember()
+    model.set_logger(Logger(None, [memory]))
+    settings = dict(eval_env=sized(2), eval_freq=8, n_eval_episodes=4, verbose=0) | kwargs
+    callback = NoiseEvalCallback(**settings)
+    model.learn(steps, callback=CallbackList([*others, callback]))
+    return callback, memory
+
+
+def evaluations(memory: Remember) -> list[dict[str, Any]]:
+    return [row for _, row in memory.rows if "noise_eval/lag" in row]
+
+
+# ---- how each acts --------------------------------------------------------------------------------------------------
+
+
+def test_mean_and_sampled_weights_are_told_apart() -> None:
+    callback, memory = evaluate(silent(), 32)
+    rows = evaluations(memory)
+    assert len(rows) == 2 and callback.returns["mean"] == [0.0, 0.0]
+    for row, sampled in zip(rows, callback.returns["sampled"], strict=True):
+        assert row["noise_eval/mean/return"] == row["eval/mean_reward"] == 0.0 < row["noise_eval/sampled/return"]
+        assert row["noise_eval/sampled/return"] == row["noise_eval/lag"] == sampled
+        assert row["noise_eval/mean/ep_length"] == row["noise_eval/sampled/ep_length"] == 5
+        assert row["noise_eval/mean/success_rate"] == 0.0 and row["noise_eval/sampled/success_rate"] == 1.0
+
+
+class Watched(NoiseEvalCallback):
+    """Notes the noise of each prediction."""
+
+    def _init_callback(self) -> None:
+        super()._init_callback()
+        self.noises: list[Any] = []
+        policy, original = self._policy, type(self.model).predict
+
+        def predict(*args: Any, **kwargs: Any) -> Any:
+            self.noises.append(policy.explicit_noise)
+            return original(self.model if not hasattr(self.model, "_model") else self.model._model, *args, **kwargs)
+
+        self.model.predict = predict
+
+
+@pytest.mark.parametrize(("algorithm", "kwargs"), [(PPO, {}), (DQN, {}), (DQN, MEMBERS)], ids=["ppo", "dqn", "members"])
+def test_sampled_weights_are_held_for_an_episode(algorithm: type[BaseAlgorithm], kwargs: dict[str, Any]) -> None:
+    class Fixed(Sized):
+        action_space = spaces.Discrete(3)
+
+        def step(self, action: Any) -> Any:
+            return super().step(np.array([action], np.float32))
+
+    env = DummyVecEnv([lambda: Monitor(Fixed())] * 2)
+    callback = Watched(env, n_eval_episodes=4, eval_freq=8, verbose=0)
+    model = make(algorithm, env=DummyVecEnv([lambda: Monitor(Fixed())] * 2), **kwargs)
+    model.learn(16, callback=callback)
+    arms = 3 if kwargs else 2
+    assert len(callback.noises) >= 10 * arms
+    sampled, last = callback.noises[:10], callback.noises[10 * (arms - 1) : 10 * arms]
+    assert all(noise == (None,) for noise in last)  # the mean weights, by which the best is told, come last
+    assert all(noise is None for noise in callback.noises[10 : 10 * (arms - 1)])  # the vote: the policy's own way
+    keys = [noise[0].keys.tolist() for noise in sampled]
+    assert keys[:5] == [keys[0]] * 5 and keys[5:] == [keys[5]] * 5
+    assert all(noise[0].scale.tolist() == [1.0, 1.0] for noise in sampled)
+    if kwargs:
+        assert {key for pair in keys for key in pair} <= set(range(5))
+    else:
+        assert len({*keys[0], *keys[5]}) == 4
+
+
+def test_the_vote_is_what_the_policy_does() -> None:
+    env = vector_env("discrete", 2, seed=5)
+    callback, _ = evaluate(make(DQN, **MEMBERS), 16, eval_env=env, best_by="vote", warn=False)
+    assert set(callback.returns) == {"mean", "sampled", "vote"}
+    again = vector_env("discrete", 2, seed=5)
+    for _ in range(2):  # what the two before it played
+        evaluate_policy(callback.model, again, 4, warn=False)
+    # Episodes of this environment do not depend on the actions, so the same ones come third.
+    assert callback.returns["vote"][0] == pytest.approx(evaluate_policy(callback.model, again, 4, warn=False)[0])
+
+
+# ---- what is saved --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("best_by", ["mean", "sampled"])
+def test_the_best_is_told_by_the_named_one(best_by: str, tmp_path: Path) -> None:
+    callback, memory = evaluate(silent(), 64, best_by=best_by, log_path=str(tmp_path), best_model_save_path=str(tmp_path))
+    assert callback.best_mean_reward == max(callback.returns[best_by])
+    assert [row["eval/mean_reward"] for row in evaluations(memory)] == callback.returns[best_by]
+    assert (tmp_path / "best_model.zip").exists()
+    other = "sampled" if best_by == "mean" else "mean"
+    for name, path in ((best_by, tmp_path), (other, tmp_path / other)):
+        with np.load(path / "evaluations.npz") as stored:
+            assert stored["timesteps"].tolist() == [16, 32, 48, 64] and stored["ep_lengths"].shape == (4, 4)
+            assert stored["results"].mean(1) == pytest.approx(callback.returns[name])
+            assert stored["successes"].all() == (name == "sampled")
+    assert not (tmp_path / best_by / "evaluations.npz").exists()
+
+
+def test_children_and_the_model_are_those_of_evalcallback(tmp_path: Path) -> None:
+    class Child(BaseCallback):
+        calls = 0
+
+        def _on_step(self) -> bool:
+            assert self.model is model and isinstance(self.parent, NoiseEvalCallback)
+            self.calls += 1
+            return self.calls < 2
+
+    best, after, model = Child(), Child(), silent()
+    evaluate(model, 64, callback_on_new_best=best, callback_after_eval=after)
+    assert (best.calls, after.calls) == (1, 2)  # the return stays 0; the second call ended training
+    assert model.num_timesteps == 32
+
+
+def test_statistics_of_normalisation_are_shared() -> None:
+    model = make(PPO, env=VecNormalize(vector_env("box", 2)))
+    env = VecNormalize(vector_env("box", 1), training=False)
+    evaluate(model, 32, eval_env=env, warn=False)
+    assert env.obs_rms.count > 10 and np.array_equal(env.obs_rms.mean, model.get_env().obs_rms.mean)
+
+
+class Nothing(BaseCallback):
+    def _on_step(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(("algorithm", "kwargs"), [(PPO, {}), (A2C, {}), (DQN, {}), (DQN, MEMBERS)])
+def test_training_is_bit_for_bit_the_same(algorithm: type[BaseAlgorithm], kwargs: dict[str, Any]) -> None:
+    env = vector_env("discrete", 3)
+    with_it = make(algorithm, **kwargs).learn(96, callback=NoiseEvalCallback(env, eval_freq=5, verbose=0, warn=False))
+    without = make(algorithm, **kwargs).learn(96, callback=Nothing())
+    assert all(th.equal(a, b) for a, b in zip(parameters(with_it), parameters(without), strict=True))
+    assert with_it.policy.get_extra_state() == without.policy.get_extra_state()
+
+
+# ---- when the mean weights lag --------------------------------------------------------------------------------------
+
+
+def test_it_warns_once_that_the_mean_weights_lag() -> None:
+    with pytest.warns(UserWarning) as caught:
+        callback, _ = evaluate(silent(), 160)
+    (warning,) = caught
+    text = str(warning.message)
+    assert len(callback.returns["mean"]) == 10
+    n = int(re.search(r"last (\d+) evaluations", text)[1])
+    assert 5 <= n < 10 and f"up to step {16 * n}, their mean return is 0, that of perturbed weights " in text
+    assert f"{np.mean(callback.returns['sampled'][:n]):.4g}. " in text and "AnnealNoise(start=1, end=0.0)" in text
+
+
+def test_it_does_not_warn_while_the_noise_is_annealed() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        callback, _ = evaluate(silent(), 160, AnnealNoise(1.0, 0.5))
+    assert min(callback.returns["sampled"]) > 0 == max(callback.returns["mean"])
+
+
+def test_the_rule() -> None:
+    assert mean_lags([0.0] * 5, [90.0] * 5)
+    assert not mean_lags([0.0] * 4, [90.0] * 4)  # too few
+    assert not mean_lags([90.0] * 5, [0.0] * 5)
+    assert not mean_lags([5.0] * 5, [5.0] * 5)
+    assert not mean_lags([0.0] * 5, [0.0, 0.0, 0.0, 0.0, 90.0])  # one lucky evaluation: t = 1
+    assert not mean_lags([500.0] * 5, [505.0] * 5)  # significant, but a hundredth
+    assert mean_lags([-200.0] * 5, [-100.0, -110.0, -90.0, -100.0, -105.0])
+    # Differences 1, 2, 3, 4, 5, ...: t = 3 / (sqrt(2.5) / sqrt(5)) = 4.24 at 5, where 7.17 is needed; 5.74 at 10 (4.30).
+    rising = [float(i) for i in range(1, 11)]
+    assert not mean_lags([0.0] * 5, rising[:5]) and mean_lags([0.0] * 10, rising)
+
+
+@pytest.mark.parametrize("n", [5, 10])
+def test_chance_alone_warns_once_in_a_thousand_times(n: int) -> None:
+    """20,000 pairs of equal laws: at most 20 expected; more than 50 has a probability below 1e-6 (Poisson: 2e-8)."""
+    draws = np.random.default_rng(0).normal(size=(20_000, 2, n))
+    found = sum(mean_lags(mean, sampled) for mean, sampled in draws)
+    assert 3 <= found <= 50  # and less than 3 has one below 1e-6 too
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        (dict(best_by="median"), 'best_by must be one of "mean", "sampled", "vote", got \'median\''),
+        (dict(best_by=None), "best_by"),
+    ],
+)
+def test_unknown_names_are_refused(kwargs: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        NoiseEvalCallback(sized(), **kwargs)
+
+
+def test_votes_without_members_are_refused() -> None:
+    with pytest.raises(ValueError, match="needs members that vote, this policy has none"):
+        make(DQN).learn(8, callback=NoiseEvalCallback(vector_env("discrete", 1), best_by="vote"))
+
+
+def test_stock_policies_are_refused() -> None:
+    model = PPO("MlpPolicy", sized(), n_steps=8, batch_size=8, device="cpu")
+    with pytest.raises(ValueError, match="NoiseEvalCallback needs a flipout policy"):
+        model.learn(8, callback=NoiseEvalCallback(sized()))
+
+
+def test_it_is_an_evalcallback() -> None:
+    assert isinstance(NoiseEvalCallback(sized(), eval_freq=7, n_eval_episodes=3), EvalCallback)

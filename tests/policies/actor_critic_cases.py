@@ -1,0 +1,108 @@
+"""Small off-policy actor-critics, and a recorder of the noise under which their networks run."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch as th
+from helpers import vector_env
+from sb3_contrib import TQC, CrossQ
+from stable_baselines3 import DDPG, SAC, TD3
+from stable_baselines3.common.callbacks import BaseCallback
+
+from sb3_flipout.layers import FlipoutLayer
+from sb3_flipout.policies.learning import NoisyNet
+
+ALGORITHMS = [SAC, TD3, DDPG, TQC, CrossQ]
+#: Those whose actor gives a distribution, and which ask the online actor for the actions of the target.
+STOCHASTIC = [SAC, TQC, CrossQ]
+DETERMINISTIC = [TD3, DDPG]
+
+
+def build(
+    algorithm: Any = SAC,
+    n_envs: int = 2,
+    observation: str = "vector",
+    policy: str = "FlipoutMlpPolicy",
+    noise: dict[str, Any] | None = None,
+    env: Any = None,
+    **kwargs: Any,
+) -> Any:
+    """A model with networks of eight units."""
+    arguments = dict(learning_starts=8, batch_size=8, buffer_size=200, train_freq=2, gradient_steps=1, seed=1)
+    env = vector_env("box", n_envs, observation=observation) if env is None else env
+    net_arch = dict(pi=[8, 8], qf=[8, 8])
+    return algorithm(policy, env, **{**arguments, **kwargs}, policy_kwargs={"net_arch": net_arch, **(noise or {})})
+
+
+def layers_of(module: Any) -> list[FlipoutLayer]:
+    return [layer for layer in module.modules() if isinstance(layer, FlipoutLayer)]
+
+
+def networks(policy: Any) -> dict[str, Any]:
+    """The networks of a policy by name; CrossQ has no targets."""
+    names = ("actor", "actor_target", "critic", "critic_target")
+    return {name: net for name in names if isinstance(net := getattr(policy, name, None), th.nn.Module)}
+
+
+class Seen(NamedTuple):
+    """One pass through a network while SB3 trains."""
+
+    net: str
+    step: int
+    grad: bool
+    keys: th.Tensor | None
+    scale: float | None
+    base_key: int
+
+    def same(self, other: Seen) -> bool:
+        keys = self.keys is None if other.keys is None else self.keys is not None and th.equal(self.keys, other.keys)
+        return keys and self._replace(keys=None) == other._replace(keys=None)
+
+
+class Recorder(BaseCallback):
+    """Keys, scales and bases of every acting step, of every pass in a gradient step, and the ends of episodes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.acting: list[th.Tensor] = []
+        self.scales: list[th.Tensor] = []
+        self.acting_bases: list[tuple[float, ...]] = []
+        self.learning: list[Seen] = []
+        self.dones: list[np.ndarray] = []
+
+    def _init_callback(self) -> None:
+        for name, net in networks(self.model.policy).items():
+            if isinstance(net, NoisyNet):
+                net.noisy.activate = self._recording(name, net, net.noisy.activate)
+
+    def _recording(self, name: str, net: Any, activate: Any) -> Any:
+        policy = self.model.policy
+
+        def record(noise: Any) -> Any:
+            base_key = net.noisy.layers[0].base_key
+            if policy.learning.active:
+                keys, scale = (None, None) if noise is None else (noise.keys.clone(), float(noise.scale[0]))
+                self.learning.append(Seen(name, policy.learning.step, th.is_grad_enabled(), keys, scale, base_key))
+            elif policy._acting_noise is not None:
+                self.acting.append(noise.keys.clone())
+                self.scales.append(noise.scale.clone())
+                base = net.noisy.layers[0].weight_base
+                self.acting_bases.append(() if base is None else tuple(base.flatten().tolist()))
+            return activate(noise)
+
+        return record
+
+    def _on_step(self) -> bool:
+        self.dones.append(self.locals["dones"].copy())
+        return True
+
+    def of(self, net: str, grad: bool | None = None) -> list[Seen]:
+        return [seen for seen in self.learning if seen.net == net and grad in (None, seen.grad)]
+
+
+def learn(model: Any, steps: int = 40, **kwargs: Any) -> Recorder:
+    recorder = Recorder()
+    model.learn(steps, callback=[recorder, *kwargs.pop("callback", [])], **kwargs)
+    return recorder

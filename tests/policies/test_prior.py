@@ -1,0 +1,155 @@
+"""The members' prior: which function it is, and in which unit."""
+
+import copy
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch as th
+from gymnasium import spaces
+from helpers import vector_env
+from sb3_contrib import QRDQN
+from stable_baselines3 import DQN
+
+from sb3_flipout.envs import DeepSea
+from sb3_flipout.layers import FlipoutLayer
+from sb3_flipout.noise import RowNoise
+
+K = 20
+
+
+class Scaled(gym.ObservationWrapper[Any, Any, Any]):
+    """Observations times a number."""
+
+    def __init__(self, env, factor):
+        super().__init__(env)
+        self.factor = np.float32(factor)
+        self.observation_space = spaces.Box(-np.inf, np.inf, env.observation_space.shape, np.float32)
+
+    def observation(self, observation):
+        return self.factor * observation
+
+
+class Picture(gym.ObservationWrapper[Any, Any, Any]):
+    """DeepSea of size 12 as an image of 36x36 pixels: the cell is a white square."""
+
+    observation_space = spaces.Box(0, 255, (36, 36, 1), np.uint8)
+
+    def observation(self, observation):
+        return np.kron(255 * observation.reshape(12, 12), np.ones((3, 3))).astype(np.uint8)[:, :, None]
+
+
+def deep_sea(size=12, factor=1.0):
+    return Scaled(DeepSea(size, mapping_seed=0), factor)
+
+
+def build(env, algorithm=DQN, policy="FlipoutMlpPolicy", **noise):
+    noise = {**dict(members=K, prior_scale=1.0), **noise}
+    kwargs = dict(learning_starts=60, batch_size=64, buffer_size=200, train_freq=1, seed=1, device="cpu")
+    return algorithm(policy, env, exploration_initial_eps=0.0, exploration_final_eps=0.0, policy_kwargs=noise, **kwargs)
+
+
+def values_of(model, obs):
+    """Prior of each member in each observation: (K, N, actions), for QRDQN (K, N, quantiles, actions)."""
+    tensors = model.policy.obs_to_tensor(obs)[0]
+    n, noisy = len(tensors), model.policy.online.noisy
+    with noisy.activate(RowNoise(th.arange(K).repeat_interleave(n))):
+        values = model.policy.prior(tensors.repeat(K, *[1] * (tensors.dim() - 1)))
+    return values.view(K, n, *values.shape[1:])
+
+
+def seen(model):
+    """Observations in the replay buffer."""
+    buffer = model.replay_buffer
+    return buffer.observations[: buffer.size()].reshape(-1, *buffer.obs_shape)
+
+
+ENVS = {
+    "one-hot, 144 numbers": lambda: deep_sea(),
+    "one-hot, 900 numbers": lambda: deep_sea(30),
+    "large numbers": lambda: deep_sea(factor=1000.0),
+    "dense": lambda: vector_env("discrete"),
+}
+
+
+@pytest.mark.parametrize("algorithm", [DQN, QRDQN])
+@pytest.mark.parametrize("make", ENVS.values(), ids=ENVS)
+def test_unit_is_the_standard_deviation_of_values_whatever_the_observation(make, algorithm):
+    model = build(make(), algorithm).learn(62)
+    size = values_of(model, seen(model)).square().mean().sqrt()
+    # The unit is that of one batch, 64 of these rows under one member each: a fixed seed, so no chance is involved.
+    assert 0.75 < size < 1.3
+
+
+def test_unit_with_images():
+    model = build(Picture(DeepSea(12, mapping_seed=0)), policy="FlipoutCnnPolicy").learn(62)
+    assert 0.75 < values_of(model, seen(model)).square().mean().sqrt() < 1.3
+
+
+def test_unit_is_that_of_the_first_gradient_step_for_good():
+    model = build(deep_sea())
+    assert model.policy.prior.unit is None
+    model.learn(60)
+    assert model.policy.prior.unit is None, "no gradient step yet"
+    model.learn(1, reset_num_timesteps=False)
+    unit = model.policy.prior.unit
+    model.learn(20, reset_num_timesteps=False)
+    assert model.policy.prior.unit == unit > 0
+
+
+@pytest.mark.parametrize("target_noise", ["same", "independent", "mean"])
+def test_unit_is_measured_under_members_never_under_mean_weights(target_noise):
+    model = build(deep_sea(), target_noise=target_noise).learn(62)
+    assert 0.75 < values_of(model, seen(model)).square().mean().sqrt() < 1.3
+
+
+def test_size_of_the_prior_follows_the_observation_alone():
+    """A bias would be the same in all states: on a one-hot observation of many numbers, it would be nearly all there is."""
+    model, rows = build(deep_sea()), np.eye(144, dtype=np.float32)[::10]
+    values = values_of(model, rows)
+    assert th.allclose(values_of(model, 3 * rows), 3 * values, atol=1e-6)
+    assert values.abs().max() > 0 and not values_of(model, 0 * rows).any()
+
+
+def test_values_are_those_of_the_network_plus_scale_times_prior_in_its_unit():
+    model = build(deep_sea(), prior_scale=3.0).learn(62)
+    obs = seen(model)[:9]
+    together, prior = model.policy.member_values(obs), values_of(model, obs)
+    model.policy.online.__dict__["prior"] = None
+    assert th.allclose(together, model.policy.member_values(obs) + 3.0 * prior, atol=1e-5)
+    assert prior.abs().max() > 0.5
+
+
+def test_saved_model_has_the_same_prior_and_keeps_its_unit(tmp_path):
+    model = build(deep_sea()).learn(62)
+    model.save(tmp_path / "model")
+    loaded = DQN.load(tmp_path / "model", env=deep_sea())
+    obs = seen(model)
+    assert loaded.policy.prior.unit == model.policy.prior.unit
+    assert th.equal(values_of(loaded, obs), values_of(model, obs))
+    assert th.equal(loaded.policy.member_values(obs), model.policy.member_values(obs))
+    loaded.learn(62)
+    assert loaded.policy.prior.unit == model.policy.prior.unit
+    other = build(deep_sea())
+    other.set_parameters(model.get_parameters())
+    assert th.equal(other.policy.member_values(obs), model.policy.member_values(obs))
+
+
+def test_copied_policy_has_one_prior_for_both_networks_and_the_same_values():
+    model = build(deep_sea()).learn(62)
+    policy, obs = copy.deepcopy(model.policy), seen(model)
+    assert policy.online.prior[0] is policy.target.prior[0] is policy.prior
+    assert th.equal(policy.member_values(obs), model.policy.member_values(obs))
+
+
+def test_prior_shares_no_perturbation_with_the_learned_network_and_is_never_trained():
+    model = build(deep_sea())
+    before = {name: value.clone() for name, value in model.policy.prior.named_parameters()}
+    model.learn(80)
+    for name, value in model.policy.prior.named_parameters():
+        assert th.equal(value, before[name]) and not value.requires_grad
+    own = [layer for layer in model.policy.prior.modules() if isinstance(layer, FlipoutLayer)]
+    learned = [layer for layer in model.policy.online.modules() if isinstance(layer, FlipoutLayer)]
+    for one, other in zip(own, learned, strict=True):
+        assert one.noise_index != other.noise_index and not th.equal(one.weight_base, other.weight_base)
