@@ -33,7 +33,7 @@ class Run(NamedTuple):
 _EPSILON = dict(exploration_initial_eps=1.0, exploration_final_eps=0.1)
 _NO_EPSILON = dict(exploration_initial_eps=0.0, exploration_final_eps=0.0)
 _NOISYNET = dict(family="factorised", noise_sharing="shared")
-_MEMBERS = dict(members=20, prior_scale=3.0, resample="episode", target_noise="same")
+_MEMBERS = dict(members=10, prior_scale=0.35, resample="episode", target_noise="same")
 
 
 def _weight_noise(**policy_kwargs: Any) -> tuple[str, dict[str, Any], dict[str, Any]]:

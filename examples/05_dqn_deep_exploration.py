@@ -3,8 +3,8 @@
     python examples/05_dqn_deep_exploration.py [--size 10] [--episodes 1000] [--seed 0] [--compare]
 
 DeepSea (Osband et al.) is a grid of size x size cells. One sequence of actions out of 2^size leads to a reward of 1, and
-each step of it costs a little, so a learner that tries actions at random learns to stay away. With `members=20` there are
-20 keys, and so 20 value functions out of one network; each has a random prior of its own, and each episode follows one of
+each step of it costs a little, so a learner that tries actions at random learns to stay away. With `members=10` there are
+10 keys, and so 10 value functions out of one network; each has a random prior of its own, and each episode follows one of
 them. Where the data say nothing, the members disagree, and one of them is curious enough to go and look.
 
 You should see after how many episodes the goal is learned (more than 90 of the last 100 episodes reach it), and that the
@@ -36,7 +36,7 @@ DQN_SETTINGS = dict(
     device="cpu",
 )
 NET = dict(net_arch=[50, 50])
-MEMBERS = dict(members=20, prior_scale=3.0, resample="episode", target_noise="same")
+MEMBERS = dict(members=10, prior_scale=0.35, resample="episode", target_noise="same")
 
 
 class UntilLearned(BaseCallback):

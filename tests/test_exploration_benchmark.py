@@ -25,11 +25,11 @@ EXPECTED = {
     "noisynet-episode": ("factorised", "shared", "episode", None, 0.0, "independent", True),
     "flipout-step": ("gaussian", "flipout", "step", None, 0.0, "independent", True),
     "flipout-episode": ("gaussian", "flipout", "episode", None, 0.0, "independent", True),
-    "members": ("gaussian", "flipout", "episode", 20, 3.0, "same", True),
+    "members": ("gaussian", "flipout", "episode", 10, 0.35, "same", True),
     "members-no-prior": ("gaussian", "flipout", "episode", 20, 0.0, "same", True),
-    "members-mean-target": ("gaussian", "flipout", "episode", 20, 3.0, "mean", True),
-    "members-independent-target": ("gaussian", "flipout", "episode", 20, 3.0, "independent", True),
-    "members-fixed-sigma": ("gaussian", "flipout", "episode", 20, 3.0, "same", False),
+    "members-mean-target": ("gaussian", "flipout", "episode", 10, 0.35, "mean", True),
+    "members-independent-target": ("gaussian", "flipout", "episode", 10, 0.35, "independent", True),
+    "members-fixed-sigma": ("gaussian", "flipout", "episode", 10, 0.35, "same", False),
     "unbounded": ("gaussian", "flipout", "episode", None, 0.0, "same", True),
 }
 

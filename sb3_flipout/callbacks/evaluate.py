@@ -174,7 +174,7 @@ class NoiseEvalCallback(EvalCallback):
         policy = flipout_policy(self.model, type(self).__name__)
         if self.best_by == "vote" and not has_members(policy):
             raise ValueError(
-                'best_by="vote" needs members that vote, this policy has none. Give policy_kwargs=dict(members=20) to a '
+                'best_by="vote" needs members that vote, this policy has none. Give policy_kwargs=dict(members=10) to a '
                 'value-based algorithm, or use best_by="mean".'
             )
         self._policy = policy

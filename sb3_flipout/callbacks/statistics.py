@@ -85,21 +85,17 @@ def _quietly(policy: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _recorded(layers: Mapping[str, FlipoutLayer], into: dict[str, list[th.Tensor]]) -> Iterator[None]:
-    """Record the outputs of layers."""
+    """Record the outputs of layers; not of LSTMs, which a recurrent policy does not call as modules."""
 
     def hook(name: str) -> Any:
-        return lambda layer, _, output: into.setdefault(name, []).append(thinned(_by_row(layer, output), _UNITS))
+        return lambda _layer, _inputs, output: into.setdefault(name, []).append(thinned(output.flatten(1), _UNITS))
 
     with ExitStack() as stack:
         for name, layer in layers.items():
+            if isinstance(layer, nn.LSTM):
+                continue
             stack.callback(layer.register_forward_hook(hook(name)).remove)
         yield
-
-
-def _by_row(layer: nn.Module, output: Any) -> th.Tensor:
-    """Output of a layer, shape (N, units); that of an LSTM has time first, and its last states beside it."""
-    rows: th.Tensor = output[0].transpose(0, 1) if isinstance(layer, nn.LSTM) and not layer.batch_first else output
-    return rows.flatten(1)
 
 
 def draw(policy: FlipoutPolicy, obs: PyTorchObs, draws: int, seed: int) -> Draws:

@@ -139,5 +139,5 @@ class ValueSettings(LearningSettings):
             raise ValueError(f"prior_scale must be a finite number >= 0, got {self.prior_scale!r}; use 0.0 for no prior.")
         if self.prior_scale > 0 and self.members is None:
             raise ValueError(
-                f"prior_scale={self.prior_scale} needs members: a prior belongs to a member. Give members=20, say."
+                f"prior_scale={self.prior_scale} needs members: a prior belongs to a member. Give members=10, say."
             )

@@ -127,7 +127,7 @@ class ValueNoise(OffPolicyNoise):
         """
         members = self.noise_settings.members
         if members is None:
-            raise ValueError("member_values needs an ensemble, this policy has members=None; give members=20, say.")
+            raise ValueError("member_values needs an ensemble, this policy has members=None; give members=10, say.")
         tensors: Any = observation if isinstance(observation, th.Tensor) else self._as_tensors(observation)
         n = n_rows(tensors)
         repeated = (
