@@ -26,7 +26,7 @@ EXPECTED = {
     "flipout-step": ("gaussian", "flipout", "step", None, 0.0, "independent", True),
     "flipout-episode": ("gaussian", "flipout", "episode", None, 0.0, "independent", True),
     "members": ("gaussian", "flipout", "episode", 10, 0.35, "same", True),
-    "members-no-prior": ("gaussian", "flipout", "episode", 20, 0.0, "same", True),
+    "members-no-prior": ("gaussian", "flipout", "episode", 10, 0.0, "same", True),
     "members-mean-target": ("gaussian", "flipout", "episode", 10, 0.35, "mean", True),
     "members-independent-target": ("gaussian", "flipout", "episode", 10, 0.35, "independent", True),
     "members-fixed-sigma": ("gaussian", "flipout", "episode", 10, 0.35, "same", False),
