@@ -35,10 +35,10 @@ agent that does not find the goal learns to stand still, at 0. Arms `flipout-*` 
 {ANNEALED_TO:.0%} over the first {ANNEALED_OVER:.1%} of the steps with `AnnealNoise`.
 
 Under constant noise the perturbed policies reach the goal and the mean weights do not: PPO raises the return of the policies
-that act, and those are perturbed. Which mean weights they are perturbed around matters as far as their average goes, and nothing
-asks that the mean weights alone reach the goal; while each episode's noise pushes the car up by itself, they need not learn to.
-Annealing takes that push away step by step, and the mean weights have to take it over. `NoiseEvalCallback` warns when the
-mean weights stay behind the sampled ones.
+that act, and those are perturbed. Which mean weights they are perturbed around matters as far as their average goes, and
+nothing asks that the mean weights alone reach the goal; while each episode's noise pushes the car up by itself, they need not
+learn to. Annealing takes that push away step by step, and the mean weights have to take it over. `NoiseEvalCallback` warns
+when the mean weights stay behind the sampled ones.
 
 """
 

@@ -16,11 +16,11 @@ class Prior(nn.Module):
     """
     One frozen random function p_k per member, for Q_k = f_k + beta p_k (Osband et al. 2018, "Randomized Prior Functions").
 
-    A network of zero means, whose perturbation alone is the prior: weights N(0, 1/fan_in), biases 0, as the networks of
-    Osband et al. 2018 are initialised. Its size would follow that of the observations: on a one-hot observation of d
-    numbers, the first layer shrinks as 1/sqrt(d). So it is divided by its root mean square over the rows of the first
-    gradient step, each under its own member (unit variance from data, as in Mishkin and Matas 2016): beta is in standard
-    deviations of the members' values. Before that gradient step it is not divided.
+    A network of zero means, whose perturbation alone is the prior: weights N(0, 1/fan_in), biases 0, the law (there
+    truncated) of the priors in ``boot_dqn`` of bsuite, the agent of Osband et al. Its size would follow that of the
+    observations: on a one-hot observation of d numbers, the first layer shrinks as 1/sqrt(d). So it is divided by its root
+    mean square over the rows of the first gradient step, each under its own member (unit variance from data, as in Mishkin
+    and Matas 2016): beta is in standard deviations of the members' values. Before that gradient step it is not divided.
 
     :param network: Value network of plain layers, which becomes the prior
     :param base_key: Key of its base perturbation

@@ -17,6 +17,7 @@ from probes import make, parameters
 from stable_baselines3 import A2C, DQN, PPO
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, EvalCallback
+from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.logger import KVWriter, Logger
 from stable_baselines3.common.monitor import Monitor
@@ -87,9 +88,10 @@ def evaluations(memory: Remember) -> list[dict[str, Any]]:
 
 
 def test_mean_and_sampled_weights_are_told_apart() -> None:
-    callback, memory = evaluate(silent(), 32)
+    callback, memory = evaluate(silent(), 32, eval_freq=5)  # not where rollouts end and SB3 writes its own
     rows = evaluations(memory)
-    assert len(rows) == 2 and callback.returns["mean"] == [0.0, 0.0]
+    assert [step for step, row in memory.rows if "noise_eval/lag" in row] == [10, 20, 30]
+    assert callback.returns["mean"] == [0.0] * 3
     for row, sampled in zip(rows, callback.returns["sampled"], strict=True):
         assert row["noise_eval/mean/return"] == row["eval/mean_reward"] == 0.0 < row["noise_eval/sampled/return"]
         assert row["noise_eval/sampled/return"] == row["noise_eval/lag"] == sampled
@@ -215,6 +217,20 @@ def test_it_warns_once_that_the_mean_weights_lag() -> None:
     n = int(re.search(r"last (\d+) evaluations", text)[1])
     assert 5 <= n < 10 and f"up to step {16 * n}, their mean return is 0, that of perturbed weights " in text
     assert f"{np.mean(callback.returns['sampled'][:n]):.4g}. " in text and "AnnealNoise(start=1, end=0.0)" in text
+
+
+@pytest.mark.slow
+def test_it_warns_where_perturbed_policies_alone_reach_the_goal() -> None:
+    """MountainCarContinuous under constant noise: the mean weights stand still, at 0, where perturbed ones reach the goal."""
+    name, kwargs = "MountainCarContinuous-v0", dict(sigma_init=1.0, resample="episode")
+    settings = dict(n_steps=256, batch_size=256, gamma=0.9999, gae_lambda=0.9, clip_range=0.1, ent_coef=0.004, vf_coef=0.19)
+    env = VecNormalize(make_vec_env(name, n_envs=4, seed=0))
+    model = PPO("FlipoutMlpPolicy", env, max_grad_norm=5, seed=0, device="cpu", policy_kwargs=kwargs, **settings)
+    eval_env = VecNormalize(make_vec_env(name, n_envs=8, seed=100), training=False, norm_reward=False)
+    callback = NoiseEvalCallback(eval_env, eval_freq=1_000, n_eval_episodes=8, verbose=0)
+    with pytest.warns(UserWarning, match="the mean weights lag behind the sampled ones"):
+        model.learn(40_000, callback=callback)
+    assert max(callback.returns["mean"]) < 1 < 10 < np.mean(callback.returns["sampled"])
 
 
 def test_it_does_not_warn_while_the_noise_is_annealed() -> None:
