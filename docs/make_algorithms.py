@@ -60,8 +60,8 @@ HEAD = """# Algorithms and policy names
 
 NOTES = """
 "Perturbed" is what `perturb="policy"` means, the default. `"heads"` is the last layer of it, `"linear"` leaves convolutions
-and LSTMs out, `"hidden"` is the hidden-to-hidden weights of LSTMs alone. `"all"` adds what its column says. An
-extractor that is shared is perturbed once, and its noise then reaches all that is computed from it; only the critics of
+and LSTMs out, `"hidden"` is the hidden-to-hidden weights of LSTMs alone. `"all"` adds what its column says. An extractor that
+is shared is perturbed once, and its noise then reaches all that is computed from it; only the critics of
 {critics} see its mean weights, unless `"all"` is asked for.
 
 Settings beside those of every policy ([settings](settings.md)):
