@@ -26,6 +26,7 @@ import random
 import sys
 import time
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -33,7 +34,7 @@ from statistics import median
 from typing import Any
 
 import torch as th
-from stable_baselines3 import A2C, PPO
+from stable_baselines3 import A2C, PPO, SAC, TD3
 from stable_baselines3.common.env_util import make_vec_env
 
 import sb3_flipout  # noqa: F401  (registers the policies)
@@ -47,7 +48,7 @@ def linear(initial: float) -> Callable[[float], float]:
 class Task:
     """An algorithm on an environment, and the arms that run it."""
 
-    algorithm: type[PPO] | type[A2C]
+    algorithm: type[PPO] | type[A2C] | type[SAC] | type[TD3]
     env: str
     n_envs: int
     steps: int
@@ -58,11 +59,14 @@ class Task:
 ARMS: dict[str, dict[str, Any]] = {
     "stock": dict(policy="MlpPolicy"),
     "stock, fused Adam": dict(policy="MlpPolicy", policy_kwargs=dict(optimizer_kwargs=dict(eps=1e-5, fused=True))),
+    "stock, fused": dict(policy="MlpPolicy", policy_kwargs=dict(optimizer_kwargs=dict(fused=True))),
     "flipout": dict(policy="FlipoutMlpPolicy"),
+    "flipout, mean target": dict(policy="FlipoutMlpPolicy", policy_kwargs=dict(target_noise="mean")),
     "flipout, heads": dict(policy="FlipoutMlpPolicy", policy_kwargs=dict(perturb="heads")),
     "gSDE": dict(policy="MlpPolicy", use_sde=True, sde_sample_freq=4),
 }
 DISCRETE = ("stock", "stock, fused Adam", "flipout", "flipout, heads")
+OFF_POLICY = ("stock", "stock, fused", "flipout", "flipout, mean target", "flipout, heads")
 
 ZOO_CARTPOLE: dict[str, Any] = dict(
     n_steps=32,
@@ -82,6 +86,8 @@ TASKS: dict[str, Task] = {
     "PPO CartPole-v1, zoo": Task(PPO, "CartPole-v1", 8, 16_384, ZOO_CARTPOLE, DISCRETE),
     "PPO CartPole-v1, SB3 defaults": Task(PPO, "CartPole-v1", 8, 16_384, {}, DISCRETE),
     "PPO Pendulum-v1, zoo": Task(PPO, "Pendulum-v1", 4, 8_192, ZOO_PENDULUM, (*DISCRETE, "gSDE")),
+    "SAC Pendulum-v1, SB3 defaults": Task(SAC, "Pendulum-v1", 1, 1_000, {}, OFF_POLICY),
+    "TD3 Pendulum-v1, SB3 defaults": Task(TD3, "Pendulum-v1", 1, 1_000, {}, OFF_POLICY),
     "A2C CartPole-v1, zoo": Task(A2C, "CartPole-v1", 8, 16_000, dict(ent_coef=0.0), ("stock", "flipout", "flipout, heads")),
 }
 
@@ -89,7 +95,8 @@ TASKS: dict[str, Task] = {
 def speed(task: Task, arm: str, seed: int, steps: int) -> float:
     """Environment steps per second of one training."""
     env = make_vec_env(task.env, n_envs=task.n_envs, seed=seed)
-    model = task.algorithm(env=env, seed=seed, device="cpu", **task.settings, **ARMS[arm])
+    # Algorithms write into policy_kwargs: SAC its use_sde, which TD3 would trip over.
+    model = task.algorithm(env=env, seed=seed, device="cpu", **task.settings, **deepcopy(ARMS[arm]))
     start = time.perf_counter()
     model.learn(steps)
     seconds = time.perf_counter() - start

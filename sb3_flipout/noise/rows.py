@@ -36,6 +36,8 @@ class RowNoise:
         self._keys: th.Tensor | None = keys
         self._scale: th.Tensor | None = None if scale is None else _checked_scale(scale, keys)
         self._parent: tuple[RowNoise, Index] | None = None
+        self._plain = scale is None  # at scale 1, so that the factors need no multiplication
+        self._unit: RowNoise | None = None  # the same rows at scale 1, where their factors are shared
         self._factors: tuple[FactorPlan, th.dtype, th.Tensor] | None = None
 
     @property
@@ -70,9 +72,23 @@ class RowNoise:
         :return: Noise of those rows
         """
         child = object.__new__(RowNoise)
-        child._keys = child._scale = child._factors = None
+        child._keys = child._scale = child._factors = child._unit = None
+        child._plain = self._plain
         child._parent = (self, th.as_tensor(index, device=self._device) if isinstance(index, np.ndarray) else index)
         return child
+
+    def at_scale(self, scale: th.Tensor) -> RowNoise:
+        """
+        Give the same rows at other scales. Where a scale moves at each step, their keys are not hashed again for it.
+
+        :param scale: Noise scales, shape (N,), on the device of the keys
+        :return: Noise of these rows at those scales
+        """
+        if not self._plain:
+            return RowNoise(self.keys, scale)
+        twin = self[:]
+        twin._scale, twin._plain, twin._unit = scale, False, self
+        return twin
 
     def factors(self, plan: FactorPlan, dtype: th.dtype) -> th.Tensor:
         """
@@ -86,11 +102,12 @@ class RowNoise:
         """
         if self._factors is None or self._factors[0] is not plan or self._factors[1] != dtype:
             parent = self._parent
-            if parent is not None and len(parent[0]) * plan.width <= _SHARED_EXPANSION:
+            if self._unit is not None:
+                block = plan.scaled(self._unit.factors(plan, dtype), self.scale)
+            elif parent is not None and len(parent[0]) * plan.width <= _SHARED_EXPANSION:
                 block = _take(parent[0].factors(plan, dtype), parent[1])
             else:
-                plain = parent is None and self._scale is None
-                block = plan.expand(self.keys, None if plain else self.scale, dtype)
+                block = plan.expand(self.keys, None if self._plain else self.scale, dtype)
             self._factors = (plan, dtype, block)
         return self._factors[2]
 

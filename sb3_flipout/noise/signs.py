@@ -178,7 +178,8 @@ class FactorPlan:
         #: Sizes to split a block by, and for each layer the positions of its vectors among the pieces.
         self.sizes: list[int] = []
         self.pieces: list[list[int]] = [[0] * len(layer.sizes) for layer in layers]
-        self._groups: list[tuple[FactorKind, th.Tensor, int]] = []  # kind, salts, first column over outputs
+        self._groups: list[tuple[FactorKind, th.Tensor]] = []  # kind, salts
+        self._outputs: list[slice] = []  # columns over outputs
         self.width = 0
         for kind in dict.fromkeys(layer.kind for layer in layers):
             self._add_group(kind, layers)
@@ -186,7 +187,7 @@ class FactorPlan:
     def _add_group(self, kind: FactorKind, layers: Sequence[LayerVectors]) -> None:
         per_word = _CUTS[kind].per_word
         parts: list[th.Tensor] = []
-        start, first_output = self.width, self.width
+        first_output = self.width
         for over_outputs in (0, 1):
             first_output = self.width
             for position, layer in enumerate(layers):
@@ -196,7 +197,8 @@ class FactorPlan:
                     self.pieces[position][vector] = len(self.sizes)
                     self.sizes += [size, parts[-1].numel() * per_word - size]  # the vector, the rest of its last word
                     self.width += sum(self.sizes[-2:])
-        self._groups.append((kind, th.cat(parts) if parts else th.empty(0, dtype=th.int64), first_output - start))
+        self._groups.append((kind, th.cat(parts) if parts else th.empty(0, dtype=th.int64)))
+        self._outputs.append(slice(first_output, self.width))
 
     def expand(self, keys: th.Tensor, scale: th.Tensor | None, dtype: th.dtype) -> th.Tensor:
         """
@@ -208,12 +210,25 @@ class FactorPlan:
         :return: Block of factors, shape (N, ``width``); those over outputs are multiplied by the scale
         """
         blocks = []
-        for number, (kind, word_salts, first_output) in enumerate(self._groups):
+        for number, (kind, word_salts) in enumerate(self._groups):
             if word_salts.device != keys.device:  # moved once, then remembered: a network stays where it is
                 word_salts = word_salts.to(keys.device)
-                self._groups[number] = (kind, word_salts, first_output)
-            block = factors(keys, word_salts, kind, dtype)
-            if scale is not None:
-                block[:, first_output:] *= scale.to(dtype)[:, None]
-            blocks.append(block)
-        return th.cat(blocks, dim=1) if len(blocks) > 1 else blocks[0]
+                self._groups[number] = (kind, word_salts)
+            blocks.append(factors(keys, word_salts, kind, dtype))
+        block = th.cat(blocks, dim=1) if len(blocks) > 1 else blocks[0]
+        return block if scale is None else self._scale_outputs(block, scale)
+
+    def scaled(self, block: th.Tensor, scale: th.Tensor) -> th.Tensor:
+        """
+        Give factors that :meth:`expand` computed without a scale another one; nothing is hashed.
+
+        :param block: Block of factors of scale 1, shape (N, ``width``)
+        :param scale: Noise scales, shape (N,)
+        :return: New block of factors; those over outputs are multiplied by the scale
+        """
+        return self._scale_outputs(block.clone(), scale)
+
+    def _scale_outputs(self, block: th.Tensor, scale: th.Tensor) -> th.Tensor:
+        for columns in self._outputs:
+            block[:, columns] *= scale.to(block.dtype)[:, None]
+        return block

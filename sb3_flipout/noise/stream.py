@@ -55,9 +55,11 @@ class KeyStream:
         self.members = members
         self.step = 0  # collection steps so far; together with the seed, all that has to be saved
         self._drawn: np.ndarray | None = None  # (n_envs,) the step at which each environment drew its key
-        self._held: RowNoise | None = None
-        self._scale: th.Tensor | None = None  # the scale in the noise remembered here, told by identity: no GPU sync
-        self._ahead: tuple[int, RowNoise] | None = None
+        self._unit: RowNoise | None = None  # the noise that is held, at scale 1
+        self._held: RowNoise | None = None  # the same at the present scale
+        self._ahead: tuple[int, RowNoise] | None = None  # that of the steps from this one on, at scale 1
+        self._scale: th.Tensor | None = None  # the present scale, told by identity: no GPU sync
+        self._is_one = False
 
     def restart(self, step: int, seed: int) -> None:
         """
@@ -67,7 +69,7 @@ class KeyStream:
         :param seed: Seed of the stream
         """
         self.step, self.seed = step, seed
-        self._drawn = self._held = self._ahead = None
+        self._drawn = self._unit = self._held = self._ahead = None
 
     def begin_rollout(self) -> None:
         """Tell that a rollout starts."""
@@ -81,8 +83,7 @@ class KeyStream:
         :param dones: One flag per environment, shape (n_envs,)
         """
         if self.resample == "episode" and self._drawn is not None and len(dones) == len(self._drawn) and np.any(dones):
-            self._drawn = np.where(dones, self.step, self._drawn)
-            self._held = None
+            self._draw(np.where(dones, self.step, self._drawn))
 
     def next(self, n_envs: int, scale: th.Tensor) -> RowNoise:
         """
@@ -100,33 +101,39 @@ class KeyStream:
         return noise
 
     def _rescale(self, scale: th.Tensor) -> None:
-        """Keep the keys: a callback may move the scale at each step, and hashing keys costs more than all the rest."""
+        """Keep the keys and their factors: a callback may move the scale at each step, and hashing costs more than the rest."""
         known = self._scale is not None and len(self._scale) == len(scale) and self._scale.device == scale.device
-        self._scale = scale
-        if self._held is not None:
-            self._held = RowNoise(self._held.keys, scale) if known and self.resample != "step" else None
-        if self._ahead is not None:
-            first, noise = self._ahead
-            self._ahead = (first, RowNoise(noise.keys, scale.repeat(_STEPS_AHEAD))) if known else None
+        self._scale, self._is_one, self._held = scale, bool((scale == 1).all()), None
+        if not known:
+            self._unit = self._ahead = None
+
+    def _scaled(self, unit: RowNoise, scale: th.Tensor) -> RowNoise:
+        return unit if self._is_one else unit.at_scale(scale)
 
     def _step_noise(self, n_envs: int, scale: th.Tensor) -> RowNoise:
         if self._ahead is None or not 0 <= self.step - self._ahead[0] < _STEPS_AHEAD:
             steps = np.arange(self.step, self.step + _STEPS_AHEAD)
             keys = self._keys(np.repeat(steps, n_envs), np.tile(np.arange(n_envs), _STEPS_AHEAD), scale.device)
-            self._ahead = (self.step, RowNoise(keys, scale.repeat(_STEPS_AHEAD)))
+            self._ahead = (self.step, RowNoise(keys))
         first = (self.step - self._ahead[0]) * n_envs
-        self._held = self._ahead[1][first : first + n_envs]
-        return self._held
+        return self._scaled(self._ahead[1][first : first + n_envs], scale)
 
     def _held_noise(self, n_envs: int, scale: th.Tensor) -> RowNoise:
-        if self._drawn is None or len(self._drawn) != n_envs:
-            self._drawn, self._held = np.full(n_envs, self.step), None
-        if isinstance(self.resample, int) and self._drawn[0] != self.step - self.step % self.resample:
+        drawn = self._drawn
+        if drawn is None or len(drawn) != n_envs:
+            drawn = self._draw(np.full(n_envs, self.step))
+        if isinstance(self.resample, int) and drawn[0] != self.step - self.step % self.resample:
             # Counted from step 0, not from the last draw, so that a loaded model continues in the same rhythm.
-            self._drawn, self._held = np.full(n_envs, self.step - self.step % self.resample), None
+            drawn = self._draw(np.full(n_envs, self.step - self.step % self.resample))
+        if self._unit is None:
+            self._unit = RowNoise(self._keys(drawn, np.arange(n_envs), scale.device))
         if self._held is None:
-            self._held = RowNoise(self._keys(self._drawn, np.arange(n_envs), scale.device), scale)
+            self._held = self._scaled(self._unit, scale)
         return self._held
+
+    def _draw(self, drawn: np.ndarray) -> np.ndarray:
+        self._drawn, self._unit, self._held = drawn, None, None
+        return drawn
 
     def _keys(self, steps: np.ndarray, rows: np.ndarray, device: th.device) -> th.Tensor:
         of_steps = fold_in(self.seed, th.as_tensor(steps, dtype=th.int64, device=device))

@@ -72,6 +72,26 @@ def test_a_slice_of_an_expanded_parent_hashes_nothing(monkeypatch: pytest.Monkey
     assert th.equal(noise[4:7].factors(PLAN, th.float32), expected)
 
 
+@pytest.mark.parametrize("own", [None, SCALE], ids=["unit", "scaled"])
+@pytest.mark.parametrize("index", [slice(None), *INDICES], ids=str)
+def test_another_scale_for_the_same_rows(own: th.Tensor | None, index: Any) -> None:
+    rows = RowNoise(KEYS, own)[index]
+    scale = th.linspace(-2, 3, len(rows))
+    noise, before = rows.at_scale(scale), rows.factors(PLAN, th.float32).clone()
+    assert th.equal(noise.keys, rows.keys) and th.equal(noise.scale, scale)
+    assert th.equal(noise.factors(PLAN, th.float32), PLAN.expand(rows.keys, scale, th.float32))
+    assert th.equal(noise[:2].factors(PLAN, th.float32), PLAN.expand(rows.keys[:2], scale[:2], th.float32))
+    assert th.equal(noise.at_scale(-scale).factors(PLAN, th.float32), PLAN.expand(rows.keys, -scale, th.float32))
+    assert th.equal(rows.factors(PLAN, th.float32), before)
+
+
+def test_another_scale_hashes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = RowNoise(KEYS)
+    rows.factors(PLAN, th.float32)
+    monkeypatch.setattr(FactorPlan, "expand", lambda *_: pytest.fail("hashed again"))
+    rows[3:9].at_scale(th.full((6,), 0.5)).factors(PLAN, th.float32)
+
+
 def test_nothing_is_written_into_what_was_given(untouched_rng: None) -> None:
     keys, scale = KEYS.clone(), SCALE.clone()
     noise = RowNoise(keys, scale)
