@@ -48,6 +48,7 @@ ARMS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "flipout-step": _weight_noise(resample="step"),
     "flipout-episode": _weight_noise(resample="episode"),
     "members": _weight_noise(**_MEMBERS),
+    "flipout-annealed": _weight_noise(resample="step"),
     # Ablations: `members` with one thing changed.
     "members-no-prior": _weight_noise(**{**_MEMBERS, "prior_scale": 0.0}),
     "members-mean-target": _weight_noise(**{**_MEMBERS, "target_noise": "mean"}),
@@ -58,8 +59,11 @@ ARMS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "unbounded": _weight_noise(resample="episode", base_every=None, target_noise="same"),
 }
 
+#: Arms whose noise scale a callback moves over the whole training: the arguments of AnnealNoise.
+ANNEALED: dict[str, dict[str, float]] = {"flipout-annealed": dict(start=1.0, end=0.1)}
+
 BASELINES = ("epsilon", "noisynet-step", "noisynet-episode")  # what others do
-OURS = ("flipout-step", "flipout-episode", "members")  # what is held against them; the ablations are not
+OURS = ("flipout-step", "flipout-annealed", "flipout-episode", "members")  # what is held against them; the ablations are not
 
 
 # ---- environments ---------------------------------------------------------------------------------------------------
@@ -182,7 +186,7 @@ def settings(run: Run) -> dict[str, Any]:
     Give what DQN is built with, as JSON can say it: a run counts as done only while these are the same.
 
     :param run: Which run
-    :return: Policy, arguments of DQN and policy_kwargs
+    :return: Policy, arguments of DQN and policy_kwargs, and those of AnnealNoise, where it anneals
     """
     task, (policy, of_arm, policy_of_arm) = TASKS[run.task], ARMS[run.arm]
     steps = task.total_steps(run)
@@ -194,4 +198,5 @@ def settings(run: Run) -> dict[str, Any]:
     if algorithm["exploration_initial_eps"] > 0:
         anneal = steps / 10 if task.steps is not None else ANNEAL_EPISODES * task.episode_steps
         algorithm["exploration_fraction"] = min(1.0, anneal / steps)
-    return dict(policy=policy, total_steps=steps, algorithm=algorithm, policy_kwargs={**task.policy_kwargs, **policy_of_arm})
+    chosen = dict(policy=policy, total_steps=steps, algorithm=algorithm, policy_kwargs={**task.policy_kwargs, **policy_of_arm})
+    return {**chosen, "anneal": ANNEALED[run.arm]} if run.arm in ANNEALED else chosen

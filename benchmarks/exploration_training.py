@@ -16,6 +16,7 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.logger import Logger
 
 import sb3_flipout
+from sb3_flipout.callbacks import AnnealNoise
 
 WINDOW, NEEDED = 100, 90  # learned: more than NEEDED of the last WINDOW episodes reach the goal
 CURVE_POINTS = 30
@@ -102,7 +103,8 @@ def train(run: Run) -> Row:
     task, chosen = TASKS[run.task], settings(run)
     wall, cpu = time.perf_counter(), time.process_time()
     model, watch = build(run), Watch(run.cap)
-    model.learn(chosen["total_steps"], callback=watch)
+    annealing = [AnnealNoise(**chosen["anneal"])] if "anneal" in chosen else []
+    model.learn(chosen["total_steps"], callback=[watch, *annealing])
     share, score = evaluate(model, run)
     has_goal = task.steps is None
     reached = share > NEEDED / WINDOW if has_goal else None

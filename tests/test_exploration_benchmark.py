@@ -24,6 +24,7 @@ EXPECTED = {
     "noisynet-step": ("factorised", "shared", "step", None, 0.0, "independent", True),
     "noisynet-episode": ("factorised", "shared", "episode", None, 0.0, "independent", True),
     "flipout-step": ("gaussian", "flipout", "step", None, 0.0, "independent", True),
+    "flipout-annealed": ("gaussian", "flipout", "step", None, 0.0, "independent", True),
     "flipout-episode": ("gaussian", "flipout", "episode", None, 0.0, "independent", True),
     "members": ("gaussian", "flipout", "episode", 10, 0.35, "same", True),
     "members-no-prior": ("gaussian", "flipout", "episode", 10, 0.0, "same", True),
@@ -110,7 +111,7 @@ def test_no_episode_is_counted_beyond_the_end_of_the_run():
 @pytest.mark.parametrize("share, solved", [(1.0, True), (0.9, False), (0.0, False)])
 def test_solved_needs_the_mean_weights_too(tiny, monkeypatch, share, solved):
     def learn_at_once(model, total_steps, callback):
-        callback.goals = goals_of([True] * 120)
+        callback[0].goals = goals_of([True] * 120)
 
     monkeypatch.setattr(DQN, "learn", learn_at_once)
     monkeypatch.setattr(exploration_training, "evaluate", lambda model, run: (share, 11.0))
@@ -157,6 +158,16 @@ def test_every_arm_trains_with_what_the_table_says(tiny, arm, n_envs):
         assert s.base_every is None and s.perturb == "policy" and s.sigma_init is None
         found = (s.family, s.noise_sharing, s.resample, s.members, s.prior_scale, s.target_noise, s.learn_sigma)
         assert found == EXPECTED[arm]
+
+
+@pytest.mark.parametrize("arm, end", [("flipout-step", 1.0), ("flipout-annealed", 0.1)])
+def test_the_noise_is_annealed_over_the_whole_training(tiny, monkeypatch, arm, end):
+    ends = []
+    monkeypatch.setattr(
+        exploration_training, "evaluate", lambda model, run: ends.append(model.policy.noise_scale) or (0.0, 0.0)
+    )
+    row = exploration_training.train(Run("tiny", arm, 1, 0, 6))
+    assert row["env_steps"] == row["settings"]["total_steps"] == 72 and ends == [pytest.approx(end)]
 
 
 @pytest.mark.parametrize("n_envs", [1, 8])
