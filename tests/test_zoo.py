@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import rl_zoo3.import_envs  # noqa: F401  (registers environments without velocities)
 import torch as th
 import yaml
-from sb3_contrib import TRPO
+from sb3_contrib import TRPO, RecurrentPPO
 from stable_baselines3 import A2C, PPO
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.env_util import make_vec_env
@@ -24,7 +25,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from sb3_flipout.policies import FlipoutPolicy
 
 REPOSITORY = Path(__file__).parent.parent
-ALGORITHMS: dict[str, type[BaseAlgorithm]] = {"ppo": PPO, "a2c": A2C, "trpo": TRPO}
+ALGORITHMS: dict[str, type[BaseAlgorithm]] = {"ppo": PPO, "a2c": A2C, "trpo": TRPO, "ppo_lstm": RecurrentPPO}
 CONFIGS = {name: yaml.safe_load((REPOSITORY / "zoo_configs" / f"{name}.yml").read_text()) for name in ALGORITHMS}
 CASES = [(algorithm, env) for algorithm, config in CONFIGS.items() for env in config]
 NAMES = {"th": th, "nn": th.nn, "RMSpropTFLike": RMSpropTFLike}  # what RL Zoo lets policy_kwargs use
@@ -44,15 +45,16 @@ def tiny_env(env: str, n_envs: int) -> VecEnv:
 def test_configurations_are_there() -> None:
     assert set(CONFIGS) == set(ALGORITHMS)
     for algorithm, config in CONFIGS.items():
-        assert {"CartPole-v1", "Acrobot-v1", "Pendulum-v1"} <= set(config)
+        needs_memory = "NoVel" if algorithm == "ppo_lstm" else ""
+        assert {f"CartPole{needs_memory}-v1", "Acrobot-v1", f"Pendulum{needs_memory}-v1"} <= set(config)
         assert ("atari" in config) == (algorithm != "trpo")  # RL Zoo has none for it
 
 
 @pytest.mark.parametrize("algorithm", CONFIGS)
 def test_header_gives_the_command(algorithm: str) -> None:
     header = (REPOSITORY / "zoo_configs" / f"{algorithm}.yml").read_text()
-    path = f"zoo_configs/{algorithm}.yml"
-    assert f"--algo {algorithm} --env CartPole-v1 --conf-file {path} --gym-packages sb3_flipout\n" in header
+    path, first = f"zoo_configs/{algorithm}.yml", next(iter(CONFIGS[algorithm]))
+    assert f"--algo {algorithm} --env {first} --conf-file {path} --gym-packages sb3_flipout\n" in header
 
 
 @pytest.mark.parametrize(("algorithm", "env"), CASES)
@@ -140,6 +142,8 @@ def train(algorithm: str, env: str, steps: int, folder: Path, *arguments: str) -
         ("a2c", "Pendulum-v1", 640),
         ("trpo", "Pendulum-v1", 4096),
         ("trpo", "Acrobot-v1", 4096),
+        ("ppo_lstm", "CartPoleNoVel-v1", 512),
+        ("ppo_lstm", "PendulumNoVel-v1", 4096),
     ],
 )
 def test_train_then_enjoy(algorithm: str, env: str, steps: int, tmp_path: Path) -> None:
@@ -168,8 +172,8 @@ def test_noise_from_the_command_line(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("algorithm", [algorithm for algorithm, env in CASES if env == "atari"])
 def test_atari(algorithm: str, tmp_path: Path) -> None:
-    small = ["n_envs:2", "n_steps:64", *(["batch_size:64", "n_epochs:1"] if algorithm == "ppo" else [])]
+    small = ["n_envs:2", "n_steps:64", *(["batch_size:64", "n_epochs:1"] if algorithm.startswith("ppo") else [])]
     model = train(algorithm, "PongNoFrameskip-v4", 256, tmp_path, "--hyperparams", *small)
-    assert type(model.policy) is ALGORITHMS[algorithm].policy_aliases["FlipoutCnnPolicy"]
+    assert type(model.policy) is ALGORITHMS[algorithm].policy_aliases[CONFIGS[algorithm]["atari"]["policy"]]
     assert model.policy.noise_settings.sigma_init == policy_kwargs(algorithm, "atari")["sigma_init"]
     assert model.observation_space.shape == (4, 84, 84)
