@@ -41,8 +41,10 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "flipout": ("FlipoutMlpPolicy", {}),
     "flipout-episode": ("FlipoutMlpPolicy", dict(resample="episode")),
     "flipout-action-noise": ("FlipoutMlpPolicy", {}),
+    "flipout-episode-action-noise": ("FlipoutMlpPolicy", dict(resample="episode")),
+    "flipout-sigma-0.2": ("FlipoutMlpPolicy", dict(sigma_init=0.2)),
     "flipout-heads": ("FlipoutMlpPolicy", dict(perturb="heads")),
-    "flipout-mean-target": ("FlipoutMlpPolicy", dict(target_noise="mean")),
+    "flipout-independent-target": ("FlipoutMlpPolicy", dict(target_noise="independent")),
 }
 
 
@@ -50,7 +52,7 @@ def train(task: str, arm: str, seed: int, steps: int) -> dict[str, Any]:
     th.set_num_threads(1)
     policy, noise = ARMS[arm]
     further = dict(SETTINGS.get(task, {}))
-    if task == "TD3" and arm in ("stock", "flipout-action-noise"):
+    if task == "TD3" and (arm == "stock" or arm.endswith("action-noise")):
         further["action_noise"] = NormalActionNoise(np.zeros(1), 0.1 * np.ones(1))
     env = make_vec_env("Pendulum-v1", seed=seed)
     policy_kwargs = dict(net_arch=[64, 64], **noise)

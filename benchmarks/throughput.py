@@ -61,12 +61,12 @@ ARMS: dict[str, dict[str, Any]] = {
     "stock, fused Adam": dict(policy="MlpPolicy", policy_kwargs=dict(optimizer_kwargs=dict(eps=1e-5, fused=True))),
     "stock, fused": dict(policy="MlpPolicy", policy_kwargs=dict(optimizer_kwargs=dict(fused=True))),
     "flipout": dict(policy="FlipoutMlpPolicy"),
-    "flipout, mean target": dict(policy="FlipoutMlpPolicy", policy_kwargs=dict(target_noise="mean")),
+    "flipout, independent target": dict(policy="FlipoutMlpPolicy", policy_kwargs=dict(target_noise="independent")),
     "flipout, heads": dict(policy="FlipoutMlpPolicy", policy_kwargs=dict(perturb="heads")),
     "gSDE": dict(policy="MlpPolicy", use_sde=True, sde_sample_freq=4),
 }
 DISCRETE = ("stock", "stock, fused Adam", "flipout", "flipout, heads")
-OFF_POLICY = ("stock", "stock, fused", "flipout", "flipout, mean target", "flipout, heads")
+OFF_POLICY = ("stock", "stock, fused", "flipout", "flipout, independent target", "flipout, heads")
 
 ZOO_CARTPOLE: dict[str, Any] = dict(
     n_steps=32,

@@ -4,6 +4,7 @@
 the price of two matrix products (Flipout, Wen et al. 2018), and PPO's update replays that noise exactly.
 """
 
+from sb3_flipout import callbacks
 from sb3_flipout.layers import FlipoutConv2d, FlipoutLinear, FlipoutLSTM, perturb, perturbed, redraw, restore
 from sb3_flipout.noise import signs
 from sb3_flipout.registration import register, unregister
@@ -15,6 +16,7 @@ __all__ = [
     "FlipoutLSTM",
     "FlipoutLinear",
     "__version__",
+    "callbacks",
     "perturb",
     "perturbed",
     "redraw",

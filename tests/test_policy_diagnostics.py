@@ -78,11 +78,10 @@ def test_families_with_another_sigma() -> None:
     assert signal_to_noise(relative, 2.0).tolist() == pytest.approx([2.0] * 35)  # 1 / (2 * 0.25), whatever the weight
 
 
-def test_bases_that_keys_do_not_tell_are_kept() -> None:
+def test_bases_are_bound_again_and_not_drawn() -> None:
     layer = layer_of("fc", "gaussian")
     redraw(layer, 0)  # which numbers it
-    layer.bind([th.ones(5, 6), th.ones(5)])  # as policies bind the acting base after gradient steps
-    layer.base_key = 99
+    layer.bind((99, [th.ones(5, 6), th.ones(5)]))
     with base_kept(layer):
         redraw(layer, 3)
         assert not th.equal(layer.weight_base, th.ones(5, 6))

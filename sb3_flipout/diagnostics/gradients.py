@@ -172,14 +172,11 @@ def base_kept(network: nn.Module) -> Iterator[None]:
     :return: Context manager
     """
     noisy = NoisyNetwork.of(network)
-    # Bound, not drawn from the base keys again: a policy may have bound a base that its layers' keys do not tell.
-    bases, base_keys = noisy.bases(), [layer.base_key for layer in noisy.layers]
+    bases = noisy.bases()
     try:
         yield
     finally:
         noisy.bind(bases)
-        for layer, base_key in zip(noisy.layers, base_keys, strict=True):
-            layer.base_key = base_key
 
 
 def _check_count(name: str, count: int) -> None:

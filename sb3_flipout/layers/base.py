@@ -21,6 +21,8 @@ from sb3_flipout.noise.keys import fold
 from sb3_flipout.noise.rows import RowNoise
 from sb3_flipout.noise.signs import FactorKind, LayerVectors, factors, salts
 
+Bases = tuple[int, list[th.Tensor | None]]  # base key, and draws of weight and bias, block by block
+
 
 class FlipoutLayer(nn.Module, ABC):
     """
@@ -138,22 +140,24 @@ class FlipoutLayer(nn.Module, ABC):
             return [(self._outer(r, s)[0], None if bias is None else r[0]) for (s, r), (_, bias) in pairs]
         return [(None, None)] * len(means)
 
-    def bases(self) -> list[th.Tensor | None]:
+    def bases(self) -> Bases:
         """
         Give the base draws.
 
-        :return: Draws of weight and bias, block by block
+        :return: Base key, and draws of weight and bias, block by block
         """
-        return [draw for block in self.blocks for draw in block.bases(self)[: 1 if block.bias is None else 2]]
+        draws = [draw for block in self.blocks for draw in block.bases(self)[: 1 if block.bias is None else 2]]
+        return self.base_key, draws
 
-    def bind(self, bases: list[th.Tensor | None]) -> None:
+    def bind(self, bases: Bases) -> None:
         """
         Bind base draws that the layer had before.
 
-        :param bases: Draws of weight and bias, block by block, as :meth:`bases` gives them
+        :param bases: Base key and draws, as :meth:`bases` gives them
         """
+        self.base_key, draws = bases
         names = [name for block in self.blocks for name in (block.weight_base, block.bias_base) if name is not None]
-        for name, draw in zip(names, bases, strict=True):
+        for name, draw in zip(names, draws, strict=True):
             setattr(self, name, draw)
 
     def __getstate__(self) -> dict[str, Any]:

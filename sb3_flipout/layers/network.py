@@ -9,7 +9,7 @@ from typing import Any
 import torch as th
 from torch import nn
 
-from sb3_flipout.layers.base import FlipoutLayer
+from sb3_flipout.layers.base import Bases, FlipoutLayer
 from sb3_flipout.layers.block import Block, Pair
 from sb3_flipout.noise.keys import fold
 from sb3_flipout.noise.rows import RowNoise
@@ -75,22 +75,22 @@ class NoisyNetwork:
         for layer in self.layers:
             layer.redraw(base_key)
 
-    def bases(self) -> list[list[th.Tensor | None]]:
+    def bases(self) -> list[Bases]:
         """
         Give the base draws of all layers, to be bound again later.
 
-        :return: Draws of weight and bias, layer by layer
+        :return: Base key and draws, layer by layer
         """
         return [layer.bases() for layer in self.layers]
 
-    def bind(self, bases: list[list[th.Tensor | None]]) -> None:
+    def bind(self, bases: list[Bases]) -> None:
         """
         Bind base draws that :meth:`bases` gave.
 
-        :param bases: Draws of weight and bias, layer by layer
+        :param bases: Base key and draws, layer by layer
         """
-        for layer, draws in zip(self.layers, bases, strict=True):
-            layer.bind(draws)
+        for layer, of_layer in zip(self.layers, bases, strict=True):
+            layer.bind(of_layer)
 
     def activate(self, noise: RowNoise | None) -> _Activation:
         """

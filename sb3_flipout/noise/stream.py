@@ -101,7 +101,7 @@ class KeyStream:
         return noise
 
     def _rescale(self, scale: th.Tensor) -> None:
-        """Keep the keys and their factors: a callback may move the scale at each step, and hashing costs more than the rest."""
+        """Keep keys and factors: a callback may move the scale at each step, and hashing costs more than the rest."""
         known = self._scale is not None and len(self._scale) == len(scale) and self._scale.device == scale.device
         self._scale, self._is_one, self._held = scale, bool((scale == 1).all()), None
         if not known:

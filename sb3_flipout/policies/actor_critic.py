@@ -25,6 +25,7 @@ from sb3_flipout.policies.learning import (
     NoisyStochasticActor,
 )
 from sb3_flipout.policies.off_policy import OffPolicyNoise
+from sb3_flipout.policies.settings import ActorSettings
 
 
 class FlipoutContinuousCritic(NoisyCritic, ContinuousCritic):
@@ -47,10 +48,11 @@ class ActorNoise(OffPolicyNoise):
     :param action_space: Action space, Box
     :param lr_schedule: Learning rate schedule
     :param args: Further arguments of SB3's policy
-    :param kwargs: Noise settings, see :class:`LearningSettings`, and further keyword arguments of SB3's policy
+    :param kwargs: Noise settings, see :class:`ActorSettings`, and further keyword arguments of SB3's policy
     :raises ValueError: If a noise setting is unknown, out of range or unfit
     """
 
+    settings_class = ActorSettings
     #: What networks become; each is derived from the plain class that it takes the place of.
     noisy_classes: ClassVar[tuple[type[NoisyNet], ...]]
     #: Names of the target networks, with the network that each follows by polyak averaging.

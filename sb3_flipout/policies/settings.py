@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
+from typing import ClassVar
 
 from sb3_flipout.layers import LayerNoise
 from sb3_flipout.layers.config import one_of
@@ -79,9 +80,9 @@ class LearningSettings(NoiseSettings):
 
     :param resample: As above; by default ``"episode"`` with members and ``"step"`` without
     :param base_every: How often the acting base is redrawn, in collection steps; ``None`` for never
-    :param target_noise: Noise of the networks in the target: ``"independent"`` of the online ones (NoisyNet's rule, the
-        default without members), the ``"same"`` (the default with members: each learns from its own target), or ``"mean"``
-        weights
+    :param target_noise: Noise of the networks in the target: ``"independent"`` of the online ones (NoisyNet's rule, and the
+        default of value-based policies), the ``"same"`` (the default with members: each learns from its own target), or
+        ``"mean"`` weights (the default of actors)
     :param members: Number K of keys that exist; the base is frozen then, so each key is a member of an implicit ensemble.
         ``None``: no end of keys
     :raises ValueError: If a value is unknown, out of range, or does not fit another one
@@ -92,13 +93,16 @@ class LearningSettings(NoiseSettings):
     target_noise: str | None = None
     members: int | None = None
 
+    #: Without members.
+    _default_target_noise: ClassVar[str] = "independent"
+
     def __post_init__(self) -> None:
         _plain(self, "members", Integral, int)
         ensemble = self.members is not None
         if self.resample is None:
             object.__setattr__(self, "resample", "episode" if ensemble else "step")
         if self.target_noise is None:
-            object.__setattr__(self, "target_noise", "same" if ensemble else "independent")
+            object.__setattr__(self, "target_noise", "same" if ensemble else self._default_target_noise)
         super().__post_init__()
         one_of("target_noise", self.target_noise, TARGET_NOISE_CHOICES)
         if ensemble:
@@ -117,6 +121,19 @@ class LearningSettings(NoiseSettings):
                 f"members={self.members} does not fit base_every={self.base_every}: a member is a key under one frozen base. "
                 "Leave base_every out."
             )
+
+
+@dataclass(frozen=True)
+class ActorSettings(LearningSettings):
+    """
+    The settings of actors that learn from replayed transitions; arguments as in :class:`LearningSettings`.
+
+    Their noise is that of the behaviour, as in Plappert et al. 2018: unless asked otherwise, the critic learns the values of
+    the mean weights.
+    """
+
+    #: Without members.
+    _default_target_noise: ClassVar[str] = "mean"
 
 
 @dataclass(frozen=True)

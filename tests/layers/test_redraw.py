@@ -94,14 +94,15 @@ def test_base_draws_can_be_bound_again(noise: dict[str, str]) -> None:
     network, x = NoisyNetwork.of(net), th.ones(len(KEYS), 5)
     with perturbed(net, KEYS):
         before = net(x)
-    kept = network.bases()
+    kept, keys = network.bases(), [layer.base_key for layer in network.layers]
     redraw(net)
     with perturbed(net, KEYS):
         other = net(x)
     network.bind(kept)
     with perturbed(net, KEYS):
         assert th.equal(net(x), before)
-    assert th.equal(other, before) == (kept[0][0] is None)
+    assert [layer.base_key for layer in network.layers] == keys
+    assert th.equal(other, before) == (kept[0][1][0] is None)
     assert all(name not in net.state_dict() for name in ("0.weight_base", "1.bias_base"))
 
 

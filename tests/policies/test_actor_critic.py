@@ -170,7 +170,7 @@ def test_each_loss_of_the_actor_sees_fresh_keys_and_a_fresh_base(algorithm):
 
 @every_algorithm
 def test_rows_of_target_and_online_networks_have_no_key_in_common(algorithm):
-    recorder = learn(build(algorithm, noise=dict(perturb="all")))
+    recorder = learn(build(algorithm, noise=dict(perturb="all", target_noise="independent")))
     targets = [s for s in recorder.learning if s.net.endswith("_target") or (s.net == "actor" and not s.grad)]
     online = [s for s in recorder.learning if s.grad]
     assert targets and online
@@ -221,7 +221,7 @@ def test_critics_see_mean_weights_unless_asked_for(algorithm, share):
     case = {} if mlp else dict(observation="image", policy="FlipoutCnnPolicy")
     active = []
     for perturb in ("policy", "all"):
-        model = build(algorithm, **case, noise=dict(perturb=perturb, share_features_extractor=share))
+        model = build(algorithm, **case, noise=dict(perturb=perturb, share_features_extractor=share, target_noise="same"))
         for name, net in networks(model.policy).items():
             if name.startswith("critic"):
                 layers = layers_of(net)
@@ -248,7 +248,7 @@ def row_by_row(layer, keys):
 
 @every_algorithm
 def test_each_row_of_a_gradient_step_sees_its_own_weights(algorithm):
-    model = build(algorithm, batch_size=3, noise=dict(resample="episode"))
+    model = build(algorithm, batch_size=3, noise=dict(resample="episode", target_noise="independent"))
     model.learn(16)
     actor, compared = model.actor, []
     name = "forward" if algorithm in DETERMINISTIC else "get_action_dist_params"
@@ -343,7 +343,7 @@ def test_targets_begin_as_the_networks_that_they_follow(algorithm):
 
 @every_algorithm
 def test_noise_scale_reaches_acting_and_learning(algorithm):
-    model = build(algorithm)
+    model = build(algorithm, noise=dict(target_noise="independent"))
     model.policy.noise_scale = 0.25
     recorder = learn(model)
     assert {float(scale) for scales in recorder.scales for scale in scales} == {0.25}

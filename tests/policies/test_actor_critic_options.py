@@ -72,6 +72,13 @@ def test_sigma_frozen_at_zero_is_stock_bit_for_bit(algorithm, kind, arguments, p
         np.testing.assert_array_equal(*actions)
 
 
+@pytest.mark.parametrize(("members", "expected"), [(None, ("mean", "step")), (4, ("same", "episode"))])
+@every_algorithm
+def test_critics_learn_the_values_of_mean_weights_by_default(algorithm, members, expected):
+    settings = build(algorithm, noise=dict(members=members)).policy.noise_settings
+    assert (settings.target_noise, settings.resample) == expected
+
+
 # ---- save, load, export ---------------------------------------------------------------------------------------------
 
 
