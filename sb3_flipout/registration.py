@@ -16,6 +16,7 @@ import numpy as np
 from stable_baselines3 import A2C, DDPG, DQN, PPO, SAC, TD3
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from stable_baselines3.common.policies import BasePolicy
 
 from sb3_flipout.policies import actor_critic, on_policy, value_based
 from sb3_flipout.policies.base import FlipoutPolicy
@@ -53,6 +54,9 @@ ALIASES: dict[type[BaseAlgorithm], Aliases] = {
     DDPG: _TD3,
 }
 
+#: Algorithms that have no flipout policy; the name says why.
+REFUSED: dict[type[BaseAlgorithm], dict[str, type[BasePolicy]]] = {}
+
 if find_spec("sb3_contrib") is not None:  # an extra: the rest works without it
     from sb3_contrib import ARS, QRDQN, TQC, TRPO, CrossQ, MaskablePPO, RecurrentPPO
 
@@ -80,8 +84,7 @@ if find_spec("sb3_contrib") is not None:  # an extra: the rest works without it
         "FlipoutMultiInputPolicy": actor_critic_contrib.FlipoutTQCMultiInputPolicy,
     }
     ALIASES[CrossQ] = {"FlipoutMlpPolicy": actor_critic_contrib.FlipoutCrossQPolicy}
-    # A name that says why there is no such policy.
-    ARS.policy_aliases.setdefault("FlipoutMlpPolicy", refused.NoFlipoutForARS)
+    REFUSED[ARS] = {"FlipoutMlpPolicy": refused.NoFlipoutForARS}
 
 
 def _setup_model(original: Method, algorithm: Any) -> None:
@@ -220,6 +223,8 @@ def register(algorithm_class: type[BaseAlgorithm] | None = None, aliases: Aliase
     if algorithm_class is None:
         for known, known_aliases in ALIASES.items():
             register(known, known_aliases)
+        for known, refusals in REFUSED.items():
+            known.policy_aliases = {**refusals, **known.policy_aliases}
         return
     if not (isinstance(algorithm_class, type) and issubclass(algorithm_class, BaseAlgorithm)):
         raise TypeError(f"algorithm_class must be an SB3 algorithm class, got {algorithm_class!r}.")
@@ -238,9 +243,10 @@ def register(algorithm_class: type[BaseAlgorithm] | None = None, aliases: Aliase
         if not hasattr(current, "wraps_for_flipout"):
             methods[method_name] = algorithm_class.__dict__.get(method_name)
             setattr(algorithm_class, method_name, _wrap(current, wrapper))
-    if "policy_aliases" not in vars(algorithm_class):  # its parent's, which must not get names that are not its own
+    own = vars(algorithm_class).get("policy_aliases")
+    if own is None:  # its parent's, which must not get names that are not its own
         algorithm_class.policy_aliases = dict(algorithm_class.policy_aliases)
-    names.extend(name for name in aliases if name not in algorithm_class.policy_aliases)
+    names.extend(name for name in aliases if own is None or name not in own)
     algorithm_class.policy_aliases.update(aliases)
 
 
@@ -261,6 +267,10 @@ def unregister(algorithm_class: type[BaseAlgorithm] | None = None) -> None:
 
     :param algorithm_class: Algorithm class; ``None`` for all. A class that is not registered is left as it is
     """
+    for refusing, refused_names in REFUSED.items() if algorithm_class is None else ():
+        for name, policy_class in refused_names.items():
+            if refusing.policy_aliases.get(name) is policy_class:
+                del refusing.policy_aliases[name]
     for known in list(_INSTALLED) if algorithm_class is None else [algorithm_class]:
         methods, names = _INSTALLED.pop(known, ({}, []))
         for method_name, before in methods.items():

@@ -44,14 +44,18 @@ def test_register_is_idempotent():
 
 def test_unregister_takes_everything_back():
     code = """
-from stable_baselines3 import A2C, PPO
+from sb3_contrib import ARS, QRDQN, TQC, TRPO, CrossQ, MaskablePPO, RecurrentPPO
+from stable_baselines3 import A2C, DDPG, DQN, PPO, SAC, TD3
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+bases = (OnPolicyAlgorithm, OffPolicyAlgorithm)
+classes = (*bases, PPO, A2C, DDPG, DQN, SAC, TD3, ARS, QRDQN, TQC, TRPO, CrossQ, MaskablePPO, RecurrentPPO)
 def snapshot():
-    return [(dict(vars(c)), dict(getattr(c, "policy_aliases", {}))) for c in (PPO, A2C, OnPolicyAlgorithm)]
+    return [(dict(vars(c)), dict(getattr(c, "policy_aliases", {}))) for c in classes]
 before = snapshot()
 import sb3_flipout
-assert snapshot() != before
-assert snapshot()[2] == before[2], "the common base class must not be touched"
+assert all(after != own for after, own in zip(snapshot()[2:], before[2:], strict=True))
+assert snapshot()[:2] == before[:2], "the common base classes must not be touched"
 sb3_flipout.unregister()
 assert snapshot() == before
 sb3_flipout.unregister()
