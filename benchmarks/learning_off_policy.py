@@ -39,12 +39,13 @@ SETTINGS: dict[str, dict[str, Any]] = {"TD3": dict(gamma=0.98, learning_starts=1
 ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "stock": ("MlpPolicy", {}),
     "flipout": ("FlipoutMlpPolicy", {}),
-    "flipout-episode": ("FlipoutMlpPolicy", dict(resample="episode")),
     "flipout-action-noise": ("FlipoutMlpPolicy", {}),
-    "flipout-episode-action-noise": ("FlipoutMlpPolicy", dict(resample="episode")),
-    "flipout-sigma-0.2": ("FlipoutMlpPolicy", dict(sigma_init=0.2)),
-    "flipout-heads": ("FlipoutMlpPolicy", dict(perturb="heads")),
-    "flipout-independent-target": ("FlipoutMlpPolicy", dict(target_noise="independent")),
+    # The defaults of value-based policies, and what lies between.
+    "flipout-step": ("FlipoutMlpPolicy", dict(resample="step")),
+    "flipout-step-independent": ("FlipoutMlpPolicy", dict(resample="step", target_noise="independent")),
+    "flipout-step-action-noise": ("FlipoutMlpPolicy", dict(resample="step")),
+    "flipout-step-heads": ("FlipoutMlpPolicy", dict(resample="step", perturb="heads")),
+    "flipout-step-sigma-0.2": ("FlipoutMlpPolicy", dict(resample="step", sigma_init=0.2)),
 }
 
 

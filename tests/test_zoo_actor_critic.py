@@ -73,7 +73,7 @@ def test_policy_takes_its_settings(algorithm: str, env: str) -> None:
         assert getattr(model.policy.noise_settings, name) == value
     assert model.action_noise is None
     assert not model.use_sde
-    assert noise["resample"] == ("episode" if env == "MountainCarContinuous-v0" else "step")
+    assert noise["resample"] == "episode"
 
 
 @pytest.mark.parametrize(("algorithm", "env"), CASES)
@@ -139,7 +139,7 @@ def test_train_then_enjoy(algorithm: str, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_noise_per_episode(algorithm: str, tmp_path: Path) -> None:
+def test_mountain_car(algorithm: str, tmp_path: Path) -> None:
     env = "MountainCarContinuous-v0"
     model = train(algorithm, env, 256, tmp_path)
     assert_stated_noise(model, algorithm, env)

@@ -78,7 +78,7 @@ class LearningSettings(NoiseSettings):
     """
     The settings of policies that learn from replayed transitions: those of every policy, and the noise of gradient steps.
 
-    :param resample: As above; by default ``"episode"`` with members and ``"step"`` without
+    :param resample: As above; by default ``"episode"`` with members and for actors, else ``"step"``
     :param base_every: How often the acting base is redrawn, in collection steps; ``None`` for never
     :param target_noise: Noise of the networks in the target: ``"independent"`` of the online ones (NoisyNet's rule, and the
         default of value-based policies), the ``"same"`` (the default with members: each learns from its own target), or
@@ -94,13 +94,14 @@ class LearningSettings(NoiseSettings):
     members: int | None = None
 
     #: Without members.
+    _default_resample: ClassVar[str] = "step"
     _default_target_noise: ClassVar[str] = "independent"
 
     def __post_init__(self) -> None:
         _plain(self, "members", Integral, int)
         ensemble = self.members is not None
         if self.resample is None:
-            object.__setattr__(self, "resample", "episode" if ensemble else "step")
+            object.__setattr__(self, "resample", "episode" if ensemble else self._default_resample)
         if self.target_noise is None:
             object.__setattr__(self, "target_noise", "same" if ensemble else self._default_target_noise)
         super().__post_init__()
@@ -128,11 +129,12 @@ class ActorSettings(LearningSettings):
     """
     The settings of actors that learn from replayed transitions; arguments as in :class:`LearningSettings`.
 
-    Their noise is that of the behaviour, as in Plappert et al. 2018: unless asked otherwise, the critic learns the values of
-    the mean weights.
+    By default their noise is that of the behaviour, as in Plappert et al. 2018: it is held for an episode, and the critic
+    learns the values of the mean weights.
     """
 
     #: Without members.
+    _default_resample: ClassVar[str] = "episode"
     _default_target_noise: ClassVar[str] = "mean"
 
 

@@ -76,7 +76,7 @@ def test_acting_keys_are_held_as_resample_says(algorithm, resample, n_envs):
 
 
 def test_steps_of_warm_up_are_counted():
-    model = build(learning_starts=8)
+    model = build(learning_starts=8, noise=dict(resample="step"))
     recorder = learn(model)
     assert recorder.acting[0].tolist() == [fold(model.policy._keys.seed, 4, env) for env in range(2)]
 
