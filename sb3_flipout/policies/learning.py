@@ -124,7 +124,12 @@ class NoisyValueNet(NoisyNet, BasePolicy):
 
 
 class NoisyCritic(NoisyNet):
-    """Mixin of a critic that learns under noise. An actor's loss sees it under that of the online role."""
+    """
+    Mixin of a critic that learns under noise.
+
+    SB3 computes the actor's loss after the critic's optimizer step, which is what counts gradient steps: there the critic has
+    the noise of its next step.
+    """
 
     def forward(self, obs: PyTorchObs, actions: th.Tensor) -> Any:
         """

@@ -109,10 +109,12 @@ class OffPolicyNoise(FlipoutPolicy):
         """
         Mark the gradient steps of an update; inside it, networks that are given no noise draw that of the gradient step.
 
+        ``perturbed(policy, None)`` around an update goes before it: mean weights learn then.
+
         :return: Context manager; the acting base is as before when it is left
         """
         acting_bases = self.acting.noisy.bases()
-        self.learning.active, self.learning.scale = True, self._noise_scale
+        self.learning.active, self.learning.scale = self.explicit_noise is None, self._noise_scale
         # Hung on here, not once for all: copies of an optimizer, and another one put in its place, have no hooks.
         hook = self.step_optimizer.register_step_post_hook(self.learning.count)
         try:

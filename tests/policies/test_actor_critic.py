@@ -1,6 +1,7 @@
 """SAC, TD3, DDPG, TQC and CrossQ: which noise each network runs under, and what it does to actions and gradients."""
 
 import copy
+from contextlib import nullcontext
 from itertools import pairwise
 
 import numpy as np
@@ -353,6 +354,23 @@ def test_noise_scale_reaches_acting_and_learning(algorithm):
     if algorithm in STOCHASTIC:
         return  # their actions are drawn
     np.testing.assert_array_equal(model.predict(obs, deterministic=False)[0], model.predict(obs, deterministic=True)[0])
+
+
+@every_algorithm
+def test_mean_weights_learn_where_they_are_asked_for_by_name(algorithm):
+    learned = []
+    for by_name in (True, False):
+        model = build(algorithm, noise=dict(perturb="all", target_noise="same"))
+        model.learn(20)
+        if not by_name:
+            model.policy.noise_scale = 0.0
+        np.random.seed(0)
+        th.manual_seed(0)
+        with perturbed(model.policy, None) if by_name else nullcontext():
+            model.train(gradient_steps=1, batch_size=8)
+        learned.append([mean for net in networks(model.policy).values() for layer in layers_of(net) for mean in layer.means()])
+    for ours, expected in zip(*learned, strict=True):
+        th.testing.assert_close(ours, expected, rtol=0, atol=1e-6)
 
 
 def test_noise_activated_by_name_goes_before_that_of_gradient_steps():
