@@ -61,6 +61,11 @@ class FlipoutPolicy(BasePolicy):
     def _perturb(self, modules: list[nn.Module]) -> None:
         """Perturb modules of the policy as the settings say; their layers are numbered in this order, from 0."""
         layers = self.noise_settings.perturb if self.noise_settings.perturb in ("linear", "hidden") else "all"
+        if layers == "hidden" and not any(isinstance(layer, nn.LSTM) for module in modules for layer in module.modules()):
+            raise ValueError(
+                f'perturb="hidden" stands for the hidden-to-hidden weights of an LSTM, and {type(self).__name__} has none. Use '
+                '"policy", "heads", "linear" or "all".'
+            )
         perturb(nn.ModuleList(modules), layers, self._base_key(0), **asdict(self.noise_settings.layer_noise()))
 
     def _base_key(self, draw: int) -> int:

@@ -3,7 +3,7 @@
 import pytest
 import torch as th
 from helpers import CASES, image_env, vector_env
-from stable_baselines3 import A2C, PPO
+from stable_baselines3 import A2C, DQN, PPO, SAC
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import nn
@@ -135,3 +135,10 @@ def test_init_noisynet_and_families_reach_the_layers():
     assert layer.noise_config.family == "factorised"
     assert layer.weight.abs().max() <= 1 / 8 and layer.weight.std() > 0.05
     assert th.allclose(layer.weight_sigma, th.tensor(0.5 / 8))
+
+
+@pytest.mark.parametrize("algorithm", [PPO, DQN, SAC])
+def test_hidden_weights_need_an_lstm(algorithm):
+    env = vector_env("box" if algorithm is SAC else "discrete")
+    with pytest.raises(ValueError, match=r'perturb="hidden" stands for .* of an LSTM, and Flipout\w+ has none. Use "policy"'):
+        algorithm("FlipoutMlpPolicy", env, policy_kwargs=dict(perturb="hidden"))
