@@ -139,6 +139,7 @@ def _update_info_buffer(original: Method, algorithm: Any, infos: Any, dones: np.
 
 def _setup_learn(original: Method, algorithm: Any, *args: Any, **kwargs: Any) -> Any:
     """Tell that the environments were reset: SB3 binds a new first observation when it does so."""
+    _install(type(algorithm))
     _warn_of_epsilon(algorithm)
     before = algorithm._last_obs
     result = original(algorithm, *args, **kwargs)
@@ -209,11 +210,22 @@ def _wrap(original: Method, wrapper: Method) -> Method:
     return method
 
 
+def _install(algorithm_class: type[BaseAlgorithm]) -> None:
+    """Wrap the methods that are not wrapped: all of a class, or those that a subclass of it has overridden."""
+    wrappers = _OFF_POLICY if issubclass(algorithm_class, OffPolicyAlgorithm) else _ON_POLICY
+    for method_name, wrapper in wrappers.items():
+        current = getattr(algorithm_class, method_name)
+        if not hasattr(current, "wraps_for_flipout"):
+            methods, _ = _INSTALLED.setdefault(algorithm_class, ({}, []))
+            methods[method_name] = algorithm_class.__dict__.get(method_name)
+            setattr(algorithm_class, method_name, _wrap(current, wrapper))
+
+
 def register(algorithm_class: type[BaseAlgorithm] | None = None, aliases: Aliases | None = None) -> None:
     """
     Give an algorithm class its flipout policy names; called at import for those of SB3. Repeating it changes nothing.
 
-    Subclasses of a registered class need no registration of their own.
+    Subclasses of a registered class need no registration of their own, whatever methods they override.
 
     :param algorithm_class: Algorithm class; ``None`` for all that this package knows
     :param aliases: Policy names and classes; by default those of the known class it derives from
@@ -236,13 +248,8 @@ def register(algorithm_class: type[BaseAlgorithm] | None = None, aliases: Aliase
                 f"{algorithm_class.__name__} has a foreign policy of the name {name!r} already: {present}. Remove it from "
                 f"{algorithm_class.__name__}.policy_aliases, or register under another name with aliases=."
             )
-    methods, names = _INSTALLED.setdefault(algorithm_class, ({}, []))
-    wrappers = _OFF_POLICY if issubclass(algorithm_class, OffPolicyAlgorithm) else _ON_POLICY
-    for method_name, wrapper in wrappers.items():
-        current = getattr(algorithm_class, method_name)
-        if not hasattr(current, "wraps_for_flipout"):
-            methods[method_name] = algorithm_class.__dict__.get(method_name)
-            setattr(algorithm_class, method_name, _wrap(current, wrapper))
+    _install(algorithm_class)
+    names = _INSTALLED.setdefault(algorithm_class, ({}, []))[1]
     own = vars(algorithm_class).get("policy_aliases")
     if own is None:  # its parent's, which must not get names that are not its own
         algorithm_class.policy_aliases = dict(algorithm_class.policy_aliases)
@@ -263,7 +270,7 @@ def _known_aliases(algorithm_class: type[BaseAlgorithm]) -> Aliases:
 
 def unregister(algorithm_class: type[BaseAlgorithm] | None = None) -> None:
     """
-    Take back what :func:`register` changed on a class.
+    Take back what :func:`register` changed on a class, and on its subclasses, which inherit what it had.
 
     :param algorithm_class: Algorithm class; ``None`` for all. A class that is not registered is left as it is
     """
@@ -271,8 +278,8 @@ def unregister(algorithm_class: type[BaseAlgorithm] | None = None) -> None:
         for name, policy_class in refused_names.items():
             if refusing.policy_aliases.get(name) is policy_class:
                 del refusing.policy_aliases[name]
-    for known in list(_INSTALLED) if algorithm_class is None else [algorithm_class]:
-        methods, names = _INSTALLED.pop(known, ({}, []))
+    for known in [known for known in _INSTALLED if issubclass(known, algorithm_class or BaseAlgorithm)]:
+        methods, names = _INSTALLED.pop(known)
         for method_name, before in methods.items():
             if before is None:
                 delattr(known, method_name)
@@ -281,5 +288,5 @@ def unregister(algorithm_class: type[BaseAlgorithm] | None = None) -> None:
         for name in names:
             known.policy_aliases.pop(name, None)
         parents = (getattr(base, "policy_aliases", None) for base in known.__mro__[1:])
-        if known.policy_aliases == next(parents, None):  # a copy that register made of its parent's
+        if "policy_aliases" in vars(known) and known.policy_aliases == next(parents, None):  # register's copy
             del known.policy_aliases

@@ -8,11 +8,12 @@ from typing import ClassVar
 import gymnasium as gym
 import numpy as np
 import pytest
-from stable_baselines3 import A2C, PPO
+from stable_baselines3 import A2C, DDPG, PPO, SAC, TD3
 from stable_baselines3.common.buffers import DictRolloutBuffer, ReplayBuffer, RolloutBuffer
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 
 import sb3_flipout
+import sb3_flipout.policies
 from sb3_flipout.policies import FlipoutActorCriticPolicy
 from sb3_flipout.registration import ALIASES
 from sb3_flipout.rollout import KeyedBufferMixin, keyed
@@ -229,3 +230,35 @@ class DictEnv(gym.Env):
 def test_dict_observations_point_to_the_multi_input_policy(name):
     with pytest.raises(ValueError, match="FlipoutMultiInputPolicy"):
         PPO(name, DictEnv())
+
+
+def test_subclasses_that_override_everything_keep_their_noise():
+    class OwnPPO(PPO):
+        collect_rollouts, train = PPO.collect_rollouts.__wrapped__, PPO.train.__wrapped__
+
+    class OwnSAC(SAC):
+        train, _sample_action = SAC.train.__wrapped__, SAC._sample_action.__wrapped__
+
+    try:
+        model = OwnPPO("FlipoutMlpPolicy", "CartPole-v1", n_steps=8, batch_size=8).learn(16)
+        assert (model.policy._keys.step, model.policy._rollouts, model.policy._evaluation.calls) == (16, 2, 0)
+        model = OwnSAC("FlipoutMlpPolicy", "Pendulum-v1", learning_starts=4, batch_size=4, buffer_size=20).learn(10)
+        assert model.policy._keys.step == 10 and model.policy.learning.step == 6
+    finally:
+        sb3_flipout.unregister(OwnPPO)
+        sb3_flipout.unregister(OwnSAC)
+    assert "train" in vars(OwnPPO) and not hasattr(vars(OwnPPO)["train"], "wraps_for_flipout")
+    assert "policy_aliases" not in vars(OwnSAC)
+
+
+def test_unregister_concerns_what_subclasses_inherit():
+    sb3_flipout.unregister(TD3)
+    assert "FlipoutMlpPolicy" not in DDPG.policy_aliases and not hasattr(DDPG.train, "wraps_for_flipout")
+    sb3_flipout.register()
+    assert "FlipoutMlpPolicy" in DDPG.policy_aliases and hasattr(DDPG.train, "wraps_for_flipout")
+
+
+def test_all_policy_classes_are_found_in_one_place():
+    for aliases in ALIASES.values():
+        for policy_class in aliases.values():
+            assert getattr(sb3_flipout.policies, policy_class.__name__) is policy_class

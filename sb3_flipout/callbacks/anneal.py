@@ -22,10 +22,10 @@ class AnnealNoise(ScaleCallback):
     """
     Let the noise scale follow a schedule, by SB3's convention: a function of the progress of training that remains.
 
-    On-policy the scale changes at the starts of rollouts, and is constant until the update after the rollout is done.
-    Off-policy it changes at every step. It depends on nothing but ``model.num_timesteps`` and the total of the present
-    call of ``learn``, so that a loaded model continues where it was; with ``reset_num_timesteps=False`` the total counts
-    what went before.
+    On-policy the scale changes at the starts of rollouts, and is constant until the update after the rollout is done; once
+    more when training has ended, so that the model is left at the end of the schedule. Off-policy it changes at every step.
+    It depends on nothing but ``model.num_timesteps`` and the total of the present call of ``learn``, so that a loaded model
+    continues where it was; with ``reset_num_timesteps=False`` the total counts what went before.
 
     :param start: Scale at the start of training
     :param end: Scale at the end
@@ -85,6 +85,9 @@ class AnnealNoise(ScaleCallback):
         if self.ladder is not None:
             self.policy.noise_ladder = geometric_ladder(*self.ladder, self.model.n_envs)
         self._set_scale(scale)
+
+    def _on_training_end(self) -> None:
+        self._set_scale(self.scale_at(self.progress_remaining))
 
     def _on_step(self) -> bool:
         if self.off_policy:

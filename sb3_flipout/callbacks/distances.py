@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.distributions import BernoulliDistribution
-from stable_baselines3.common.policies import ActorCriticPolicy
+from torch.distributions import Bernoulli
 
 from sb3_flipout.layers import perturbed
 from sb3_flipout.noise import RowNoise
@@ -94,14 +93,16 @@ def action_log_probs(policy: Any, obs: Any) -> list[th.Tensor]:
     :param obs: Observations
     :return: One tensor (N, ..., n_choices) per independent part of the action
     """
-    if not isinstance(policy, ActorCriticPolicy):
+    if not hasattr(policy, "get_distribution"):
         values = policy.acting(obs)
         return [th.log_softmax(values.mean(1) if values.dim() == 3 else values, dim=-1)]  # quantiles: their mean
     distribution = policy.get_distribution(obs)
-    inner: Any = distribution.distribution
-    if isinstance(distribution, BernoulliDistribution):
-        return [th.nn.functional.logsigmoid(th.stack([inner.logits, -inner.logits], dim=-1))]
-    return [part.logits for part in (inner if isinstance(inner, list) else [inner])]
+    # The former: of MaskablePPO, here without masks, which are no part of an observation.
+    inner: Any = getattr(distribution, "distributions", None) or distribution.distribution
+    parts = inner if isinstance(inner, list) else [inner]
+    if isinstance(parts[0], Bernoulli):
+        return [th.nn.functional.logsigmoid(th.stack([part.logits, -part.logits], dim=-1)) for part in parts]
+    return [part.logits for part in parts]
 
 
 def likeliest_actions(policy: Any, obs: Any) -> th.Tensor:

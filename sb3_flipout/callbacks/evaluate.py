@@ -16,7 +16,8 @@ from stable_baselines3.common.callbacks import EvalCallback
 
 from sb3_flipout.callbacks.common import flipout_policy
 from sb3_flipout.callbacks.statistics import has_members
-from sb3_flipout.layers import perturbed
+from sb3_flipout.diagnostics import base_kept
+from sb3_flipout.layers import perturbed, redraw
 from sb3_flipout.noise import EvaluationStream, RowNoise, fold
 
 _STREAM = 0x6576616C  # of the keys that only evaluation sees
@@ -52,7 +53,7 @@ class _Arm:
 
 
 class _Sampled(_Arm):
-    """Each environment acts with one draw of the weights for a whole episode."""
+    """Each environment acts with one draw of the weights for a whole episode; where all share one, so do their episodes."""
 
     def __init__(self, model: BaseAlgorithm, logger: Any) -> None:
         super().__init__(model, logger)
@@ -68,7 +69,15 @@ class _Sampled(_Arm):
             if self._noise is not None:
                 keys = th.where(th.as_tensor(episode_start, device=policy.device), keys, self._noise.keys)
             self._noise = RowNoise(keys, policy.noise_scale)
-        return perturbed(self._policy, self._noise)
+        shared = self._policy.noise_settings.noise_sharing == "shared"
+        return self._drawn(self._noise) if shared else perturbed(self._policy, self._noise)
+
+    @contextmanager
+    def _drawn(self, noise: RowNoise) -> Iterator[None]:
+        """The base is the draw, and follows the first environment's key, as in training."""
+        with base_kept(self._policy), perturbed(self._policy, noise):
+            redraw(self._policy, int(noise.keys[0]))
+            yield
 
 
 class _Vote(_Arm):
@@ -134,6 +143,7 @@ class NoiseEvalCallback(EvalCallback):
     ===========  =======================================================================================================
     ``mean``     the mean weights, what ``predict(deterministic=True)`` uses without members
     ``sampled``  perturbed weights at the present noise scale and base, a fresh draw for each episode, held until it ends
+                 (with ``noise_sharing="shared"`` one draw for all environments, fresh for each episode of the first)
     ``vote``     the action that most members prefer, what ``predict(deterministic=True)`` does with members
     ===========  =======================================================================================================
 

@@ -38,6 +38,7 @@ class FlipoutLayer(nn.Module, ABC):
     noise_config: LayerNoise
     noise_on: str = "all"
     noise_index: int | None
+    noise_scaled: bool = True  # whether the noise scale multiplies the layer's noise
     base_key: int
     blocks: tuple[Block, ...] = (Block(),)  # the perturbed ones
     quiet_blocks: tuple[Block, ...] = ()  # those that noise_on= leaves alone
@@ -198,7 +199,7 @@ class FlipoutLayer(nn.Module, ABC):
         """
         blocks = self.blocks if self._by_factors() else ()
         sizes = tuple(size for block in blocks for size in self._sizes(block))
-        return LayerVectors(self.noise_index or 0, self.noise_config.spec.factor, sizes)
+        return LayerVectors(self.noise_index or 0, self.noise_config.spec.factor, sizes, self.noise_scaled)
 
     def _by_factors(self) -> bool:
         """Whether rows are told apart by factors; factorised rows are fully independent already, so that is their way."""

@@ -158,18 +158,20 @@ class LayerVectors:
     :param layer: The layer's number in its network
     :param kind: What its factors are
     :param sizes: Lengths, alternately over inputs and over outputs: (in, out), or (in, out, hidden, out, ...) in an LSTM
+    :param scaled: Whether the noise scale multiplies the layer's noise
     """
 
     layer: int
     kind: FactorKind
     sizes: tuple[int, ...]
+    scaled: bool = True
 
 
 class FactorPlan:
     """
     Where the factors of all layers of one network lie in a single block, so that one hash serves them all.
 
-    Vectors over outputs lie behind those over inputs, since only they are multiplied by the noise scale.
+    Vectors over outputs of scaled layers lie behind all others, since only they are multiplied by the noise scale.
 
     :param layers: What each layer needs
     """
@@ -188,11 +190,12 @@ class FactorPlan:
         per_word = _CUTS[kind].per_word
         parts: list[th.Tensor] = []
         first_output = self.width
-        for over_outputs in (0, 1):
+        for multiplied in (False, True):
             first_output = self.width
             for position, layer in enumerate(layers):
-                for vector in range(over_outputs, len(layer.sizes) if layer.kind == kind else 0, 2):
-                    size = layer.sizes[vector]
+                for vector, size in enumerate(layer.sizes if layer.kind == kind else ()):
+                    if (layer.scaled and vector % 2 == 1) is not multiplied:
+                        continue
                     parts.append(salts(layer.layer, vector, size, kind))
                     self.pieces[position][vector] = len(self.sizes)
                     self.sizes += [size, parts[-1].numel() * per_word - size]  # the vector, the rest of its last word

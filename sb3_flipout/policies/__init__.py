@@ -5,6 +5,7 @@ algorithms                  file
 ==========================  ================================================
 PPO, A2C, TRPO              :mod:`sb3_flipout.policies.on_policy`
 MaskablePPO                 :mod:`sb3_flipout.policies.maskable`
+RecurrentPPO                :mod:`sb3_flipout.policies.recurrent`
 DQN                         :mod:`sb3_flipout.policies.value_based`
 QRDQN                       :mod:`sb3_flipout.policies.quantile`
 SAC, TD3, DDPG              :mod:`sb3_flipout.policies.actor_critic`
@@ -18,16 +19,25 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
-from sb3_flipout.policies.base import FlipoutPolicy
+from sb3_flipout.policies.actor_critic import (
+    FlipoutSACCnnPolicy,
+    FlipoutSACMultiInputPolicy,
+    FlipoutSACPolicy,
+    FlipoutTD3CnnPolicy,
+    FlipoutTD3MultiInputPolicy,
+    FlipoutTD3Policy,
+)
+from sb3_flipout.policies.base import FlipoutPolicy, NoiseStateError
 from sb3_flipout.policies.on_policy import (
     FlipoutActorCriticCnnPolicy,
     FlipoutActorCriticPolicy,
     FlipoutMultiInputActorCriticPolicy,
 )
-from sb3_flipout.policies.settings import NoiseSettings, ValueSettings
+from sb3_flipout.policies.settings import ActorSettings, LearningSettings, NoiseSettings, ValueSettings
 from sb3_flipout.policies.value_based import FlipoutDQNCnnPolicy, FlipoutDQNMultiInputPolicy, FlipoutDQNPolicy
 
 __all__ = [
+    "ActorSettings",
     "FlipoutActorCriticCnnPolicy",
     "FlipoutActorCriticPolicy",
     "FlipoutDQNCnnPolicy",
@@ -35,7 +45,15 @@ __all__ = [
     "FlipoutDQNPolicy",
     "FlipoutMultiInputActorCriticPolicy",
     "FlipoutPolicy",
+    "FlipoutSACCnnPolicy",
+    "FlipoutSACMultiInputPolicy",
+    "FlipoutSACPolicy",
+    "FlipoutTD3CnnPolicy",
+    "FlipoutTD3MultiInputPolicy",
+    "FlipoutTD3Policy",
+    "LearningSettings",
     "NoiseSettings",
+    "NoiseStateError",
     "ValueSettings",
 ]
 

@@ -40,6 +40,10 @@ def _eager(function: F) -> F:
 _COLLECTION, _EVALUATION, _BASE = range(3)
 
 
+class NoiseStateError(RuntimeError, ValueError):
+    """A saved noise state does not fit the policy. A ``RuntimeError`` too, since SB3's ``load`` takes others for its own."""
+
+
 class FlipoutPolicy(BasePolicy):
     """Mixin of all flipout policies; stands before SB3's policy class in their bases."""
 
@@ -63,8 +67,8 @@ class FlipoutPolicy(BasePolicy):
         layers = self.noise_settings.perturb if self.noise_settings.perturb in ("linear", "hidden") else "all"
         if layers == "hidden" and not any(isinstance(layer, nn.LSTM) for module in modules for layer in module.modules()):
             raise ValueError(
-                f'perturb="hidden" stands for the hidden-to-hidden weights of an LSTM, and {type(self).__name__} has none. Use '
-                '"policy", "heads", "linear" or "all".'
+                f'perturb="hidden" stands for the hidden-to-hidden weights of an LSTM, and {type(self).__name__} has none. '
+                'Use "policy", "heads", "linear" or "all".'
             )
         perturb(nn.ModuleList(modules), layers, self._base_key(0), **asdict(self.noise_settings.layer_noise()))
 
@@ -209,11 +213,11 @@ class FlipoutPolicy(BasePolicy):
         :param strict: Whether all names must match
         :param assign: Whether to keep the given tensors instead of copying them
         :return: Missing and unexpected keys, as torch gives them
-        :raises ValueError: If the state was saved under other noise settings, or by a policy that is no flipout policy
+        :raises NoiseStateError: If the state was saved under other noise settings, or by a policy that is no flipout policy
         """
         saved = state_dict.get("_extra_state")
         if saved is None and strict:
-            raise ValueError(
+            raise NoiseStateError(
                 "the saved policy is no flipout policy: it has no noise state. Load it into the policy it was saved from, "
                 "and copy its weights with load_state_dict(..., strict=False) if they are what you want."
             )
@@ -227,9 +231,9 @@ class FlipoutPolicy(BasePolicy):
             f"{name}: saved {saved.get(name)!r}, here {value!r}" for name, value in own.items() if saved.get(name) != value
         ]
         if differing:
-            raise ValueError(
-                f"the saved noise settings do not fit this policy ({'; '.join(differing)}). Build it with the saved settings "
-                "in policy_kwargs, or load without overriding policy_kwargs."
+            raise NoiseStateError(
+                f"the saved noise settings do not fit this policy ({'; '.join(differing)}). Build it with the saved settings, "
+                'for a saved model by Algorithm.load(path, custom_objects={"policy_kwargs": dict(...)}).'
             )
 
     def _get_constructor_parameters(self) -> dict[str, Any]:

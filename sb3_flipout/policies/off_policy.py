@@ -21,7 +21,7 @@ from sb3_flipout.layers import NoisyNetwork
 from sb3_flipout.noise import RowNoise
 from sb3_flipout.policies.base import FlipoutPolicy, check_extractor
 from sb3_flipout.policies.learning import LearningNoise, NoisyNet
-from sb3_flipout.policies.settings import LearningSettings
+from sb3_flipout.policies.settings import LearningSettings, refuse_misplaced
 
 
 class OffPolicyNoise(FlipoutPolicy):
@@ -44,6 +44,7 @@ class OffPolicyNoise(FlipoutPolicy):
     ) -> None:
         names = [field.name for field in fields(self.settings_class) if field.name in kwargs]
         settings = self.settings_class(**{name: kwargs.pop(name) for name in names})
+        refuse_misplaced(kwargs)
         check_extractor(observation_space, type(self), kwargs)
         super().__init__(observation_space, action_space, lr_schedule, *args, **kwargs)
         self._init_noise(settings)
@@ -136,9 +137,9 @@ class OffPolicyNoise(FlipoutPolicy):
         """
         Give the noise state; torch puts it into ``state_dict``.
 
-        :return: Settings, seed, counters and noise scale, as plain Python values
+        :return: Settings, seed, counters, noise scale and acting base, as plain Python values
         """
-        return {**super().get_extra_state(), "gradient_steps": self.learning.step}
+        return {**super().get_extra_state(), "gradient_steps": self.learning.step, "acting_base": self._acting_base_key}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """
@@ -148,7 +149,7 @@ class OffPolicyNoise(FlipoutPolicy):
         """
         super().set_extra_state(state)
         self.learning.seed, self.learning.step = self._noise_seed, state["gradient_steps"]
-        self._acting_base_key = self._base_key(0)
+        self._acting_base_key = state.get("acting_base", self._base_key(0))
         for net in self._noisy_nets():
             net.noisy.redraw(self._acting_base_key)
 

@@ -20,7 +20,7 @@ from torch import nn
 from sb3_flipout.layers import NoisyNetwork
 from sb3_flipout.noise.rows import without_noise
 from sb3_flipout.policies.base import FlipoutPolicy, check_extractor, n_rows
-from sb3_flipout.policies.settings import NoiseSettings
+from sb3_flipout.policies.settings import NoiseSettings, refuse_misplaced
 
 
 class OnPolicyNoise(FlipoutPolicy):
@@ -72,6 +72,7 @@ class OnPolicyNoise(FlipoutPolicy):
     ) -> None:
         settings = NoiseSettings(family, sigma_init, learn_sigma, resample, base_every, noise_sharing, perturb, init)
         _check_replayable(settings)
+        refuse_misplaced(kwargs)
         check_extractor(observation_space, type(self), kwargs)
         super().__init__(observation_space, action_space, lr_schedule, *args, **kwargs)
         self._init_noise(settings)

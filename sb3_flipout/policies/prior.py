@@ -21,6 +21,7 @@ class Prior(nn.Module):
     observations: on a one-hot observation of d numbers, the first layer shrinks as 1/sqrt(d). So it is divided by its root
     mean square over the rows of the first gradient step, each under its own member (unit variance from data, as in Mishkin
     and Matas 2016): beta is in standard deviations of the members' values. Before that gradient step it is not divided.
+    The noise scale multiplies what comes out, once, and not the weights of each layer: a scale of 0 gives mean weights.
 
     :param network: Value network of plain layers, which becomes the prior
     :param base_key: Key of its base perturbation
@@ -34,6 +35,7 @@ class Prior(nn.Module):
         self._layers = NoisyNetwork(network).layers
         for layer in self._layers:
             layer.noise_index = _NUMBERS + (layer.noise_index or 0)
+            layer.noise_scaled = False
             # A bias is the same in all states: where it outweighs the rest, a member prefers one action everywhere.
             bias_sigmas = [block.sigmas(layer)[1] for block in layer.blocks]
             for tensor in [*layer.means(), *(sigma for sigma in bias_sigmas if sigma is not None)]:
@@ -52,7 +54,7 @@ class Prior(nn.Module):
 
     def measure(self, obs: Any) -> None:
         """
-        Fix the unit by the rows of a batch, under the noise that is active; later calls change nothing.
+        Fix the unit by the rows of a batch, under the keys that are active; later calls change nothing.
 
         :param obs: Observations, shape (N, ...)
         """
@@ -70,7 +72,11 @@ class Prior(nn.Module):
         """
         with th.no_grad():
             values: th.Tensor = self.network(obs)
-        return values / (self.unit or 1.0)
+        active = self._layers[0]._active
+        if active is None:
+            return values  # 0
+        scale = active[0].scale.to(values.dtype).view(-1, *[1] * (values.dim() - 1))
+        return scale * (values / (self.unit or 1.0))
 
     def get_extra_state(self) -> dict[str, float | None]:
         """

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from sb3_flipout.layers import LayerNoise
 from sb3_flipout.layers.config import one_of
@@ -160,3 +161,25 @@ class ValueSettings(LearningSettings):
             raise ValueError(
                 f"prior_scale={self.prior_scale} needs members: a prior belongs to a member. Give members=10, say."
             )
+
+
+#: What looks like a setting of any policy and is none.
+_ELSEWHERE = {
+    "noise_scale": "is set on the policy: model.policy.noise_scale = ...",
+    "noise_ladder": "is set on the policy: model.policy.noise_ladder = (...)",
+    "members": "is for algorithms with a replay buffer",
+    "target_noise": "is for algorithms with a replay buffer",
+    "prior_scale": "is for DQN and QRDQN",
+}
+
+
+def refuse_misplaced(kwargs: Mapping[str, Any]) -> None:
+    """
+    Refuse settings that belong elsewhere.
+
+    :param kwargs: What is left of ``policy_kwargs`` for SB3's policy
+    :raises TypeError: If one of them is known to be no setting of this policy
+    """
+    for name, where in _ELSEWHERE.items():
+        if name in kwargs:
+            raise TypeError(f"policy_kwargs={{{name!r}: {kwargs[name]!r}}} is no setting of this policy: {name} {where}.")

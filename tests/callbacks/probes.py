@@ -6,6 +6,7 @@ from typing import Any
 
 import torch as th
 from helpers import vector_env
+from sb3_contrib import QRDQN, TRPO, MaskablePPO
 from stable_baselines3 import A2C, DQN, PPO, SAC, TD3
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
@@ -17,7 +18,10 @@ SMALL: dict[type[BaseAlgorithm], dict[str, Any]] = {
     DQN: dict(learning_starts=16, train_freq=4, batch_size=8, buffer_size=200, exploration_initial_eps=0.0),
     SAC: dict(learning_starts=16, batch_size=8, buffer_size=200),
     TD3: dict(learning_starts=16, batch_size=8, buffer_size=200),
+    TRPO: dict(n_steps=8, batch_size=8),
+    MaskablePPO: dict(n_steps=8, batch_size=8, n_epochs=2),
 }
+SMALL[QRDQN] = SMALL[DQN]
 
 
 def make(
@@ -25,7 +29,7 @@ def make(
 ) -> BaseAlgorithm:
     """Make a small flipout model of either kind."""
     settings = {**SMALL[algorithm], "policy_kwargs": dict(net_arch=[16]), "seed": 0, "device": "cpu", **kwargs}
-    if algorithm is DQN:
+    if algorithm in (DQN, QRDQN):
         settings["exploration_final_eps"] = 0.0
     policy = settings.pop("policy", "FlipoutMlpPolicy")
     return algorithm(policy, vector_env(action, n_envs) if env is None else env, **settings)

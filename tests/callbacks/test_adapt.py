@@ -12,6 +12,7 @@ import torch as th
 from gymnasium import spaces
 from helpers import ReplayProbe, vector_env
 from probes import ScaleProbe, make, parameters
+from sb3_contrib import QRDQN, TRPO, MaskablePPO
 from stable_baselines3 import A2C, DQN, PPO, SAC, TD3
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
@@ -89,6 +90,30 @@ def test_kl_of_actor_critics(action: str) -> None:
     distance = policy_distance(model.policy, obs, noise, MEASURES["kl"])
     assert distance == pytest.approx(float(expected.mean()), rel=1e-4)
     assert distance > 1e-6
+
+
+@pytest.mark.parametrize("action", ["discrete", "multidiscrete", "multibinary"])
+def test_kl_of_maskable_ppo_is_that_without_masks(action: str) -> None:
+    model = make(MaskablePPO, action=action)
+    obs, noise = rows(model)
+    parts = []
+    for active in (None, noise):
+        with th.no_grad(), perturbed(model.policy, active):
+            found: Any = model.policy.get_distribution(obs)
+            inner = found.distributions if action != "discrete" else [found.distribution]
+            parts.append([Categorical(logits=one.logits.clone()) for one in inner])
+    expected = sum(th.distributions.kl_divergence(own, other).mean() for own, other in zip(*parts, strict=True))
+    distance = policy_distance(model.policy, obs, noise, MEASURES["kl"])
+    assert distance == pytest.approx(float(expected), rel=1e-4)
+    assert distance > 1e-6
+
+
+@pytest.mark.parametrize("algorithm", [MaskablePPO, TRPO, QRDQN])
+def test_algorithms_of_sb3_contrib(algorithm: type[BaseAlgorithm]) -> None:
+    model = make(algorithm)
+    callback = AdaptNoise(0.05)
+    model.learn(64, callback, **({"use_masking": False} if algorithm is MaskablePPO else {}))
+    assert callback.distance > 0 and model.policy.noise_scale != 1.0
 
 
 def test_kl_of_values_is_that_of_their_softmax() -> None:

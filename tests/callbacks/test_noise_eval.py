@@ -24,7 +24,7 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
 
 from sb3_flipout.callbacks import AnnealNoise, NoiseEvalCallback
-from sb3_flipout.callbacks.evaluate import mean_lags
+from sb3_flipout.callbacks.evaluate import _Sampled, mean_lags
 
 MEMBERS = dict(policy_kwargs=dict(net_arch=[16], members=5, prior_scale=1.0))
 
@@ -138,6 +138,19 @@ def test_sampled_weights_are_held_for_an_episode(algorithm: type[BaseAlgorithm],
         assert {key for pair in keys for key in pair} <= set(range(5))
     else:
         assert len({*keys[0], *keys[5]}) == 4
+
+
+def test_a_shared_draw_is_fresh_for_each_episode_and_training_keeps_its_own() -> None:
+    model = make(DQN, policy_kwargs=dict(net_arch=[16], noise_sharing="shared", family="factorised"))
+    model.learn(40)
+    acting = [layer.weight_base for layer in model.policy.online.noisy.layers]
+    arm = _Sampled(model, None)
+    obs, seen = model.env.reset(), []
+    for start in (True, False, True, False):
+        with arm.weights(np.array([start, False])):
+            seen.append(model.policy.q_net(th.as_tensor(obs)).detach())
+    assert th.equal(seen[0], seen[1]) and th.equal(seen[2], seen[3]) and not th.equal(seen[1], seen[2])
+    assert all(layer.weight_base is base for layer, base in zip(model.policy.online.noisy.layers, acting, strict=True))
 
 
 def test_the_vote_is_what_the_policy_does() -> None:

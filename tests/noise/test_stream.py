@@ -8,7 +8,7 @@ import oracle
 import pytest
 import torch as th
 
-from sb3_flipout.noise import EvaluationStream, FactorPlan, KeyStream
+from sb3_flipout.noise import EvaluationStream, FactorPlan, KeyStream, signs
 from sb3_flipout.noise.signs import LayerVectors
 from sb3_flipout.noise.stream import RESAMPLE_WORDS, check_resample
 
@@ -135,6 +135,18 @@ def test_factors_are_hashed_once_as_long_as_keys_stay() -> None:
     stream, scale = KeyStream(SEED, "rollout"), th.ones(2)
     first = stream.next(2, scale)
     assert all(stream.next(2, scale) is first for _ in range(10))
+
+
+@pytest.mark.parametrize("resample", ["step", "episode"])
+def test_a_scale_that_moves_at_each_step_hashes_nothing_again(resample: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream, plan = KeyStream(SEED, resample), FactorPlan([LayerVectors(0, "sign", (3, 4))])
+    expanded, expand = [], FactorPlan.expand
+    monkeypatch.setattr(FactorPlan, "expand", lambda *args: expanded.append(0) or expand(*args))  # type: ignore[func-returns-value]
+    for scale in (1.0, 0.5, 1.0, *np.linspace(1, 0, 30)):
+        noise = stream.next(3, th.full((3,), float(scale)))
+        over_outputs = noise.factors(plan, th.float32).split(plan.sizes, dim=1)[plan.pieces[0][1]]
+        assert th.equal(over_outputs, float(scale) * signs(noise.keys, 0, 4, 1))
+    assert len(expanded) == 1
 
 
 def test_seeds_and_steps_give_distinct_keys() -> None:

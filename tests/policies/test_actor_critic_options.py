@@ -19,6 +19,8 @@ from torch import nn
 
 from sb3_flipout import policies
 from sb3_flipout.layers import FlipoutConv2d, FlipoutLayer, FlipoutLinear, effective_weight
+from sb3_flipout.noise import fold
+from sb3_flipout.policies import NoiseStateError
 from sb3_flipout.policies.actor_critic import FlipoutSACPolicy
 from sb3_flipout.registration import ALIASES
 
@@ -101,6 +103,48 @@ def test_noise_goes_on_after_save_and_load_as_if_uninterrupted(algorithm, noise,
     assert [keys.tolist() for keys in whole.acting] == [keys.tolist() for keys in first.acting + second.acting]
     assert whole.acting_bases == first.acting_bases + second.acting_bases
     assert all(one.same(other) for one, other in zip(whole.learning, first.learning + second.learning, strict=True))
+
+
+@every_algorithm
+def test_at_the_defaults_learning_goes_on_and_episodes_begin_anew(algorithm, tmp_path):
+    whole = learn(build(algorithm), 64)
+    model = build(algorithm)
+    first = learn(model, 32)
+    model.save(tmp_path / "model")
+    model.save_replay_buffer(tmp_path / "buffer")
+    loaded = algorithm.load(tmp_path / "model", env=vector_env("box", 2))
+    loaded.load_replay_buffer(tmp_path / "buffer")
+    second = learn(loaded, 32, reset_num_timesteps=False)
+    assert second.acting[0].tolist() == [fold(loaded.policy._keys.seed, 16, env) for env in range(2)]
+    assert all(one.same(other) for one, other in zip(whole.learning, first.learning + second.learning, strict=True))
+
+
+@pytest.mark.parametrize("noise", [dict(base_every=5), dict(noise_sharing="shared", family="factorised", resample="step")])
+def test_a_loaded_model_samples_under_the_base_that_acted(noise, tmp_path):
+    model = build(TD3, noise=noise)
+    model.learn(36)
+    model.save(tmp_path / "model")
+    loaded = TD3.load(tmp_path / "model")
+    base = [layer.weight_base for layer in model.actor.noisy.layers]
+    assert all(th.equal(ours, layer.weight_base) for ours, layer in zip(base, loaded.actor.noisy.layers, strict=True))
+    obs = np.ones((3, 5), np.float32)
+    np.testing.assert_array_equal(*(one.predict(obs, deterministic=False)[0] for one in (model, loaded)))
+
+
+@pytest.mark.parametrize("algorithm", [SAC, TD3])
+def test_other_settings_are_refused_by_load_and_custom_objects_are_the_remedy(algorithm, tmp_path):
+    model = build(algorithm, noise=dict(family="factorised"))
+    model.save(tmp_path / "model")
+    arguments = {**model.policy_kwargs, "family": "gaussian"}
+    with pytest.raises(NoiseStateError, match=r"family: saved 'factorised', here 'gaussian'.*custom_objects="):
+        algorithm.load(tmp_path / "model", custom_objects={"policy_kwargs": arguments})
+    algorithm.load(tmp_path / "model", custom_objects={"policy_kwargs": {**arguments, "family": "factorised"}})
+
+
+@pytest.mark.parametrize(("algorithm", "name"), [(SAC, "prior_scale"), (TD3, "noise_scale"), (SAC, "noise_ladder")])
+def test_settings_that_belong_elsewhere(algorithm, name):
+    with pytest.raises(TypeError, match=f"'{name}': 0.5.* is no setting of this policy: {name} is "):
+        build(algorithm, noise={name: 0.5})
 
 
 @every_algorithm
@@ -289,7 +333,7 @@ def test_dict_observations_need_the_policy_for_them(algorithm):
     ("noise", "error", "message"),
     [
         (dict(sigma=0.1), TypeError, "unexpected keyword argument 'sigma'"),
-        (dict(prior_scale=1.0), TypeError, "unexpected keyword argument 'prior_scale'"),
+        (dict(prior_scale=1.0), TypeError, "no setting of this policy: prior_scale is for DQN"),
         (
             dict(perturb="critic"),
             ValueError,

@@ -50,11 +50,11 @@ def build(env, algorithm=DQN, policy="FlipoutMlpPolicy", **noise):
     return algorithm(policy, env, exploration_initial_eps=0.0, exploration_final_eps=0.0, policy_kwargs=noise, **kwargs)
 
 
-def values_of(model, obs):
+def values_of(model, obs, scale=None):
     """Prior of each member in each observation: (K, N, actions), for QRDQN (K, N, quantiles, actions)."""
     tensors = model.policy.obs_to_tensor(obs)[0]
     n, noisy = len(tensors), model.policy.online.noisy
-    with noisy.activate(RowNoise(th.arange(K).repeat_interleave(n))):
+    with noisy.activate(RowNoise(th.arange(K).repeat_interleave(n), scale)):
         values = model.policy.prior(tensors.repeat(K, *[1] * (tensors.dim() - 1)))
     return values.view(K, n, *values.shape[1:])
 
@@ -153,3 +153,23 @@ def test_prior_shares_no_perturbation_with_the_learned_network_and_is_never_trai
     learned = [layer for layer in model.policy.online.modules() if isinstance(layer, FlipoutLayer)]
     for one, other in zip(own, learned, strict=True):
         assert one.noise_index != other.noise_index and not th.equal(one.weight_base, other.weight_base)
+
+
+@pytest.mark.parametrize("algorithm", [DQN, QRDQN])
+def test_the_noise_scale_multiplies_the_prior_once(algorithm):
+    model = build(deep_sea(), algorithm)
+    model.policy.noise_scale = 0.1
+    model.learn(62)
+    twin = build(deep_sea(), algorithm).learn(62)
+    obs = seen(model)[:9]
+    whole = values_of(model, obs)
+    assert whole.abs().max() > 0.1
+    for scale in (0.5, 0.1, 0.0):
+        th.testing.assert_close(values_of(model, obs, scale), scale * whole, rtol=1e-5, atol=1e-6)
+    own = model.policy.prior.network
+    obs = model.policy.obs_to_tensor(obs)[0]
+    for unit_scale in (0.1, 1.0):  # the unit is that of the functions themselves
+        with model.policy.online.noisy.activate(RowNoise(th.arange(9), unit_scale)):
+            found = own(obs)
+        with twin.policy.online.noisy.activate(RowNoise(th.arange(9))):
+            th.testing.assert_close(found, twin.policy.prior.network(obs))
