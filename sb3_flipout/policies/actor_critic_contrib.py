@@ -48,6 +48,9 @@ class FlipoutCrossQPolicy(ActorNoise, crossq.CrossQPolicy):
     """
     ``"FlipoutMlpPolicy"`` of CrossQ.
 
+    Its critic sees present and next transitions in one batch. So with ``perturb="all"`` both are under the online noise;
+    ``target_noise`` is that of the next actions alone.
+
     :param observation_space: Observation space, of vectors
     :param action_space: Action space, Box
     :param lr_schedule: Learning rate schedule

@@ -10,6 +10,7 @@ from sb3_contrib import QRDQN
 from stable_baselines3 import DQN
 from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 
+from sb3_flipout import perturbed
 from sb3_flipout.layers import FlipoutLayer, effective_weight
 from sb3_flipout.noise import FAMILIES, fold, fold_in
 from sb3_flipout.policies.learning import LearningNoise
@@ -359,6 +360,15 @@ def test_epsilon_left_on_is_warned_of_once():
         model.learn(20)
         model.learn(20)
     assert len(caught) == 1
+
+
+@pytest.mark.parametrize("algorithm", [DQN, QRDQN])
+def test_mean_weights_learn_where_they_are_asked_for_by_name(algorithm):
+    model = build(algorithm=algorithm, noise=dict(members=5, prior_scale=1.0)).learn(20)
+    with perturbed(model.policy, None):
+        model.train(gradient_steps=1, batch_size=8)
+    layers = [layer for layer in model.policy.online.modules() if isinstance(layer, FlipoutLayer)]
+    assert layers and all(layer.weight.grad.any() and layer.weight_sigma.grad is None for layer in layers)
 
 
 def test_continuous_actions_are_refused_by_sb3():
