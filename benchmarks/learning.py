@@ -37,7 +37,7 @@ def report(rows: list[dict[str, Any]]) -> str:
         scores[task, arm] = found
         lines.append(f"| {task} | {arm} | {', '.join(f'{score:.1f}' for score in found)} | {found.mean():.1f} |")
     for task, arm in scores:
-        if arm != "stock" and (task, "stock") in scores:
+        if arm != "stock" and min(len(scores[task, arm]), len(scores.get((task, "stock"), ()))) > 1:
             stock, ours = scores[task, "stock"], scores[task, arm]
             low, high = difference_interval(ours, stock)
             loss = 0.1 * abs(stock.mean())
