@@ -27,10 +27,10 @@ import sb3_flipout  # noqa: F401  (registers the policies)
 HEADER = """# Learning with SAC, TD3 and TQC
 
 `python benchmarks/learning_off_policy.py`: Pendulum-v1, 10,000 steps, networks of 64-64 units, learning rate 0.001, score of
-the **mean weights** over 50 episodes; TD3 with rl-zoo's discount of 0.98 and 1,000 random steps, without which stock fails on one
-seed of five. Arms but `stock` are `FlipoutMlpPolicy`, `flipout` with all settings at their defaults; those of TD3 have no action
-noise, unless their name says so. `resample="episode"` became the default after TD3's seeds 1 and 2, so these two have a part in the
-choice, and the other seeds have none.
+the **mean weights** over 50 episodes; TD3 with rl-zoo's discount of 0.98 and 1,000 random steps, without which stock fails on
+one seed of five. Arms but `stock` are `FlipoutMlpPolicy`, `flipout` with all settings at their defaults; those of TD3 have no
+action noise, unless their name says so. `resample="episode"` became the default after TD3's seeds 1 and 2, so these two have a
+part in the choice, and the other seeds have none.
 
 """
 
