@@ -105,7 +105,7 @@ def main() -> None:
     print(f"DeepSea {size} x {size}; learned: more than {NEEDED} of the last {WINDOW} episodes reach the goal")
     no_epsilon = dict(exploration_initial_eps=0.0, exploration_final_eps=0.0)
     kwargs = dict(policy_kwargs={**NET, **MEMBERS}, **no_epsilon)
-    model, watch = train("20 members", size, seed, arguments.episodes, "FlipoutMlpPolicy", **kwargs)
+    model, watch = train(f"{MEMBERS['members']} members", size, seed, arguments.episodes, "FlipoutMlpPolicy", **kwargs)
     if arguments.compare:
         # From 1 to 0.1 over the first 100 episodes.
         epsilon = dict(exploration_fraction=min(1.0, 100 / watch.episodes), exploration_final_eps=0.1)
