@@ -262,3 +262,27 @@ def test_all_policy_classes_are_found_in_one_place():
     for aliases in ALIASES.values():
         for policy_class in aliases.values():
             assert getattr(sb3_flipout.policies, policy_class.__name__) is policy_class
+
+
+def test_without_optional_packages_the_rest_works_and_the_extra_is_named():
+    code = """
+import importlib.util, sys
+missing = ("sb3_contrib", "matplotlib", "tensorboard", "rl_zoo3", "ale_py", "minatar")
+found = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *args: None if name.split(".")[0] in missing else found(name, *args)
+for name in missing:
+    sys.modules[name] = None
+import sb3_flipout
+from sb3_flipout import policies
+from stable_baselines3 import DDPG, SAC
+for algorithm in (SAC, DDPG):
+    model = algorithm("FlipoutMlpPolicy", "Pendulum-v1", learning_starts=4, batch_size=4, buffer_size=20)
+    model.learn(8, sb3_flipout.callbacks.AnnealNoise(1.0, 0.1))
+for name in ("FlipoutTQCPolicy", "FlipoutRecurrentPolicy"):
+    try:
+        getattr(policies, name)
+        raise AssertionError("it cannot be there")
+    except ImportError as error:
+        assert f"{name} needs sb3-contrib" in str(error) and "pip install 'sb3_flipout[contrib]'" in str(error)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
