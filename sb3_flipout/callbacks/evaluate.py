@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -15,6 +14,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import EvalCallback
 
 from sb3_flipout.callbacks.common import flipout_policy
+from sb3_flipout.callbacks.lag import LAST, best_lags, excelling, mean_lags
 from sb3_flipout.callbacks.statistics import has_members
 from sb3_flipout.diagnostics import base_kept
 from sb3_flipout.layers import perturbed, redraw
@@ -22,10 +22,6 @@ from sb3_flipout.noise import EvaluationStream, RowNoise, fold
 
 _STREAM = 0x6576616C  # of the keys that only evaluation sees
 _TAGS = {"eval/mean_reward": "return", "eval/mean_ep_length": "ep_length", "eval/success_rate": "success_rate"}
-
-# Student's t at 99.9 %, one-sided, by the number of evaluations: what chance alone exceeds once in a thousand times.
-_T_999 = {5: 7.173, 6: 5.893, 7: 5.208, 8: 4.785, 9: 4.501, 10: 4.297}
-_LEAST_LAG = 0.1  # of the larger return: what is smaller is significant perhaps, but nothing to warn of
 
 
 class _Arm:
@@ -119,24 +115,21 @@ def _acting_as(callback: EvalCallback, arm: _Arm) -> Iterator[None]:
         callback.model = model
 
 
-def mean_lags(mean: Sequence[float], sampled: Sequence[float]) -> bool:
-    """
-    Decide whether mean weights lag behind sampled ones, by the rule in :class:`NoiseEvalCallback`.
+class _EpisodesEval(EvalCallback):
+    """EvalCallback that keeps the returns of the episodes of its last evaluation."""
 
-    :param mean: Mean returns of the mean weights, evaluation by evaluation, 10 at most
-    :param sampled: Those of sampled weights
-    :return: Whether they lag; never with less than 5 evaluations
-    """
-    n = len(mean)
-    if n < min(_T_999):
-        return False
-    differences = np.subtract(sampled, mean)
-    gap, error = differences.mean(), differences.std(ddof=1) / math.sqrt(n)
-    larger = max(abs(np.mean(mean)), abs(np.mean(sampled)))
-    return bool(gap > _T_999[n] * error and gap >= _LEAST_LAG * larger and gap > 0)
+    def _on_step(self) -> bool:
+        self.episodes: list[float] = []
+        return super()._on_step()
+
+    def _log_success_callback(self, locals_: dict[str, Any], globals_: dict[str, Any]) -> None:
+        super()._log_success_callback(locals_, globals_)
+        if locals_["done"]:  # the return that evaluate_policy takes
+            monitored = locals_["info"].get("episode", {}).get("r")
+            self.episodes.append(float(locals_["current_rewards"][locals_["i"]] if monitored is None else monitored))
 
 
-class NoiseEvalCallback(EvalCallback):
+class NoiseEvalCallback(_EpisodesEval):
     """
     Evaluate the mean weights, sampled weights and, with members, their vote; save the best by one of them.
 
@@ -157,9 +150,14 @@ class NoiseEvalCallback(EvalCallback):
 
     **Warning.** With constant weight noise an agent learns a policy that is good on average over the perturbations, and
     nothing asks the mean weights alone to be good. So the callback warns, once, when the mean weights lag behind the sampled
-    ones: over the last 10 evaluations (5 at least), the mean of the differences of their returns exceeds its standard error
-    by Student's t at 99.9 %, so that chance alone warns once in a thousand times; it is a tenth of the larger return at
-    least; and the noise scale has not fallen meanwhile, since annealing it is the remedy.
+    ones, unless the noise scale has fallen meanwhile, since annealing it is the remedy. They lag when
+
+    - over the last 10 evaluations (5 at least), the mean of the differences of their returns exceeds its standard error by
+      Student's t at 99.9 %, so that chance alone warns once in a thousand times, and is a tenth of the larger return at least;
+    - or, over the last 10, a tenth of the perturbed episodes or more exceed *every* episode of the mean weights, by a tenth of
+      the larger of the two at least, and more of them than chance alone would make once in a thousand times (that the best k
+      episodes are all perturbed ones); and the mean weights do not improve, from the first five evaluations to the last five
+      by a tenth of what those episodes are better. Failing perturbations that cost much hide on average what others reach.
 
     :param args: As for ``EvalCallback``
     :param best_by: ``"mean"``, ``"sampled"`` or ``"vote"``
@@ -176,6 +174,7 @@ class NoiseEvalCallback(EvalCallback):
         super().__init__(*args, **kwargs)
         self.best_by = best_by
         self.returns: dict[str, list[float]] = {}  # mean return of each evaluation, by how it acted
+        self._episodes: dict[str, list[list[float]]] = {name: [] for name in ("mean", "sampled")}  # the last, one by one
         self._scales: list[float] = []
         self._warned = False
 
@@ -191,12 +190,12 @@ class NoiseEvalCallback(EvalCallback):
         self.returns = self.returns or {name: [] for name in ARMS if name != "vote" or has_members(policy)}
         self._others = {name: self._other(name) for name in self.returns if name != self.best_by}
 
-    def _other(self, name: str) -> EvalCallback:
+    def _other(self, name: str) -> _EpisodesEval:
         """EvalCallback of an arm by which nothing is saved."""
         folder = None if self.log_path is None else os.path.join(os.path.dirname(self.log_path), name)
         if folder is not None:
             os.makedirs(folder, exist_ok=True)
-        return EvalCallback(
+        return _EpisodesEval(
             self.eval_env,
             n_eval_episodes=self.n_eval_episodes,
             eval_freq=1,
@@ -217,6 +216,9 @@ class NoiseEvalCallback(EvalCallback):
             self.returns[name].append(callback.last_mean_reward)
         with _acting_as(self, self._arm(self.best_by, self._record_lag)):
             continue_training = super()._on_step()
+        for name, kept in self._episodes.items():
+            kept.append(self.episodes if name == self.best_by else self._others[name].episodes)
+            del kept[:-LAST]
         self._warn_of_lag()
         return continue_training
 
@@ -228,15 +230,20 @@ class NoiseEvalCallback(EvalCallback):
         logger.record("noise_eval/lag", self.returns["sampled"][-1] - self.returns["mean"][-1])
 
     def _warn_of_lag(self) -> None:
-        mean, sampled = (self.returns[name][-max(_T_999) :] for name in ("mean", "sampled"))
+        mean, sampled = (self.returns[name][-LAST:] for name in ("mean", "sampled"))
+        episodes, perturbed_episodes = self._episodes["mean"], self._episodes["sampled"]
         falling = self._scales[-1] < self._scales[-len(mean)]
-        if not self._warned and not falling and mean_lags(mean, sampled):
+        lags = mean_lags(mean, sampled) or best_lags(episodes, perturbed_episodes)
+        if not self._warned and not falling and lags:
             self._warned = True
+            own, others = ([one for played in kept for one in played] for kept in (episodes, perturbed_episodes))
+            better = len(excelling(own, others)) / len(others)
             warnings.warn(
                 f"the mean weights lag behind the sampled ones: over the last {len(mean)} evaluations, up to step "
                 f"{self.num_timesteps}, their mean return is {np.mean(mean):.4g}, that of perturbed weights "
-                f"{np.mean(sampled):.4g}. Under constant weight noise nothing asks the mean weights alone to be good. Let the "
-                f"noise fall to 0 before training ends, AnnealNoise(start={self._policy.noise_scale:g}, end=0.0), or act with "
-                "sampled weights, predict(deterministic=False).",
+                f"{np.mean(sampled):.4g}, and {better:.0%} of the perturbed episodes are far better than any of theirs. Under "
+                "constant weight noise nothing asks the mean weights alone to be good. Let the noise fall to 0 before "
+                f"training ends, AnnealNoise(start={self._policy.noise_scale:g}, end=0.0), or act with sampled weights, "
+                "predict(deterministic=False).",
                 stacklevel=2,
             )
