@@ -38,9 +38,9 @@ Under constant noise the perturbed policies reach the goal and the mean weights 
 that act, and those are perturbed. Which mean weights they are perturbed around matters as far as their average goes, and
 nothing asks that the mean weights alone reach the goal; while each episode's noise pushes the car up by itself, they need not
 learn to. Annealing takes that push away step by step, and the mean weights have to take it over. `NoiseEvalCallback` warns
-when the mean weights stay behind the sampled ones: in seeds 0 to 2 of the constant arm, judged every 4,000 steps over 8 episodes,
-a fifth to a third of the sampled episodes reach the goal, and none of the mean weights'; the others cost so much that the mean
-return alone would not show it.
+when the mean weights stay behind the sampled ones: in seeds 0 to 2 of the constant arm, judged every 4,000 steps over 8
+episodes, a fifth to a third of the sampled episodes reach the goal, and none of the mean weights'; the others cost so much that
+the mean return alone would not show it.
 
 """
 

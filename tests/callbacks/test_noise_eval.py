@@ -287,7 +287,7 @@ def test_the_rule_of_the_best() -> None:
 
 
 def test_chance_alone_does_not_make_the_best_rule_warn() -> None:
-    """Equal laws: the best k of 160 are sampled with a probability below 0.001, so more than 7 of 600 come less than once in a million times."""
+    """Equal laws: each warns with a probability of 0.001 at most, so more than 7 of 600 do once in 4 million times."""
     rng = np.random.default_rng(0)
     found = [best_lags(*rng.exponential(1.0, (2, 10, 8)).tolist()) for _ in range(600)]
     assert sum(found) <= 7
