@@ -39,7 +39,7 @@ that act, and those are perturbed. Which mean weights they are perturbed around 
 nothing asks that the mean weights alone reach the goal; while each episode's noise pushes the car up by itself, they need not
 learn to. Annealing takes that push away step by step, and the mean weights have to take it over. `NoiseEvalCallback` warns
 when the mean weights stay behind the sampled ones: in seeds 0 to 2 of the constant arm, judged every 4,000 steps over 8
-episodes, a fifth to a third of the sampled episodes reach the goal, and none of the mean weights'; the others cost so much that
+episodes, a fifth to a third of the sampled episodes reach the goal and none of the mean weights; the others cost so much that
 the mean return alone would not show it.
 
 """
