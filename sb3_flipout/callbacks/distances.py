@@ -15,6 +15,7 @@ import torch as th
 from gymnasium import spaces
 from torch.distributions import Bernoulli
 
+from sb3_flipout.callbacks.views import components
 from sb3_flipout.layers import perturbed
 from sb3_flipout.noise import RowNoise
 from sb3_flipout.policies.base import FlipoutPolicy
@@ -96,10 +97,7 @@ def action_log_probs(policy: Any, obs: Any) -> list[th.Tensor]:
     if not hasattr(policy, "get_distribution"):
         values = policy.acting(obs)
         return [th.log_softmax(values.mean(1) if values.dim() == 3 else values, dim=-1)]  # quantiles: their mean
-    distribution = policy.get_distribution(obs)
-    # The former: of MaskablePPO, here without masks, which are no part of an observation.
-    inner: Any = getattr(distribution, "distributions", None) or distribution.distribution
-    parts = inner if isinstance(inner, list) else [inner]
+    parts = components(policy.get_distribution(obs))  # MaskablePPO's without masks, which are no part of an observation
     if isinstance(parts[0], Bernoulli):
         return [th.nn.functional.logsigmoid(th.stack([part.logits, -part.logits], dim=-1)) for part in parts]
     return [part.logits for part in parts]

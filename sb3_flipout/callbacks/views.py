@@ -35,9 +35,19 @@ class ActionView(NamedTuple):
         return bool(self.acting) and not isinstance(self.acting[0], Normal)
 
 
-def _of_distribution(distribution: Any) -> ActionView:
+def components(distribution: Any) -> list[Any]:
+    """
+    Give the independent parts of an action distribution.
+
+    :param distribution: SB3's or sb3-contrib's distribution
+    :return: One of torch's distributions for each part
+    """
     parts: Any = getattr(distribution, "distributions", None) or distribution.distribution  # the former: with action masks
-    parts = list(parts) if isinstance(parts, Sequence) else [parts]
+    return list(parts) if isinstance(parts, Sequence) else [parts]
+
+
+def _of_distribution(distribution: Any) -> ActionView:
+    parts = components(distribution)
     outputs = th.cat([part.mean if isinstance(part, Normal) else part.logits for part in parts], dim=1)
     return ActionView(outputs, parts, parts, distribution.mode())
 

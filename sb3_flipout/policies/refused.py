@@ -24,4 +24,4 @@ class NoFlipoutForARS(BasePolicy):
         )
 
     def _predict(self, observation: Any, deterministic: bool = False) -> Any:
-        raise NotImplementedError
+        raise NotImplementedError  # SB3 asks every policy class for it; of this one there is no instance

@@ -268,6 +268,17 @@ def test_the_rule() -> None:
     assert not mean_lags([0.0] * 5, rising[:5]) and mean_lags([0.0] * 10, rising)
 
 
+@pytest.mark.parametrize("monitored", [True, False])
+def test_episodes_are_those_that_the_returns_are_of(monitored: bool) -> None:
+    env = make_vec_env("CartPole-v1", n_envs=2) if monitored else DummyVecEnv([lambda: gym.make("CartPole-v1")] * 2)
+    callback = NoiseEvalCallback(env, n_eval_episodes=4, eval_freq=8, verbose=0, warn=False)
+    make(PPO, env=make_vec_env("CartPole-v1", n_envs=2)).learn(32, callback)
+    assert len(callback.returns["mean"]) == 2
+    for name, played in callback._episodes.items():
+        assert [len(episodes) for episodes in played] == [4, 4]
+        assert [np.mean(episodes) for episodes in played] == pytest.approx(callback.returns[name])
+
+
 def test_what_excels() -> None:
     assert excelling([0.0, 90.0], [95.0, 99.0, 101.0, -5.0]) == [101.0]  # by a tenth of the larger
     assert excelling([-200.0], [-150.0, -190.0]) == [-150.0]
@@ -281,6 +292,8 @@ def test_the_rule_of_the_best() -> None:
     assert not best_lags(mixed, mixed)
     assert not best_lags([*still[:9], [0.0] * 7 + [90.0]], mixed)  # the mean weights can do it too
     assert not best_lags(still, [*[[-40.0] * 8] * 9, [-40.0, 90.0] * 4])  # less than a tenth of the episodes
+    rare = [[-40.0] * 19 + [90.0]] * 10  # 10 of 200: not by chance, but few
+    assert not best_lags([[0.0] * 20] * 10, rare) and best_lags([[0.0] * 20] * 10, [[*one[:18], 90.0, 90.0] for one in rare])
     improving = [[10.0 * number] * 8 for number in range(10)]
     assert not best_lags(improving, [[-40.0] * 6 + [150.0] * 2] * 10)
     assert not best_lags([[0.0]] * 10, [[-40.0]] * 5 + [[90.0]] * 5)  # five of ten: chance makes so many once in 61 times

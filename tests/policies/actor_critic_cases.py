@@ -103,6 +103,16 @@ class Recorder(BaseCallback):
         return [seen for seen in self.learning if seen.net == net and grad in (None, seen.grad)]
 
 
+def interrupted(model: Any, folder: Any) -> tuple[Recorder, Recorder, Any]:
+    """Learn for 32 steps, save, load, and learn for 32 more: what was seen before and after, and the loaded model."""
+    first = learn(model, 32)
+    model.save(folder / "model")
+    model.save_replay_buffer(folder / "buffer")
+    loaded = type(model).load(folder / "model", env=vector_env("box", 2))
+    loaded.load_replay_buffer(folder / "buffer")
+    return first, learn(loaded, 32, reset_num_timesteps=False), loaded
+
+
 def learn(model: Any, steps: int = 40, **kwargs: Any) -> Recorder:
     recorder = Recorder()
     model.learn(steps, callback=[recorder, *kwargs.pop("callback", [])], **kwargs)

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch as th
-from actor_critic_cases import ALGORITHMS, DETERMINISTIC, STOCHASTIC, build, layers_of, learn
+from actor_critic_cases import ALGORITHMS, DETERMINISTIC, STOCHASTIC, build, interrupted, layers_of, learn
 from helpers import vector_env
 from sb3_contrib import ARS, TQC, CrossQ
 from stable_baselines3 import DDPG, DQN, PPO, SAC, TD3
@@ -92,13 +92,7 @@ def test_noise_is_that_of_the_behaviour_by_default(algorithm, members, expected)
 )
 def test_noise_goes_on_after_save_and_load_as_if_uninterrupted(algorithm, noise, tmp_path):
     whole = learn(build(algorithm, noise=noise), 64)
-    model = build(algorithm, noise=noise)
-    first = learn(model, 32)
-    model.save(tmp_path / "model")
-    model.save_replay_buffer(tmp_path / "buffer")
-    loaded = algorithm.load(tmp_path / "model", env=vector_env("box", 2))
-    loaded.load_replay_buffer(tmp_path / "buffer")
-    second = learn(loaded, 32, reset_num_timesteps=False)
+    first, second, _ = interrupted(build(algorithm, noise=noise), tmp_path)
     assert first.acting and second.acting
     assert [keys.tolist() for keys in whole.acting] == [keys.tolist() for keys in first.acting + second.acting]
     assert whole.acting_bases == first.acting_bases + second.acting_bases
@@ -108,13 +102,7 @@ def test_noise_goes_on_after_save_and_load_as_if_uninterrupted(algorithm, noise,
 @every_algorithm
 def test_at_the_defaults_learning_goes_on_and_episodes_begin_anew(algorithm, tmp_path):
     whole = learn(build(algorithm), 64)
-    model = build(algorithm)
-    first = learn(model, 32)
-    model.save(tmp_path / "model")
-    model.save_replay_buffer(tmp_path / "buffer")
-    loaded = algorithm.load(tmp_path / "model", env=vector_env("box", 2))
-    loaded.load_replay_buffer(tmp_path / "buffer")
-    second = learn(loaded, 32, reset_num_timesteps=False)
+    first, second, loaded = interrupted(build(algorithm), tmp_path)
     assert second.acting[0].tolist() == [fold(loaded.policy._keys.seed, 16, env) for env in range(2)]
     assert all(one.same(other) for one, other in zip(whole.learning, first.learning + second.learning, strict=True))
 

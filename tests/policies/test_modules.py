@@ -142,3 +142,9 @@ def test_hidden_weights_need_an_lstm(algorithm):
     env = vector_env("box" if algorithm is SAC else "discrete")
     with pytest.raises(ValueError, match=r'perturb="hidden" stands for .* of an LSTM, and Flipout\w+ has none. Use "policy"'):
         algorithm("FlipoutMlpPolicy", env, policy_kwargs=dict(perturb="hidden"))
+
+
+@pytest.mark.parametrize("name", ["members", "target_noise", "prior_scale", "noise_scale", "noise_ladder"])
+def test_settings_that_belong_elsewhere_are_named(name):
+    with pytest.raises(TypeError, match=f"{name} is (for|set)"):
+        PPO("FlipoutMlpPolicy", vector_env(), policy_kwargs={name: 5})
