@@ -60,7 +60,13 @@ def test_on_policy_changes_at_rollout_starts_only(algorithm: type[BaseAlgorithm]
         assert scale == pytest.approx(closed_form(timesteps - 16, 100, 0.7))
     assert len({scale for _, scale in probe.learned}) > 3
     assert replay.worst_ratio < 1e-5 < 1e-3 < replay.least_effect
-    assert model.policy.noise_scale == 0.5  # where the schedule ends; the last rollout began before that
+
+
+@pytest.mark.parametrize("algorithm", [PPO, DQN])
+def test_leaves_the_model_at_the_end_of_the_schedule(algorithm: type[BaseAlgorithm]) -> None:
+    model = make(algorithm, n_envs=2)
+    model.learn(96, AnnealNoise(1.0, 0.25))  # the last rollout of PPO begins at step 80
+    assert model.policy.noise_scale == 0.25
 
 
 def test_off_policy_changes_at_every_step() -> None:
