@@ -4,19 +4,49 @@
 the price of two matrix products (Flipout, Wen et al. 2018), and PPO's update replays that noise exactly.
 """
 
-from sb3_flipout import callbacks
-from sb3_flipout.layers import FlipoutConv2d, FlipoutLinear, FlipoutLSTM, perturb, perturbed, redraw, restore
+from sb3_flipout import callbacks, diagnostics, envs
+from sb3_flipout.callbacks import flipout_policy
+from sb3_flipout.layers import (
+    FlipoutConv1d,
+    FlipoutConv2d,
+    FlipoutConv3d,
+    FlipoutConvTranspose1d,
+    FlipoutConvTranspose2d,
+    FlipoutConvTranspose3d,
+    FlipoutEmbedding,
+    FlipoutGRU,
+    FlipoutGRUCell,
+    FlipoutLinear,
+    FlipoutLSTM,
+    FlipoutMultiheadAttention,
+    perturb,
+    perturbed,
+    redraw,
+    restore,
+)
 from sb3_flipout.noise import signs
 from sb3_flipout.registration import register, unregister
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "FlipoutConv1d",
     "FlipoutConv2d",
+    "FlipoutConv3d",
+    "FlipoutConvTranspose1d",
+    "FlipoutConvTranspose2d",
+    "FlipoutConvTranspose3d",
+    "FlipoutEmbedding",
+    "FlipoutGRU",
+    "FlipoutGRUCell",
     "FlipoutLSTM",
     "FlipoutLinear",
+    "FlipoutMultiheadAttention",
     "__version__",
     "callbacks",
+    "diagnostics",
+    "envs",
+    "flipout_policy",
     "perturb",
     "perturbed",
     "redraw",

@@ -11,14 +11,15 @@ import numpy as np
 import torch as th
 from stable_baselines3.common.utils import LinearSchedule
 
-from sb3_flipout.callbacks._checks import check_count, check_number, scheduled
+from sb3_flipout.callbacks._schedules import scheduled
 from sb3_flipout.callbacks.common import ScaleCallback, Schedule
-from sb3_flipout.callbacks.distances import MEASURES, count_actions, policy_distance
-from sb3_flipout.callbacks.recent import recent_replayed, recent_rollout
-from sb3_flipout.noise import RowNoise, fold, fold_in
+from sb3_flipout.checks import check_choice, check_integer, check_number
+from sb3_flipout.diagnostics.distances import MEASURES, MeasureName, count_actions, policy_distance
+from sb3_flipout.diagnostics.recent import recent_replayed, recent_rollout
+from sb3_flipout.noise import RowNoise, Stream, fold, fold_in
 from sb3_flipout.noise.stream import restrict
 
-_MEASURING = fold(0xADA)  # seed of the keys for measuring, a stream of its own
+_MEASURING = fold(Stream.ADAPT)  # seed of the keys for measuring
 _LIMITS = (1e-4, 1e4)  # of the scale: where the target is out of reach it would run away
 
 
@@ -55,7 +56,7 @@ class AdaptNoise(ScaleCallback):
     def __init__(
         self,
         target: float | Schedule | None = None,
-        measure: str = "kl",
+        measure: MeasureName = "kl",
         alpha: float = 1.01,
         every: int | None = None,
         epsilon: float | Sequence[float] | Schedule | None = None,
@@ -64,15 +65,13 @@ class AdaptNoise(ScaleCallback):
         verbose: int = 0,
     ) -> None:
         super().__init__(verbose)
-        if measure not in MEASURES:
-            names = ", ".join(f'"{name}"' for name in MEASURES)
-            raise ValueError(f"measure must be one of {names}, got {measure!r}.")
+        check_choice("measure", measure, MEASURES)
         if (target is None) == (epsilon is None):
             raise ValueError(f"give either target or epsilon, got target={target!r} and epsilon={epsilon!r}.")
         self.measure = measure
         self.alpha = check_number("alpha", alpha, 1.0)
-        self.every = None if every is None else check_count("every", every)
-        self.repeats, self.batch_size = check_count("repeats", repeats), check_count("batch_size", batch_size)
+        self.every = None if every is None else check_integer("every", every, 1)
+        self.repeats, self.batch_size = check_integer("repeats", repeats, 1), check_integer("batch_size", batch_size, 1)
         self.target = target if target is None or callable(target) else check_number("target", target, 0.0, above=True)
         self.epsilon = None if epsilon is None else _checked_epsilon(epsilon, measure)
         self.distance = math.nan  # as last measured
@@ -83,7 +82,7 @@ class AdaptNoise(ScaleCallback):
 
     def target_at(self, progress_remaining: float) -> float:
         """
-        Give the target at a point of training.
+        Compute the target at a point of training.
 
         :param progress_remaining: Share of training that remains, from 1 to 0
         :return: Distance
@@ -156,7 +155,7 @@ class AdaptNoise(ScaleCallback):
         """Distance under a scale, which is not set for it."""
         keys = fold_in(fold(_MEASURING, self._measurements), th.arange(self.batch_size, device=self.policy.device))
         self._measurements += 1
-        keys = restrict(keys, getattr(self.policy.noise_settings, "members", None))
+        keys = restrict(keys, self.policy.members)
         ladder = self.policy.noise_ladder or (1.0,)  # its rungs in turn: each has its share of the observations
         scales = scale * th.tensor(ladder, device=keys.device).repeat(-(-len(keys) // len(ladder)))[: len(keys)]
         return policy_distance(self.policy, self._observations, RowNoise(keys, scales), MEASURES[self.measure])
@@ -174,7 +173,7 @@ class AdaptNoise(ScaleCallback):
 
 
 def _checked_epsilon(epsilon: Any, measure: str) -> Schedule:
-    """Give epsilon as a schedule."""
+    """Take epsilon as a schedule, whatever it came as."""
     if MEASURES[measure].of_epsilon is None:
         raise ValueError(f'epsilon does not fit measure="{measure}", which is for continuous actions; give target instead.')
     if callable(epsilon):

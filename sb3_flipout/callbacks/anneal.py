@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
 
-from sb3_flipout.callbacks._checks import check_number, scheduled
+from sb3_flipout.callbacks._schedules import scheduled
 from sb3_flipout.callbacks.common import ScaleCallback, Schedule
+from sb3_flipout.checks import check_choice, check_number
 from sb3_flipout.noise.ladder import geometric_ladder
-
-#: Scale by start, end and the remaining share r of the annealing, which goes from 1 to 0.
-SHAPES: dict[str, Callable[[float, float, float], float]] = {
-    "linear": lambda start, end, r: end + (start - end) * r,
-    "cosine": lambda start, end, r: end + (start - end) * 0.5 * (1 - math.cos(math.pi * r)),
-    "exponential": lambda start, end, r: start**r * end ** (1 - r),
-}
-
+from sb3_flipout.noise.schedule import SHAPES
 
 class AnnealNoise(ScaleCallback):
     """
@@ -46,15 +39,14 @@ class AnnealNoise(ScaleCallback):
         start: float,
         end: float,
         fraction: float = 1.0,
-        shape: str | Schedule = "linear",
+        shape: Literal["linear", "cosine", "exponential"] | Schedule = "linear",
         ladder: Sequence[float] | None = None,
         verbose: int = 0,
     ) -> None:
         super().__init__(verbose)
-        if not callable(shape) and shape not in SHAPES:
-            names = ", ".join(f'"{name}"' for name in SHAPES)
-            raise ValueError(f"shape must be one of {names} or a function of the progress that remains, got {shape!r}.")
-        hint = ' shape="exponential" never reaches 0; end at a small scale, 0.01 say.' if shape == "exponential" else ""
+        if not callable(shape):
+            check_choice("shape", shape, SHAPES, "It can be a function of the progress that remains, too.")
+        hint = 'shape="exponential" never reaches 0; end at a small scale, 0.01 say.' if shape == "exponential" else ""
         self.start = check_number("start", start, 0.0, hint=hint, above=bool(hint))
         self.end = check_number("end", end, 0.0, hint=hint, above=bool(hint))
         self.fraction = check_number("fraction", fraction, 0.0, 1.0, above=True)
@@ -65,7 +57,7 @@ class AnnealNoise(ScaleCallback):
 
     def scale_at(self, progress_remaining: float) -> float:
         """
-        Give the noise scale at a point of training.
+        Compute the noise scale at a point of training.
 
         :param progress_remaining: Share of training that remains, from 1 to 0; below 0 where SB3 has gone beyond the total
         :return: Noise scale

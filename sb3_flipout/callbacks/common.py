@@ -9,7 +9,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
-from sb3_flipout.policies.base import FlipoutPolicy
+from sb3_flipout.policies.base import FlipoutPolicyMixin
 
 #: A function of the progress that remains, from 1 at the start of training to 0 at its end.
 Schedule = Callable[[float], float]
@@ -17,20 +17,20 @@ Schedule = Callable[[float], float]
 _STEERED_BY = "noise_scale_steered_by"
 
 
-def flipout_policy(model: BaseAlgorithm, callback_name: str) -> FlipoutPolicy:
+def flipout_policy(model: BaseAlgorithm, callback_name: str = "flipout_policy") -> FlipoutPolicyMixin:
     """
-    Give the flipout policy of a model, the policy itself also where it has been compiled.
+    Take the flipout policy of a model, with its type, so that an editor knows ``flipout_policy(model).noise_scale``.
 
-    :param model: SB3 model
-    :param callback_name: Name of the callback that needs it, for the error
+    :param model: SB3 model; of a compiled policy it is the policy itself
+    :param callback_name: Who needs it, for the error
     :return: Its policy
     :raises ValueError: If the policy of the model is no flipout policy
     """
     policy: Any = getattr(model.policy, "_orig_mod", model.policy)
-    if isinstance(policy, FlipoutPolicy):
+    if isinstance(policy, FlipoutPolicyMixin):
         return policy
     algorithm = type(model).__name__
-    names = [name for name, known in model.policy_aliases.items() if issubclass(known, FlipoutPolicy)]
+    names = [name for name, known in model.policy_aliases.items() if issubclass(known, FlipoutPolicyMixin)]
     listed = ", ".join(f'"{name}"' for name in names)
     remedy = f"Make the model with one of {listed}." if names else f"There is none for {algorithm} yet."
     raise ValueError(f"{callback_name} needs a flipout policy, got {algorithm} with {type(policy).__name__}. {remedy}")
@@ -43,7 +43,7 @@ class NoiseCallback(BaseCallback):
     :param verbose: Verbosity level of SB3's callbacks
     """
 
-    policy: FlipoutPolicy
+    policy: FlipoutPolicyMixin
 
     @property
     def name(self) -> str:
@@ -97,7 +97,7 @@ class ScaleCallback(NoiseCallback):
             )
 
     def _set_scale(self, scale: float) -> None:
-        """Set the noise scale and log it. An unchanged scale is not set anew: the policy would make its rows anew."""
-        if scale != self.policy.noise_scale:
-            self.policy.noise_scale = scale
-        self.logger.record("noise/scale", self.policy.noise_scale)
+        """Set the noise scale and log it."""
+        self.policy.leave_schedule()
+        self.policy.noise_scale = scale
+        self.logger.record("noise/scale", self.policy.effective_scale)

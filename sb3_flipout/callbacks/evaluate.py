@@ -14,13 +14,12 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import EvalCallback
 
 from sb3_flipout.callbacks.common import flipout_policy
-from sb3_flipout.callbacks.lag import LAST, best_lags, excelling, mean_lags
-from sb3_flipout.callbacks.statistics import has_members
+from sb3_flipout.diagnostics.lag import LAST, best_lags, excelling, mean_lags
+from sb3_flipout.diagnostics.statistics import has_members
 from sb3_flipout.diagnostics import base_kept
 from sb3_flipout.layers import perturbed, redraw
-from sb3_flipout.noise import EvaluationStream, RowNoise, fold
+from sb3_flipout.noise import EvaluationStream, RowNoise, Stream, fold
 
-_STREAM = 0x6576616C  # of the keys that only evaluation sees
 _TAGS = {"eval/mean_reward": "return", "eval/mean_ep_length": "ep_length", "eval/success_rate": "success_rate"}
 
 
@@ -53,18 +52,18 @@ class _Sampled(_Arm):
 
     def __init__(self, model: BaseAlgorithm, logger: Any) -> None:
         super().__init__(model, logger)
-        members = getattr(self._policy.noise_settings, "members", None)
-        self._stream = EvaluationStream(fold(_STREAM, model.num_timesteps), 0, members)
+        members = self._policy.members
+        self._stream = EvaluationStream(fold(Stream.NOISE_EVAL, model.num_timesteps), 0, members)
         self._noise: RowNoise | None = None
 
     def weights(self, episode_start: np.ndarray) -> AbstractContextManager[None]:
         if self._noise is None or episode_start.any():
             policy = self._policy
-            fresh = self._stream.next(len(episode_start), policy.noise_scale, policy.device)
+            fresh = self._stream.next(len(episode_start), policy.effective_scale, policy.device)
             keys = fresh.keys
             if self._noise is not None:
                 keys = th.where(th.as_tensor(episode_start, device=policy.device), keys, self._noise.keys)
-            self._noise = RowNoise(keys, policy.noise_scale)
+            self._noise = RowNoise(keys, policy.effective_scale)
         shared = self._policy.noise_settings.noise_sharing == "shared"
         return self._drawn(self._noise) if shared else perturbed(self._policy, self._noise)
 
@@ -209,7 +208,7 @@ class NoiseEvalCallback(_EpisodesEval):
     def _on_step(self) -> bool:
         if self.eval_freq <= 0 or self.n_calls % self.eval_freq != 0:
             return True
-        self._scales.append(self._policy.noise_scale)
+        self._scales.append(self._policy.effective_scale)
         for name, callback in self._others.items():
             with _acting_as(callback, self._arm(name, None)):
                 callback.on_step()

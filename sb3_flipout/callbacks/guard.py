@@ -13,8 +13,8 @@ import torch as th
 from stable_baselines3.common.save_util import load_from_zip_file, recursive_getattr, recursive_setattr
 from torch import nn
 
-from sb3_flipout.callbacks._checks import check_count
 from sb3_flipout.callbacks.common import NoiseCallback
+from sb3_flipout.checks import check_integer
 
 
 def first_non_finite(named: Mapping[str, th.Tensor]) -> str | None:
@@ -42,7 +42,7 @@ class StopOnNonFinite(NoiseCallback):
     of ``VecNormalize`` are in no checkpoint, and stay as they are.
 
     :param save_path: File of the last good checkpoint, for ``Algorithm.load``; replaced each time, never half-written
-    :param every: Look after every so-manieth gradient step. On-policy also at the starts of rollouts
+    :param every: Gradient steps between two looks. On-policy also at the starts of rollouts
     :param save_every: Timesteps between checkpoints. The first one is made when training starts
     :param verbose: Verbosity level of SB3's callbacks
     :raises ValueError: If a number is no integer >= 1, or ``save_path`` is a folder
@@ -54,7 +54,7 @@ class StopOnNonFinite(NoiseCallback):
         if path.is_dir():
             raise ValueError(f"save_path must be a file, {save_path} is a folder; give {path / 'last_good.zip'}, say.")
         self.save_path = path if path.suffix else path.with_suffix(".zip")
-        self.every, self.save_every = check_count("every", every), check_count("save_every", save_every)
+        self.every, self.save_every = check_integer("every", every, 1), check_integer("save_every", save_every, 1)
         #: Name of the parameter that stopped training; ``None`` if none did.
         self.non_finite: str | None = None
         self._hooks: list[th.utils.hooks.RemovableHandle] = []

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 from stable_baselines3.common.logger import Figure, TensorBoardOutputFormat
 
-from sb3_flipout.callbacks._checks import check_count
 from sb3_flipout.callbacks.common import NoiseCallback
-from sb3_flipout.callbacks.figures import layout, sigma_figure
-from sb3_flipout.callbacks.recent import recent_replayed, recent_rollout
-from sb3_flipout.callbacks.statistics import (
+from sb3_flipout.checks import check_integer
+from sb3_flipout.diagnostics.figures import layout, sigma_figure
+from sb3_flipout.diagnostics.recent import recent_replayed, recent_rollout
+from sb3_flipout.diagnostics.statistics import (
     action_statistics,
     draw,
     has_members,
@@ -21,9 +21,8 @@ from sb3_flipout.callbacks.statistics import (
     noisy_layers,
     weight_statistics,
 )
-from sb3_flipout.noise import fold
+from sb3_flipout.noise import Stream, fold
 
-_STREAM = 0x6D6F6E  # of the keys that only measuring sees
 _FIGURE_EVERY = 10  # measurements: drawing takes longer than all numbers together
 
 # What writes for people: values of single layers, and all quantiles but the median, would flood it.
@@ -58,7 +57,7 @@ class MonitorNoise(NoiseCallback):
         verbose: int = 0,
     ) -> None:
         super().__init__(verbose)
-        self.every = check_count("every", every)
+        self.every = check_integer("every", every, 1)
         self.histograms, self.figures = bool(histograms), bool(figures)
         self.observations, self.draws = _checked_sample("observations", observations), _checked_sample("draws", draws)
         self._measurements = 0
@@ -93,10 +92,10 @@ class MonitorNoise(NoiseCallback):
         step, policy = self.model.num_timesteps, self.policy
         recent = recent_replayed if self.off_policy else recent_rollout
         obs = recent(self.model, self.observations, np.random.default_rng(step))
-        layers, scale = noisy_layers(policy), policy.noise_scale
+        layers, scale = noisy_layers(policy), policy.effective_scale
         numbers = {"noise/scale": scale, "noise/resamples_per_second": self._resample_rate()}
         numbers |= weight_statistics(layers, scale)
-        numbers |= action_statistics(draw(policy, obs, self.draws, fold(_STREAM, step)))
+        numbers |= action_statistics(draw(policy, obs, self.draws, fold(Stream.MONITOR, step)))
         numbers |= member_statistics(policy, obs)
         for tag, number in numbers.items():
             detail = tag.count("/") > 1 or ("/snr_q" in tag and not tag.endswith("q50"))
@@ -118,6 +117,4 @@ class MonitorNoise(NoiseCallback):
 
 
 def _checked_sample(name: str, value: Any) -> int:
-    if check_count(name, value) < 2:
-        raise ValueError(f"{name} must be an integer >= 2, to tell noise from inputs, got {value!r}.")
-    return int(value)
+    return check_integer(name, value, 2, hint="Fewer do not tell noise from inputs.")

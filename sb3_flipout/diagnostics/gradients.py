@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch as th
 from torch import nn
 
-from sb3_flipout.layers import NoisyNetwork, perturbed, redraw
+from sb3_flipout.layers import network_of, perturbed, redraw
 from sb3_flipout.noise import fold, fold_in
 
 #: Tensors with the N rows of a batch in their first dimension; the first one tells N.
@@ -152,7 +152,7 @@ def _mean(samples: th.Tensor) -> Estimate:
 
 
 def _means(network: nn.Module) -> list[th.Tensor]:
-    return [mean for layer in NoisyNetwork.of(network).layers for mean in layer.means() if mean.requires_grad]
+    return [mean for layer in network_of(network).layers for mean in layer.means() if mean.requires_grad]
 
 
 @contextmanager
@@ -171,7 +171,7 @@ def base_kept(network: nn.Module) -> Iterator[None]:
     :param network: Network with perturbed layers
     :return: Context manager
     """
-    noisy = NoisyNetwork.of(network)
+    noisy = network_of(network)
     bases = noisy.bases()
     try:
         yield

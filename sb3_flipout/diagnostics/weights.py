@@ -14,7 +14,7 @@ _FACTOR_POWER = {"sign": 1.0, "sqrt_normal": math.sqrt(2 / math.pi), "normal": 1
 
 def sigmas(layer: FlipoutLayer) -> th.Tensor | None:
     """
-    Give abs(sigma) of a layer, whose sign does not matter.
+    Collect abs(sigma) of a layer, from which the size of its noise follows.
 
     :param layer: Perturbed layer
     :return: One number per weight and bias, shape (n,), or per layer where there is only one; ``None`` for a family without

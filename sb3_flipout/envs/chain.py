@@ -7,7 +7,8 @@ import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
 
-from sb3_flipout.envs._checks import checked_action, checked_int
+from sb3_flipout.checks import check_integer
+from sb3_flipout.envs._checks import checked_action
 
 
 class Chain(gym.Env[NDArray[np.float32], np.int64]):
@@ -48,7 +49,7 @@ class Chain(gym.Env[NDArray[np.float32], np.int64]):
     right_reward = 1.0
 
     def __init__(self, length: int = 10) -> None:
-        self.length = checked_int("length", length, low=3)
+        self.length = check_integer("length", length, 3, hint="Pass for example length=20.")
         self.episode_steps = self.length + 9
         self.action_space = spaces.Discrete(2)
         self.observation_space = spaces.Box(0.0, 1.0, shape=(self.length,), dtype=np.float32)

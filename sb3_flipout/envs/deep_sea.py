@@ -7,7 +7,8 @@ import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
 
-from sb3_flipout.envs._checks import checked_action, checked_bool, checked_cost, checked_int
+from sb3_flipout.checks import check_flag, check_integer, check_number
+from sb3_flipout.envs._checks import checked_action
 
 # np.random.RandomState, which bsuite uses, takes seeds of 32 bits.
 _MAX_SEED = 2**32 - 1
@@ -52,10 +53,10 @@ class DeepSea(gym.Env[NDArray[np.float32], np.int64]):
         deterministic: bool = True,
         flatten: bool = True,
     ) -> None:
-        self.size = checked_int("size", size, low=2)
-        self.unscaled_move_cost = checked_cost("unscaled_move_cost", unscaled_move_cost)
-        self.deterministic = checked_bool("deterministic", deterministic)
-        self.flatten = checked_bool("flatten", flatten)
+        self.size = check_integer("size", size, 2, hint="Pass for example size=10.")
+        self.unscaled_move_cost = check_number("unscaled_move_cost", unscaled_move_cost, hint="Pass for example unscaled_move_cost=0.01.")
+        self.deterministic = check_flag("deterministic", deterministic)
+        self.flatten = check_flag("flatten", flatten)
         self._mapping: NDArray[np.int64] = _action_mapping(self.size, mapping_seed)
         self.action_space = spaces.Discrete(2)
         shape = (self.size * self.size,) if self.flatten else (self.size, self.size)
@@ -162,5 +163,5 @@ def _action_mapping(size: int, mapping_seed: int | None) -> NDArray[np.int64]:
     """
     if mapping_seed is None:
         return np.ones((size, size), dtype=np.int64)
-    seed = checked_int("mapping_seed", mapping_seed, low=0, high=_MAX_SEED)
+    seed = check_integer("mapping_seed", mapping_seed, 0, _MAX_SEED)
     return np.asarray(np.random.RandomState(seed).binomial(1, 0.5, [size, size]), dtype=np.int64)

@@ -1,23 +1,47 @@
 """Ring 1, torch and noise: perturbed layers that serve alone or inside any network."""
 
-from sb3_flipout.layers.base import FlipoutLayer
-from sb3_flipout.layers.config import NOISYNET_SIGMA, LayerNoise
-from sb3_flipout.layers.conv import FlipoutConv2d
-from sb3_flipout.layers.convert import PERTURBED_CLASSES, perturb, restore
+from sb3_flipout.layers.attention import FlipoutMultiheadAttention
+from sb3_flipout.layers.base import FlipoutLayer, RowView
+from sb3_flipout.layers.config import NOISYNET_SIGMA, LayerNoise, NoiseKwargs
+from sb3_flipout.layers.conv import (
+    FlipoutConv1d,
+    FlipoutConv2d,
+    FlipoutConv3d,
+    FlipoutConvTranspose1d,
+    FlipoutConvTranspose2d,
+    FlipoutConvTranspose3d,
+)
+from sb3_flipout.layers.convert import perturb, restore
+from sb3_flipout.layers.derived import PERTURBED_CLASSES
+from sb3_flipout.layers.embedding import FlipoutEmbedding
 from sb3_flipout.layers.linear import FlipoutLinear
-from sb3_flipout.layers.lstm import FlipoutLSTM
-from sb3_flipout.layers.network import NoisyNetwork, effective_weight, perturbed, redraw
+from sb3_flipout.layers.network import Ask, PerturbedNetwork, attach, effective_weight, network_of, perturbed, redraw
+from sb3_flipout.layers.recurrent import FlipoutGRU, FlipoutGRUCell, FlipoutLSTM
 
 __all__ = [
     "NOISYNET_SIGMA",
     "PERTURBED_CLASSES",
+    "Ask",
+    "FlipoutConv1d",
     "FlipoutConv2d",
+    "FlipoutConv3d",
+    "FlipoutConvTranspose1d",
+    "FlipoutConvTranspose2d",
+    "FlipoutConvTranspose3d",
+    "FlipoutEmbedding",
+    "FlipoutGRU",
+    "FlipoutGRUCell",
     "FlipoutLSTM",
     "FlipoutLayer",
     "FlipoutLinear",
+    "FlipoutMultiheadAttention",
     "LayerNoise",
-    "NoisyNetwork",
+    "NoiseKwargs",
+    "PerturbedNetwork",
+    "RowView",
+    "attach",
     "effective_weight",
+    "network_of",
     "perturb",
     "perturbed",
     "redraw",

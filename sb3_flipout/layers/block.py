@@ -29,7 +29,7 @@ class Block:
 
     def means(self, layer: nn.Module) -> Pair:
         """
-        Give mean weight and mean bias.
+        Look up mean weight and mean bias.
 
         :param layer: The layer
         :return: The layer's own tensors
@@ -38,18 +38,17 @@ class Block:
 
     def sigmas(self, layer: nn.Module) -> MaybePair:
         """
-        Give sigma of weight and bias; a family may have none, or one for both, which is that of the weight.
+        Look up sigma of weight and bias; a family may have none, or one for both, which is that of the weight.
 
         :param layer: The layer
         :return: The layer's own parameters
         """
         return getattr(layer, self.weight_sigma), None if self.bias_sigma is None else getattr(layer, self.bias_sigma)
 
-    def bases(self, layer: nn.Module) -> MaybePair:
+    def noise_names(self) -> list[str]:
         """
-        Give the base draws of weight and bias.
+        List the names that noise has given the layer.
 
-        :param layer: The layer
-        :return: The layer's own buffers
+        :return: Names of sigma and of base draws
         """
-        return getattr(layer, self.weight_base), None if self.bias_base is None else getattr(layer, self.bias_base)
+        return [name for name in (self.weight_sigma, self.bias_sigma, self.weight_base, self.bias_base) if name]

@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
 from dataclasses import dataclass, fields
-from numbers import Real
-from typing import Any
+from typing import Any, Literal, TypedDict, get_args
 
-from sb3_flipout.noise.families import DEFAULT_SIGMA_INIT, FAMILIES, NOISE_SHARINGS, Family
+from sb3_flipout.checks import check_choice, check_flag, check_names, check_number
+from sb3_flipout.noise.families import DEFAULT_SIGMA_INIT, FAMILIES, NOISE_SHARINGS, Family, FamilyName, NoiseSharing
 
 #: Sigma of independent Gaussian noise in Fortunato et al. 2018, section 3.2 (absolute, not divided by sqrt(fan_in)).
 NOISYNET_SIGMA = 0.017
 
-INITS = ("keep", "noisynet")
+Init = Literal["keep", "noisynet"]
+INITS: tuple[str, ...] = get_args(Init)
+
+
+class NoiseKwargs(TypedDict, total=False):
+    """The keyword arguments of a perturbed layer, for type checkers; what they mean is said in :class:`LayerNoise`."""
+
+    family: FamilyName
+    sigma_init: float | None
+    learn_sigma: bool
+    noise_sharing: NoiseSharing
+    init: Init
 
 
 @dataclass(frozen=True)
@@ -27,6 +37,7 @@ class LayerNoise:
     :param learn_sigma: Whether sigma is trained; ``"isotropic"`` and ``"dropconnect"`` have nothing to train
     :param noise_sharing: ``"flipout"``, ``"shared"`` or ``"independent"``
     :param init: ``"keep"`` the mean weights, or ``"noisynet"``: means and sigmas of Fortunato et al. 2018, section 3.2
+    :raises TypeError: If a value has a wrong type
     :raises ValueError: If a value is unknown, out of range, or does not fit the family
     """
 
@@ -37,28 +48,31 @@ class LayerNoise:
     init: str = "keep"
 
     def __post_init__(self) -> None:
-        one_of("family", self.family, FAMILIES)
-        one_of("noise_sharing", self.noise_sharing, NOISE_SHARINGS)
-        one_of("init", self.init, INITS)
+        # Plain Python values, whatever they came as: they are saved with the model.
+        checked = {
+            "family": check_choice("family", self.family, FAMILIES),
+            "learn_sigma": check_flag("learn_sigma", self.learn_sigma),
+            "noise_sharing": check_choice("noise_sharing", self.noise_sharing, NOISE_SHARINGS),
+            "init": check_choice("init", self.init, INITS),
+        }
         if self.sigma_init is not None:
-            self._check_sigma_init(self.sigma_init)
-            object.__setattr__(self, "sigma_init", float(self.sigma_init))
+            hint = "Use 0.0 for no perturbation, None for the default."
+            checked["sigma_init"] = check_number("sigma_init", self.sigma_init, hint=hint)
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
+        self._check_fit()
+
+    def _check_fit(self) -> None:
+        if self.sigma_init is not None and self.spec.sigma == "none":
+            raise ValueError(
+                f"sigma_init={self.sigma_init} does not fit family={self.family!r}: each weight a row sees is 0 or twice its "
+                "mean, there is no sigma. Leave sigma_init out and set the noise scale instead."
+            )
         if self.init == "noisynet" and self.family not in ("gaussian", "factorised"):
             raise ValueError(f'init="noisynet" is defined for "gaussian" and "factorised" noise, got family={self.family!r}.')
-
-    def _check_sigma_init(self, sigma_init: Any) -> None:
-        if isinstance(sigma_init, bool) or not isinstance(sigma_init, Real):
-            raise TypeError(f"sigma_init must be a number >= 0 or None, got {type(sigma_init).__name__}.")
-        if not (math.isfinite(sigma_init) and float(sigma_init) >= 0):
-            raise ValueError(f"sigma_init must be finite and >= 0, got {sigma_init}; use 0.0 for no perturbation.")
-        if self.spec.sigma == "none":
+        if self.sigma_init is not None and self.init == "noisynet" and self.family == "gaussian":
             raise ValueError(
-                f"sigma_init={sigma_init} does not fit family={self.family!r}: each weight a row sees is 0 or twice its mean, "
-                "there is no sigma. Leave sigma_init out and set the noise scale instead."
-            )
-        if self.init == "noisynet" and self.family == "gaussian":
-            raise ValueError(
-                f'sigma_init={sigma_init} does not fit init="noisynet" with family="gaussian", whose sigma is '
+                f'sigma_init={self.sigma_init} does not fit init="noisynet" with family="gaussian", whose sigma is '
                 f"{NOISYNET_SIGMA} by definition. Leave one of the two out."
             )
 
@@ -67,9 +81,14 @@ class LayerNoise:
         """The family's row of the table."""
         return FAMILIES[self.family]
 
+    @property
+    def draws_base(self) -> bool:
+        """Whether there is a base draw that can be redrawn: not where row factors alone are the noise, or each row's own."""
+        return self.noise_sharing == "shared" or (self.spec.base is not None and self.noise_sharing == "flipout")
+
     def sigma(self, fan_in: int) -> float:
         """
-        Give the initial sigma of a layer.
+        Compute the initial sigma of a layer.
 
         :param fan_in: Inputs that one output adds up
         :return: Sigma in weight units, or relative to the mean weights where the family says so
@@ -80,30 +99,14 @@ class LayerNoise:
         return (DEFAULT_SIGMA_INIT if self.sigma_init is None else float(self.sigma_init)) * unit
 
 
-def one_of(name: str, value: Any, allowed: Collection[str]) -> None:
-    """
-    Refuse a value that is not one of the allowed ones.
-
-    :param name: The argument's name
-    :param value: What came
-    :param allowed: Collection of what is allowed
-    :raises ValueError: If ``value`` is none of them
-    """
-    if not isinstance(value, str) or value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
-
-
-def layer_noise(noise: dict[str, Any]) -> LayerNoise:
+def layer_noise(noise: Any) -> LayerNoise:
     """
     Make the settings from the keyword arguments that a user gave.
 
     :param noise: Settings by name
     :return: The settings, checked
-    :raises TypeError: If a name is no setting
+    :raises TypeError: If a name is no setting, or a value has a wrong type
     :raises ValueError: If a value is unknown, out of range or unfit
     """
-    allowed = [field.name for field in fields(LayerNoise)]
-    unknown = [name for name in noise if name not in allowed]
-    if unknown:
-        raise TypeError(f"unknown noise setting {', '.join(map(repr, unknown))}; allowed are {', '.join(allowed)}.")
+    check_names(noise, [field.name for field in fields(LayerNoise)], "noise setting")
     return LayerNoise(**noise)

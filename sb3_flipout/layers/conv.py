@@ -1,17 +1,132 @@
-"""The perturbed convolution."""
+"""The perturbed convolutions: in one, two and three dimensions, plain and transposed."""
 
-from typing import Any, Literal
+from __future__ import annotations
+
+import math
+from typing import Any
 
 import torch as th
 from torch import nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from typing_extensions import Unpack
 
 from sb3_flipout.layers import functional
 from sb3_flipout.layers.block import Block
-from sb3_flipout.layers.config import layer_noise
+from sb3_flipout.layers.config import NoiseKwargs, layer_noise
 from sb3_flipout.layers.single import OneWeightLayer
 
 
-class FlipoutConv2d(OneWeightLayer, nn.Conv2d):
+class _Channels(OneWeightLayer, _ConvNd):
+    """
+    What convolutions share: one factor per **channel**, broadcast over space, so that each row sees one kernel.
+
+    That is what Wen et al. 2018, eq. (3) asks for. A sign per pixel, as other libraries draw, is no perturbation of the
+    weights: no single kernel gives that output.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        noise = {name: kwargs.pop(name) for name in NoiseKwargs.__annotations__ if name in kwargs}
+        config = layer_noise(noise)
+        self.PLAIN.__init__(self, *args, **kwargs)
+        self.init_noise(config)
+
+    @property
+    def _least_dims(self) -> int:  # type: ignore[override]
+        return 2 + len(self.kernel_size)
+
+    def _sizes(self, block: Block) -> tuple[int, int]:
+        return self.in_channels, self.out_channels
+
+    def _unit_dims(self, factor: th.Tensor, x: th.Tensor) -> th.Tensor:
+        return factor.view(*factor.shape, *[1] * len(self.kernel_size))
+
+    def _op_per_row(self, x: th.Tensor, weight: th.Tensor, bias: th.Tensor | None) -> th.Tensor:
+        return functional.conv_per_row(self._op, x, weight, bias)
+
+
+class _Conv(_Channels):
+    """Convolutions: kernels are (out, in / groups, ...)."""
+
+    def forward(self, input: th.Tensor) -> th.Tensor:
+        """
+        Apply the layer: the mean kernel, or each row's own while noise is active.
+
+        :param input: Inputs, shape (N, in_channels, ...)
+        :return: Outputs, shape (N, out_channels, ...)
+        :raises ValueError: If noise is active for another number of rows
+        """
+        view = self.row_view()
+        return super().forward(input) if view is None else self.forward_rows(input, view)  # type: ignore[no-any-return]
+
+    def _op(self, x: th.Tensor, weight: th.Tensor, bias: th.Tensor | None) -> th.Tensor:
+        found: th.Tensor = self._conv_forward(x, weight, bias)  # type: ignore[operator]
+        return found
+
+    def _outer(self, r: th.Tensor, s: th.Tensor, block: Block) -> th.Tensor:
+        # Output channel o belongs to group o // (O / groups) and sees only that group's input channels.
+        per_group = s.view(len(s), self.groups, self.in_channels // self.groups)
+        per_output = per_group.repeat_interleave(self.out_channels // self.groups, dim=1)
+        return (r[:, :, None] * per_output).view(*r.shape, per_output.shape[2], *[1] * len(self.kernel_size))
+
+
+class _ConvTransposed(_Channels, _ConvTransposeNd):
+    """Transposed convolutions: kernels are (in, out / groups, ...), and their bias is over outputs as everywhere."""
+
+    def forward(self, input: th.Tensor, output_size: list[int] | None = None) -> th.Tensor:
+        """
+        Apply the layer: the mean kernel, or each row's own while noise is active.
+
+        :param input: Inputs, shape (N, in_channels, ...)
+        :param output_size: Size of the output in space, where stride leaves a choice
+        :return: Outputs, shape (N, out_channels, ...)
+        :raises ValueError: If noise is active for another number of rows
+        """
+        view = self.row_view()
+        if view is None:
+            return super().forward(input, output_size)  # type: ignore[no-any-return]
+        if output_size is not None:
+            raise ValueError(
+                f"{type(self).__name__} cannot serve output_size={output_size!r} under noise; set output_padding instead."
+            )
+        return self.forward_rows(input, view)
+
+    def _op(self, x: th.Tensor, weight: th.Tensor, bias: th.Tensor | None) -> th.Tensor:
+        apply = (nn.functional.conv_transpose1d, nn.functional.conv_transpose2d, nn.functional.conv_transpose3d)
+        found: th.Tensor = apply[len(self.kernel_size) - 1](
+            x, weight, bias, self.stride, self.padding, self.output_padding, self.groups, self.dilation
+        )
+        return found
+
+    def _outer(self, r: th.Tensor, s: th.Tensor, block: Block) -> th.Tensor:
+        # Input channel i belongs to group i // (I / groups) and reaches only that group's output channels.
+        per_group = r.view(len(r), self.groups, self.out_channels // self.groups)
+        per_input = per_group.repeat_interleave(self.in_channels // self.groups, dim=1)
+        return (s[:, :, None] * per_input).view(*s.shape, per_input.shape[2], *[1] * len(self.kernel_size))
+
+    def fan_in(self, block: Block) -> int:
+        """
+        Count the inputs that one output adds up: with a stride, each output meets a part of the kernel only.
+
+        :param block: Which weight
+        :return: Number of inputs, on average
+        """
+        met = math.prod(self.kernel_size) / math.prod(self.stride)
+        return max(1, round(self.in_channels // self.groups * met))
+
+
+class FlipoutConv1d(_Conv, nn.Conv1d):
+    """
+    ``nn.Conv1d`` whose every row can see its own perturbed kernel; factors are per channel (Wen et al. 2018, eq. (3)).
+
+    :param args: As of ``nn.Conv1d``
+    :param kwargs: The same by name, and ``family``, ``sigma_init``, ``learn_sigma``, ``noise_sharing``, ``init`` as in
+        :class:`~sb3_flipout.layers.config.LayerNoise`
+    """
+
+    PLAIN = nn.Conv1d
+
+
+class FlipoutConv2d(_Conv, nn.Conv2d):
     """
     ``nn.Conv2d`` whose every row can see its own perturbed kernel.
 
@@ -32,11 +147,11 @@ class FlipoutConv2d(OneWeightLayer, nn.Conv2d):
     :param dtype: Floating-point type of the parameters
     :param noise: ``family``, ``sigma_init``, ``learn_sigma``, ``noise_sharing``, ``init`` as in
         :class:`~sb3_flipout.layers.config.LayerNoise`
-    :raises TypeError: If a keyword is no noise setting
+    :raises TypeError: If a keyword is no noise setting, or a value has a wrong type
     :raises ValueError: If a noise setting is out of range or unfit
     """
 
-    _least_dims = 4
+    PLAIN = nn.Conv2d
 
     def __init__(
         self,
@@ -48,14 +163,12 @@ class FlipoutConv2d(OneWeightLayer, nn.Conv2d):
         dilation: int | tuple[int, int] = 1,
         groups: int = 1,
         bias: bool = True,
-        padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
+        padding_mode: str = "zeros",
         device: th.device | str | None = None,
         dtype: th.dtype | None = None,
-        **noise: Any,
+        **noise: Unpack[NoiseKwargs],
     ) -> None:
-        config = layer_noise(noise)
-        nn.Conv2d.__init__(
-            self,
+        super().__init__(
             in_channels,
             out_channels,
             kernel_size,
@@ -67,32 +180,49 @@ class FlipoutConv2d(OneWeightLayer, nn.Conv2d):
             padding_mode,
             device,
             dtype,
+            **noise,
         )
-        self.init_noise(config)
 
-    def forward(self, input: th.Tensor) -> th.Tensor:
-        """
-        Apply the layer: the mean kernel, or each row's own while noise is active.
 
-        :param input: Inputs, shape (N, in_channels, H, W)
-        :return: Outputs, shape (N, out_channels, H', W')
-        :raises ValueError: If noise is active for another number of rows
-        """
-        return super().forward(input) if self._active is None else self.forward_perturbed(input)
+class FlipoutConv3d(_Conv, nn.Conv3d):
+    """
+    ``nn.Conv3d`` whose every row can see its own perturbed kernel; factors are per channel (Wen et al. 2018, eq. (3)).
 
-    def _op(self, x: th.Tensor, weight: th.Tensor, bias: th.Tensor | None) -> th.Tensor:
-        return self._conv_forward(x, weight, bias)
+    :param args: As of ``nn.Conv3d``
+    :param kwargs: The same by name, and noise settings as in :class:`FlipoutConv1d`
+    """
 
-    def _op_per_row(self, x: th.Tensor, weight: th.Tensor, bias: th.Tensor | None) -> th.Tensor:
-        return functional.conv2d_per_row(self._conv_forward, x, weight, bias)
+    PLAIN = nn.Conv3d
 
-    def _sizes(self, block: Block) -> tuple[int, int]:
-        return self.in_channels, self.out_channels
 
-    def _unit_dims(self, factor: th.Tensor, x: th.Tensor) -> th.Tensor:
-        return factor[:, :, None, None]
+class FlipoutConvTranspose1d(_ConvTransposed, nn.ConvTranspose1d):
+    """
+    ``nn.ConvTranspose1d`` whose every row can see its own perturbed kernel; factors are per channel.
 
-    def _per_weight_input(self, s: th.Tensor) -> th.Tensor:
-        # Output channel o belongs to group o // (O / groups) and sees only that group's input channels.
-        per_group = s.view(len(s), self.groups, self.in_channels // self.groups)
-        return per_group.repeat_interleave(self.out_channels // self.groups, dim=1)[..., None, None]
+    :param args: As of ``nn.ConvTranspose1d``
+    :param kwargs: The same by name, and noise settings as in :class:`FlipoutConv1d`
+    """
+
+    PLAIN = nn.ConvTranspose1d
+
+
+class FlipoutConvTranspose2d(_ConvTransposed, nn.ConvTranspose2d):
+    """
+    ``nn.ConvTranspose2d`` whose every row can see its own perturbed kernel; factors are per channel.
+
+    :param args: As of ``nn.ConvTranspose2d``
+    :param kwargs: The same by name, and noise settings as in :class:`FlipoutConv1d`
+    """
+
+    PLAIN = nn.ConvTranspose2d
+
+
+class FlipoutConvTranspose3d(_ConvTransposed, nn.ConvTranspose3d):
+    """
+    ``nn.ConvTranspose3d`` whose every row can see its own perturbed kernel; factors are per channel.
+
+    :param args: As of ``nn.ConvTranspose3d``
+    :param kwargs: The same by name, and noise settings as in :class:`FlipoutConv1d`
+    """
+
+    PLAIN = nn.ConvTranspose3d

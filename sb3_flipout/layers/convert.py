@@ -2,95 +2,216 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any, TypeVar
+import warnings
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
+from typing import Literal, NamedTuple, TypeVar, get_args
 
 from torch import nn
+from typing_extensions import Unpack
 
-from sb3_flipout.layers.base import FlipoutLayer
-from sb3_flipout.layers.config import LayerNoise, layer_noise, one_of
-from sb3_flipout.layers.conv import FlipoutConv2d
-from sb3_flipout.layers.linear import FlipoutLinear
-from sb3_flipout.layers.lstm import FlipoutLSTM
+from sb3_flipout.checks import check_choice, check_flag, check_integer, did_you_mean
+from sb3_flipout.layers.attention import FlipoutMultiheadAttention
+from sb3_flipout.layers.base import FlipoutLayer, drawn_base_key
+from sb3_flipout.layers.config import LayerNoise, NoiseKwargs, layer_noise
+from sb3_flipout.layers.derived import BYPASSING_PARENTS, PERTURBED_CLASSES, perturbed_class, plain_class, why_plain
+from sb3_flipout.layers.network import without
 
 M = TypeVar("M", bound=nn.Module)
 
-#: Which torch.nn class becomes which perturbed class. Exact types only: a subclass may use its weights in its own way
-#: (``nn.MultiheadAttention`` never calls the ``forward`` of its ``out_proj``).
-PERTURBED_CLASSES: dict[type[nn.Module], type[FlipoutLayer]] = {
-    nn.Linear: FlipoutLinear,
-    nn.Conv2d: FlipoutConv2d,
-    nn.LSTM: FlipoutLSTM,
-}
+Layers = Literal["all", "linear", "hidden"]
+LAYERS: tuple[str, ...] = get_args(Layers)
 
 #: What ``layers=`` may name: the torch.nn classes it stands for, and which of their weights.
 LAYER_CHOICES: dict[str, dict[type[nn.Module], str]] = {
     "all": dict.fromkeys(PERTURBED_CLASSES, "all"),
     "linear": {nn.Linear: "all"},
-    "hidden": {nn.LSTM: "hidden"},
+    "hidden": {nn.LSTM: "hidden", nn.GRU: "hidden"},
 }
 
-_NOISE_ATTRIBUTES = (
-    "noise_config",
-    "noise_on",
-    "noise_index",
-    "base_key",
-    "blocks",
-    "quiet_blocks",
-    "_active",
-    "explicit_noise",
-    "_noisy_network",
-)
+
+class _Candidate(NamedTuple):
+    """A plain layer that is to be perturbed."""
+
+    name: str
+    layer: nn.Module
+    noise_on: str
 
 
-def perturb(module: M, layers: str = "all", base_key: int = 0, **noise: Any) -> M:
+def perturb(
+    module: M,
+    layers: Layers = "all",
+    base_key: int | None = None,
+    skip: str | Sequence[str] = (),
+    perturb_frozen: bool = False,
+    **noise: Unpack[NoiseKwargs],
+) -> M:
     """
     Turn the plain layers of a network into perturbed ones, in place.
 
     Modules and parameters stay the same objects under the same names, so references to them stay valid; an optimizer
     made before must be made anew, since sigma is new. Layers that are perturbed in the same way already are left alone.
+    Layers with weights that cannot be perturbed stay plain, and a warning names them.
 
     :param module: Network, or a single layer
     :param layers: ``"all"``; ``"linear"`` for linear layers only (NoisyNet's choice); or ``"hidden"`` for the
-        hidden-to-hidden weights of LSTMs only (the choice of Wen et al. 2018). Another call can add others
-    :param base_key: Key of the base perturbation, any integer
+        hidden-to-hidden weights of LSTMs and GRUs only (the choice of Wen et al. 2018). Another call can add others
+    :param base_key: Key of the base perturbation, any integer; ``None`` draws one from torch's generator, as layers draw
+        their weights
+    :param skip: Names of modules to leave out, with all that is in them, as in ``named_modules()``; ``*`` stands for anything
+    :param perturb_frozen: Whether layers whose weights do not learn (``requires_grad`` is False) are perturbed too
     :param noise: ``family``, ``sigma_init``, ``learn_sigma``, ``noise_sharing``, ``init`` as in
         :class:`~sb3_flipout.layers.config.LayerNoise`
     :return: The same network
-    :raises ValueError: If a setting is unknown, out of range or unfit, or a layer is already perturbed in another way
+    :raises TypeError: If a setting is unknown, or a value has a wrong type
+    :raises ValueError: If a setting is out of range or unfit, a name in ``skip`` fits no module, or a layer is already
+        perturbed in another way
     """
-    one_of("layers", layers, LAYER_CHOICES)
-    if isinstance(base_key, bool) or not isinstance(base_key, int):
-        raise TypeError(f"base_key must be an integer, got {type(base_key).__name__}.")
+    check_choice("layers", layers, LAYERS)
+    check_flag("perturb_frozen", perturb_frozen)
+    key = None if base_key is None else check_integer("base_key", base_key)
     config = layer_noise(noise)
+    names = dict(module.named_modules())
+    patterns = checked_patterns(skip, names)
     present = [layer for layer in module.modules() if isinstance(layer, FlipoutLayer)]
     for layer in present:
         _check_present(layer, config, layers)
-    wanted = [plain for plain in module.modules() if type(plain) in LAYER_CHOICES[layers]]
-    for plain in wanted:
-        PERTURBED_CLASSES[type(plain)].check_plain(plain)
+    wanted, left = _sorted_out(names, layers, patterns, perturb_frozen)
     if not wanted and not present:
-        names = ", ".join(plain.__name__ for plain in LAYER_CHOICES[layers])
-        raise ValueError(f"{type(module).__name__} has no layer to perturb with layers={layers!r}, which stands for: {names}.")
+        kinds = ", ".join(plain.__name__ for plain in LAYER_CHOICES[layers])
+        raise ValueError(
+            f"{type(module).__name__} has no layer to perturb with layers={layers!r}, which stands for: {kinds}.{_reasons(left)}"
+        )
+    _warn_of(left)
+    if wanted:
+        _convert(wanted, config, drawn_base_key() if key is None else key, present)
+        _guard_parents(module)
+    return module
+
+
+def _convert(wanted: Sequence[_Candidate], config: LayerNoise, base_key: int, present: Sequence[FlipoutLayer]) -> None:
     following = 1 + max((layer.noise_index or 0 for layer in present), default=-1)
-    for number, plain in enumerate(wanted, start=following):
-        noise_on = LAYER_CHOICES[layers][type(plain)]
-        plain.__class__ = PERTURBED_CLASSES[type(plain)]
+    for number, (_, plain, noise_on) in enumerate(wanted, start=following):
+        flipout = perturbed_class(plain)
+        assert flipout is not None, "only layers that have one are candidates"
+        plain.__class__ = flipout
         assert isinstance(plain, FlipoutLayer), "the table holds perturbed classes"
         plain.init_noise(config, base_key, number, noise_on)
-    return module
+
+
+def _guard_parents(module: nn.Module) -> None:
+    """Keep modules with a fused path from going round children that are perturbed."""
+    for parent in module.modules():
+        guarded = BYPASSING_PARENTS.get(type(parent))
+        if guarded is not None and any(isinstance(child, FlipoutLayer) for child in parent.modules()):
+            parent.__class__ = guarded
+
+
+def _sorted_out(
+    names: dict[str, nn.Module], layers: str, patterns: Sequence[str], perturb_frozen: bool
+) -> tuple[list[_Candidate], dict[str, str]]:
+    """Layers to perturb, and of those that stay plain without having been left out by name, why."""
+    wanted: list[_Candidate] = []
+    left: dict[str, str] = {}
+    attentions = {name: layer for name, layer in names.items() if isinstance(layer, nn.MultiheadAttention)}
+    taken: set[str] = set()
+    for name, layer in names.items():
+        if isinstance(layer, FlipoutLayer) or is_skipped(name, patterns):
+            continue
+        owner = name.rpartition(".")[0] if name.endswith("out_proj") else None
+        if owner in attentions and owner not in taken and not isinstance(attentions[owner], FlipoutMultiheadAttention):
+            continue  # an attention that stays plain never calls its output projection
+        noise_on = _noise_on(layer, layers)
+        if noise_on is None:
+            if layers == "all" and name and _has_weights(layer):
+                left[name] = f"{type(layer).__name__} {why_plain(layer)}"
+        elif not perturb_frozen and _is_frozen(layer):
+            left[name] = f"{type(layer).__name__} is frozen; perturb_frozen=True perturbs it"
+        elif (reason := why_plain(layer)) is not None:
+            left[name] = f"{type(layer).__name__} {reason}"
+        else:
+            taken.add(name)
+            wanted.append(_Candidate(name, layer, noise_on))
+    return wanted, left
+
+
+def _noise_on(layer: nn.Module, layers: str) -> str | None:
+    """Which weights of a layer are asked for; ``None`` where the layer is none of the kind that is asked for."""
+    for kind, noise_on in LAYER_CHOICES[layers].items():
+        if isinstance(layer, kind):
+            return noise_on
+    return None
+
+
+def _has_weights(layer: nn.Module) -> bool:
+    """Whether a module has weights of its own; vectors, such as those of normalisation layers, are none."""
+    return any(parameter.dim() > 1 for parameter in layer.parameters(recurse=False) if not _is_lazy(parameter))
+
+
+def _is_lazy(parameter: nn.Parameter) -> bool:
+    return isinstance(parameter, nn.UninitializedParameter)
+
+
+def _is_frozen(layer: nn.Module) -> bool:
+    parameters = list(layer.parameters())
+    return bool(parameters) and not any(parameter.requires_grad for parameter in parameters)
+
+
+def _reasons(left: dict[str, str]) -> str:
+    return "".join(f" {name or 'It'}: {why}." for name, why in left.items())
+
+
+def _warn_of(left: dict[str, str]) -> None:
+    if left:
+        warnings.warn(
+            f"some layers stay plain, so nothing explores through their weights:{_reasons(left)} To say that this is as it "
+            f"should be, name them: skip={sorted(left)!r}.",
+            stacklevel=3,
+        )
+
+
+def checked_patterns(skip: str | Sequence[str], names: Iterable[str]) -> tuple[str, ...]:
+    """
+    Refuse names of modules that fit none.
+
+    :param skip: Names to leave out, with ``*`` for anything
+    :param names: Names of all modules
+    :return: The names, as a tuple
+    :raises TypeError: If they are no strings
+    :raises ValueError: If one fits no module
+    """
+    patterns = (skip,) if isinstance(skip, str) else tuple(skip)
+    known = [name for name in names if name]
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise TypeError(f"skip must be names of modules, got {pattern!r} of type {type(pattern).__name__}.")
+        if not any(fnmatchcase(name, pattern) for name in known):
+            shown = ", ".join(known[:12]) + (", ..." if len(known) > 12 else "")
+            raise ValueError(f"skip={pattern!r} fits no module; there are {shown}.{did_you_mean(pattern, known)}")
+    return tuple(str(pattern) for pattern in patterns)
+
+
+def is_skipped(name: str, patterns: Sequence[str]) -> bool:
+    """
+    Tell whether a module is left out, by its own name or by that of a module it is in.
+
+    :param name: Name of the module
+    :param patterns: Names to leave out
+    :return: Whether it is
+    """
+    parts = name.split(".")
+    above = [".".join(parts[: i + 1]) for i in range(len(parts))]
+    return any(fnmatchcase(part, pattern) for part in above for pattern in patterns)
 
 
 def _check_present(layer: FlipoutLayer, config: LayerNoise, layers: str) -> None:
     """Refuse to perturb in one way what is perturbed in another."""
     if layer.noise_config != config:
         raise ValueError(f"a layer is already perturbed with {layer.noise_config}, not {config}; call restore first.")
-    asked = {PERTURBED_CLASSES[plain]: noise_on for plain, noise_on in LAYER_CHOICES[layers].items()}
-    noise_on = asked.get(type(layer), layer.noise_on)
-    if noise_on != layer.noise_on:
+    asked = _noise_on(layer, layers) or layer.noise_on
+    if asked != layer.noise_on:
         raise ValueError(
-            f"a {type(layer).__name__} is already perturbed with noise_on={layer.noise_on!r}, not {noise_on!r}; call restore "
-            "first."
+            f"a {type(layer).__name__} is already perturbed with noise_on={layer.noise_on!r}, not {asked!r}; call restore first."
         )
 
 
@@ -101,23 +222,21 @@ def restore(module: M) -> M:
     :param module: Network, or a single layer
     :return: The same network
     """
-    plain_classes: dict[type[nn.Module], type[nn.Module]] = {noisy: plain for plain, noisy in PERTURBED_CLASSES.items()}
-    for layer in list(module.modules()):
-        layer.__dict__.pop("_noisy_network", None)
-        layer.__dict__.pop("explicit_noise", None)
-        plain = plain_classes.get(type(layer))
+    layers = [layer for layer in module.modules() if isinstance(layer, FlipoutLayer)]
+    without(layers)
+    for layer in layers:
+        names = {name for block in layer.blocks for name in block.noise_names()}
+        plain = plain_class(layer)
+        assert plain is not None, "every perturbed layer was plain once"
+        layer.__class__ = plain  # type: ignore[assignment]
+        for book in (layer._parameters, layer._buffers):
+            for name in names:
+                book.pop(name, None)
+        # What the mixin says it has, and nothing that the plain class says too.
+        for name in FlipoutLayer.__annotations__:
+            layer.__dict__.pop(name, None)
+    for parent in module.modules():
+        plain = plain_class(parent)
         if plain is not None:
-            assert isinstance(layer, FlipoutLayer), "the table holds perturbed classes"
-            sigmas = [name for block in layer.blocks for name in (block.weight_sigma, block.bias_sigma) if name]
-            bases = [name for block in layer.blocks for name in (block.weight_base, block.bias_base) if name]
-            layer.__class__ = plain  # type: ignore[assignment]
-            books: tuple[tuple[Iterable[str], dict[str, Any]], ...] = (
-                (sigmas, layer._parameters),
-                (bases, layer._buffers),
-                (_NOISE_ATTRIBUTES, layer.__dict__),
-            )
-            for names, book in books:
-                for name in names:
-                    book.pop(name, None)
-            layer._non_persistent_buffers_set.difference_update(bases)
+            parent.__class__ = plain
     return module

@@ -54,7 +54,8 @@ def flipout(
     :param r: Row factors over outputs, multiplied by the noise scale
     :return: ``op`` with each row's own weights
     """
-    return th.addcmul(op(x, *mean), op(x * s, *deltas), r)
+    noise = op((x * s).to(x.dtype), *deltas)
+    return th.addcmul(op(x, *mean), noise, r.to(noise.dtype))
 
 
 def shared(
@@ -74,7 +75,8 @@ def shared(
     :param c: Noise scale of each row
     :return: ``op`` with the batch's weights
     """
-    return th.addcmul(op(x, *mean), op(x, *deltas), c)
+    noise = op(x, *deltas)
+    return th.addcmul(op(x, *mean), noise, c.to(noise.dtype))
 
 
 def linear_per_row(
@@ -96,20 +98,20 @@ def linear_per_row(
     return y.view(*x.shape[:-1], w.shape[1])
 
 
-def conv2d_per_row(
+def conv_per_row(
     conv: Op,
-    x: th.Tensor,  # shape: (N, C, H, W)
-    w: th.Tensor,  # shape: (N, O, C / groups, kh, kw)
+    x: th.Tensor,  # shape: (N, C, ...)
+    w: th.Tensor,  # shape: (N, *kernel)
     b: th.Tensor | None,  # shape: (N, O)
 ) -> th.Tensor:
     """
     Apply to each row its own kernel, row after row.
 
-    :param conv: The convolution with its stride, padding, dilation and groups
+    :param conv: The convolution, plain or transposed, with its stride, padding, dilation and groups
     :param x: Inputs
     :param w: Kernels, one per row
     :param b: Biases, one vector per row
-    :return: Outputs, shape (N, O, H', W')
+    :return: Outputs, shape (N, O, ...)
     """
     return th.cat([conv(x[n : n + 1], w[n], None if b is None else b[n]) for n in range(len(x))])
 
@@ -122,6 +124,46 @@ def fan_in(weight: th.Tensor) -> int:
     :return: I times the size of the kernel
     """
     return weight[0].numel()
+
+
+def gru(
+    gates: Sequence[th.Tensor],
+    state: th.Tensor,
+    step: Callable[[th.Tensor, int], th.Tensor],
+) -> tuple[list[th.Tensor], th.Tensor]:
+    """
+    Run one GRU layer over time (Cho et al. 2014, with the reset gate behind the matrix: ``nn.GRU``'s equations and order).
+
+    :param gates: For each step what the inputs give the gates, shape (N_t, 3 * hidden); N_t may fall, then the last rows end
+    :param state: Hidden state before the first step, shape (N_0, hidden)
+    :param step: What the hidden state gives the gates of a step: called with hidden state and number of the step
+    :return: Hidden states after each step, and the last states of all rows
+    """
+    h, outputs, ended = state, [], []
+    for t, gates_t in enumerate(gates):
+        n = len(gates_t)
+        if n < len(h):
+            ended.append(h[n:])
+            h = h[:n]
+        h = gru_step(gates_t, step(h, t), h)
+        outputs.append(h)
+    return outputs, th.cat([h, *reversed(ended)]) if ended else h
+
+
+def gru_step(from_input: th.Tensor, from_hidden: th.Tensor, h: th.Tensor) -> th.Tensor:
+    """
+    Make one step of a GRU.
+
+    :param from_input: What the inputs give the gates, shape (N, 3 * hidden)
+    :param from_hidden: What the hidden state gives them, shape (N, 3 * hidden)
+    :param h: Hidden state, shape (N, hidden)
+    :return: Hidden state after the step
+    """
+    (input_r, input_z, input_n), (hidden_r, hidden_z, hidden_n) = from_input.chunk(3, dim=1), from_hidden.chunk(3, dim=1)
+    reset = (input_r + hidden_r).sigmoid()
+    update = (input_z + hidden_z).sigmoid()
+    new = th.addcmul(input_n, reset, hidden_n).tanh()
+    return th.lerp(new, h, update)
 
 
 def lstm(

@@ -1,12 +1,11 @@
 """The perturbed linear layer."""
 
-from typing import Any
-
 import torch as th
 from torch import nn
+from typing_extensions import Unpack
 
 from sb3_flipout.layers import functional
-from sb3_flipout.layers.config import layer_noise
+from sb3_flipout.layers.config import NoiseKwargs, layer_noise
 from sb3_flipout.layers.single import OneWeightLayer
 
 
@@ -23,9 +22,11 @@ class FlipoutLinear(OneWeightLayer, nn.Linear):  # type: ignore[misc]
     :param dtype: Floating-point type of the parameters
     :param noise: ``family``, ``sigma_init``, ``learn_sigma``, ``noise_sharing``, ``init`` as in
         :class:`~sb3_flipout.layers.config.LayerNoise`
-    :raises TypeError: If a keyword is no noise setting
+    :raises TypeError: If a keyword is no noise setting, or a value has a wrong type
     :raises ValueError: If a noise setting is out of range or unfit
     """
+
+    PLAIN = nn.Linear
 
     def __init__(
         self,
@@ -34,7 +35,7 @@ class FlipoutLinear(OneWeightLayer, nn.Linear):  # type: ignore[misc]
         bias: bool = True,
         device: th.device | str | None = None,
         dtype: th.dtype | None = None,
-        **noise: Any,
+        **noise: Unpack[NoiseKwargs],
     ) -> None:
         config = layer_noise(noise)
         nn.Linear.__init__(self, in_features, out_features, bias, device, dtype)
@@ -48,13 +49,16 @@ class FlipoutLinear(OneWeightLayer, nn.Linear):  # type: ignore[misc]
         :return: Outputs, shape (N, ..., out_features)
         :raises ValueError: If noise is active for another number of rows
         """
-        return super().forward(input) if self._active is None else self.forward_perturbed(input)
+        view = self.row_view()
+        return super().forward(input) if view is None else self.forward_rows(input, view)
 
     def _op(self, x: th.Tensor, weight: th.Tensor, bias: th.Tensor | None) -> th.Tensor:
         return nn.functional.linear(x, weight, bias)
 
     def _op_per_row(self, x: th.Tensor, weight: th.Tensor, bias: th.Tensor | None) -> th.Tensor:
-        return functional.linear_per_row(x, weight, bias)
+        dim = self.row_layout.dim
+        return functional.linear_per_row(x.transpose(0, dim), weight, bias).transpose(0, dim)
 
     def _unit_dims(self, factor: th.Tensor, x: th.Tensor) -> th.Tensor:
-        return factor if x.dim() == 2 else factor.view(len(factor), *[1] * (x.dim() - 2), -1)
+        dim = self.row_layout.dim
+        return factor if x.dim() == 2 else factor.view(*[1] * dim, len(factor), *[1] * (x.dim() - 2 - dim), -1)

@@ -7,8 +7,12 @@ from abc import abstractmethod
 import torch as th
 
 from sb3_flipout.layers import functional
-from sb3_flipout.layers.base import FlipoutLayer
-from sb3_flipout.noise.rows import RowNoise
+from sb3_flipout.layers.base import FlipoutLayer, RowView
+
+_REMEDY = (
+    "The rows of a batch must be the first dimension of what a perturbed layer gets. If the network folds others into it, leave "
+    'the module out: perturb(net, skip=["its.name"]), or policy_kwargs=dict(skip=["its.name"]).'
+)
 
 
 class OneWeightLayer(FlipoutLayer):
@@ -18,35 +22,42 @@ class OneWeightLayer(FlipoutLayer):
     bias: th.Tensor | None
     weight_sigma: th.nn.Parameter | None
     bias_sigma: th.nn.Parameter | None
-    weight_base: th.Tensor | None
-    bias_base: th.Tensor | None
 
-    def forward_perturbed(self, x: th.Tensor) -> th.Tensor:
+    def forward_rows(self, x: th.Tensor, view: RowView) -> th.Tensor:
         """
-        Compute the layer under the active noise.
+        Compute the layer, each row with its own weights.
 
         :param x: Inputs of N rows
+        :param view: What the rows see
         :return: Outputs of N rows
         :raises ValueError: If ``x`` has another number of rows than there are keys
         """
-        assert self._active is not None, "forward asks whether noise is active"
-        noise, row_factors = self._active
-        self._check_rows(x, noise)
+        self._check_rows(x, len(view.noise))
         mean = (self.weight, self.bias)
-        if row_factors:
-            s, r = self._unit_dims(row_factors[0], x), self._unit_dims(row_factors[1], x)
-            return functional.flipout(self._op, x, mean, self.deltas(), s, r)
-        scale = noise.scale.to(self.weight.dtype)
+        if view.vectors:
+            s, r = (self._unit_dims(self._spread(vector, x), x) for vector in view.vectors)
+            return self.noted(functional.flipout(self._op, x, mean, self.deltas(), s, r))
+        scale = view.noise.scale.to(self.weight.dtype)
         if self.noise_config.noise_sharing == "shared":
-            return functional.shared(self._op, x, mean, self.deltas(), self._unit_dims(scale[:, None], x))
-        return self._op_per_row(x, *self.row_weights(noise.keys, scale))
+            c = self._unit_dims(self._spread(scale[:, None], x), x)
+            return self.noted(functional.shared(self._op, x, mean, self.deltas(), c))
+        return self.noted(self._op_per_row(*self._with_own_rows(x, view, scale)))
 
-    def _check_rows(self, x: th.Tensor, noise: RowNoise) -> None:
-        if x.dim() < self._least_dims or x.shape[0] != len(noise):
-            raise ValueError(
-                f"{type(self).__name__} got an input of shape {tuple(x.shape)} and keys for {len(noise)} rows; the first "
-                f"dimension of the input must be the rows, one key each, of at least {self._least_dims} dimensions in all."
-            )
+    def _spread(self, vector: th.Tensor, x: th.Tensor) -> th.Tensor:
+        return self.row_layout.spread(vector.to(self.weight.dtype), x.shape[self.row_layout.dim])
+
+    def _with_own_rows(
+        self, x: th.Tensor, view: RowView, scale: th.Tensor
+    ) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
+        """Inputs and the weights of each of their rows, under noise that every row draws for itself."""
+        keys, size = view.noise.keys, x.shape[self.row_layout.dim]
+        weight, bias = self.row_weights(self.row_layout.spread(keys, size), self.row_layout.spread(scale, size))
+        return x, weight, bias
+
+    def _check_rows(self, x: th.Tensor, rows: int) -> None:
+        dim = self.row_layout.dim
+        if x.dim() < max(self._least_dims, dim + 1) or not self.row_layout.fits(x.shape[dim], rows):
+            raise ValueError(f"{type(self).__name__} got an input of shape {tuple(x.shape)} and keys for {rows} rows. {_REMEDY}")
 
     # What a kind of layer has to say: its op, and where the units lie in its inputs and outputs.
     _least_dims: int = 2

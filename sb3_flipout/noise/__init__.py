@@ -1,10 +1,12 @@
 """Ring 0, torch only: noise keys, the row factors hashed from them, and the families of perturbations."""
 
+from sb3_flipout.noise.carried import noise_of, with_noise
 from sb3_flipout.noise.families import FAMILIES, Family
 from sb3_flipout.noise.keys import fold, fold_in, mix
-from sb3_flipout.noise.rows import RowNoise, noise_of, with_noise
+from sb3_flipout.noise.rows import NoiseOwner, RowNoise
 from sb3_flipout.noise.signs import FactorPlan, signs
-from sb3_flipout.noise.stream import EvaluationStream, KeyStream
+from sb3_flipout.noise.stream import EvaluationStream, KeyStream, Scales
+from sb3_flipout.noise.streams import Stream
 
 __all__ = [
     "FAMILIES",
@@ -12,7 +14,10 @@ __all__ = [
     "FactorPlan",
     "Family",
     "KeyStream",
+    "NoiseOwner",
     "RowNoise",
+    "Scales",
+    "Stream",
     "fold",
     "fold_in",
     "mix",

@@ -4,6 +4,9 @@ A draw is a pure function of its key and its size: the key says where in the tab
 for it, which matters where each gradient step has a draw of its own: generating 1.6 million normals takes 13 ms, as long as
 a whole step of DQN. The table is at least four times as long as the draw, so two draws hardly ever begin at the same place,
 and where they overlap no weight finds its own number again.
+
+The table's numbers are hashed from their places and looked up among 65,536 quantiles, as those of row factors are: integer
+operations and one look-up, so that every machine has the same bits. A generator's normals differ between processors.
 """
 
 from __future__ import annotations
@@ -13,18 +16,24 @@ from typing import Literal
 
 import torch as th
 
+from sb3_flipout.noise.keys import fold_in
+from sb3_flipout.noise.signs import factors, word_count
+from sb3_flipout.noise.tables import FactorKind, build_outside_modes
+
 BaseLaw = Literal["normal", "sign"]
 
 _LEAST = 1 << 22  # 16 MiB in float32, and enough for the layers of most policies together
 _SEED = 0x5B3F11  # any: the same table everywhere
+_WORDS_AT_ONCE = 1 << 16  # of the table while it is made, so that making it takes little memory
 
-# By (law, size, dtype, device). Each is made on the CPU first, so that all devices have the same numbers.
+# By (law, size, dtype, device). Each is made on the CPU first, so that all devices have the same numbers. Nothing outside this
+# file gets hold of a table: layers get views that are no parameters and no buffers, so that nobody writes into them.
 _TABLES: dict[tuple[BaseLaw, int, th.dtype, th.device], th.Tensor] = {}
 
 
 def table_size(n: int) -> int:
     """
-    Give the size of the table from which a draw is sliced: a power of two, at least four times as long.
+    Compute the size of the table from which a draw is sliced: a power of two, at least four times as long.
 
     :param n: Numbers in the draw
     :return: Numbers in the table
@@ -37,7 +46,7 @@ def base_draws(law: BaseLaw, key: int, shapes: Sequence[th.Size], like: th.Tenso
     """
     Draw the base of the weights of one layer: neighbouring parts of one slice.
 
-    The results are views of the table: never write into them.
+    The results are views of the table: never write into them, and never register them as buffers.
 
     :param law: ``"normal"`` for N(0, 1), ``"sign"`` for +1 and -1
     :param key: Key of the draw, any integer
@@ -55,7 +64,18 @@ def base_draws(law: BaseLaw, key: int, shapes: Sequence[th.Size], like: th.Tenso
 def _table(law: BaseLaw, size: int, dtype: th.dtype, device: th.device) -> th.Tensor:
     name = (law, size, dtype, device)
     if name not in _TABLES:
-        normal = th.randn(size, generator=th.Generator().manual_seed(_SEED), device="cpu")
-        table = normal if law == "normal" else th.where(normal < 0, -1.0, 1.0)
-        _TABLES[name] = table.to(device=device, dtype=dtype)
+        with build_outside_modes():
+            _TABLES[name] = _build(law, size).to(device=device, dtype=dtype)
     return _TABLES[name]
+
+
+def _build(law: BaseLaw, size: int) -> th.Tensor:
+    """Row w of the table is what one key, the seed, has in its word number w."""
+    kind: FactorKind = "sign" if law == "sign" else "normal"
+    words = word_count(size, kind)
+    key = th.tensor([_SEED], device="cpu")
+    parts = []
+    for first in range(0, words, _WORDS_AT_ONCE):
+        numbers = th.arange(first, min(first + _WORDS_AT_ONCE, words), device="cpu")
+        parts.append(factors(key, fold_in(_SEED, numbers), kind, th.float32)[0])
+    return th.cat(parts)[:size].clone()

@@ -5,10 +5,10 @@ weights are multiplied to give ``delta``, and what the row factors r and s are.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from sb3_flipout.noise.bases import BaseLaw
-from sb3_flipout.noise.signs import FactorKind
+from sb3_flipout.noise.tables import FactorKind
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,11 @@ _TABLE = (
 
 FAMILIES: dict[str, Family] = {family.name: family for family in _TABLE}
 
+FamilyName = Literal["gaussian", "factorised", "multiplicative", "dropconnect", "isotropic"]
+NoiseSharing = Literal["flipout", "shared", "independent"]
+
 #: Who shares a draw: every row its own signs on one base; one draw for the batch; a full draw for each row.
-NOISE_SHARINGS = ("flipout", "shared", "independent")
+NOISE_SHARINGS: tuple[str, ...] = get_args(NoiseSharing)
 
 #: ``sigma_init`` where none is given (Fortunato et al. 2018, section 3.2, for the factorised family; see docs/settings.md).
 DEFAULT_SIGMA_INIT = 0.5

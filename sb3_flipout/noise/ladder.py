@@ -51,7 +51,7 @@ def checked_ladder(ladder: Any) -> tuple[float, ...] | None:
 
 def environment_scales(scale: float, ladder: tuple[float, ...] | None, n_envs: int, device: th.device) -> th.Tensor:
     """
-    Give the noise scale of each environment.
+    Compute the noise scale of each environment.
 
     :param scale: Noise scale c of the policy
     :param ladder: Multiplier of each environment; ``None`` for 1
@@ -61,7 +61,7 @@ def environment_scales(scale: float, ladder: tuple[float, ...] | None, n_envs: i
     :raises ValueError: If the ladder is for another number of environments
     """
     if ladder is None:
-        return th.full((n_envs,), scale, device=device)
+        return th.full((n_envs,), scale, device=device, dtype=th.float32)
     if len(ladder) != n_envs:
         raise ValueError(
             f"the policy's noise_ladder is for {len(ladder)} environments, here are {n_envs}. Set "

@@ -1,11 +1,11 @@
 """Row noise: what one row of a batch carries in every host, its noise key and its noise scale.
 
-It travels with the data. :func:`with_noise` hangs it on a tensor or a dictionary of observations, :func:`noise_of` reads
-it back, and slicing such a tensor slices the noise too (TRPO sub-samples its observations).
+It travels with the data: see :mod:`sb3_flipout.noise.carried`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,10 @@ _SHARED_EXPANSION = 1 << 24
 Index = Any  # whatever indexes the first dimension of a tensor: slice, integer array, integer tensor
 
 
+class NoiseOwner:
+    """Says which policy drew some noise. Compared by identity: a copy of a policy is another policy, and owns none of it."""
+
+
 class RowNoise:
     """
     Keys and scales of a batch of rows, with the factors expanded from them remembered.
@@ -27,18 +31,20 @@ class RowNoise:
     :param keys: Noise keys, shape (N,), int64
     :param scale: Noise scales c: shape (N,), or one number for all rows, finite (negative: the antithetic twin);
         ``None`` for 1
+    :param owner: Whose noise it is: another policy ignores it when it finds it on data; ``None`` for anybody's
     :raises TypeError: If ``keys`` is not an int64 tensor
     :raises ValueError: If ``keys`` or ``scale`` has a wrong shape or device, or a scale is not finite
     """
 
-    def __init__(self, keys: th.Tensor, scale: th.Tensor | float | None = None) -> None:
+    def __init__(self, keys: th.Tensor, scale: th.Tensor | float | None = None, owner: NoiseOwner | None = None) -> None:
         check_keys(keys)
+        self.owner = owner
         self._keys: th.Tensor | None = keys
         self._scale: th.Tensor | None = None if scale is None else _checked_scale(scale, keys)
         self._parent: tuple[RowNoise, Index] | None = None
         self._plain = scale is None  # at scale 1, so that the factors need no multiplication
         self._unit: RowNoise | None = None  # the same rows at scale 1, where their factors are shared
-        self._factors: tuple[FactorPlan, th.dtype, th.Tensor] | None = None
+        self._factors: dict[tuple[FactorPlan, th.dtype], th.Tensor] = {}
 
     @property
     def keys(self) -> th.Tensor:
@@ -68,31 +74,31 @@ class RowNoise:
         """
         Take some of the rows; nothing is copied or hashed before it is needed.
 
-        :param index: Slice, or integers, into the rows
+        :param index: Slice, integers or a mask over the rows
         :return: Noise of those rows
         """
         child = object.__new__(RowNoise)
-        child._keys = child._scale = child._factors = child._unit = None
-        child._plain = self._plain
+        child._keys = child._scale = child._unit = None
+        child.owner, child._plain, child._factors = self.owner, self._plain, {}
         child._parent = (self, th.as_tensor(index, device=self._device) if isinstance(index, np.ndarray) else index)
         return child
 
     def at_scale(self, scale: th.Tensor) -> RowNoise:
         """
-        Give the same rows at other scales. Where a scale moves at each step, their keys are not hashed again for it.
+        Give the same rows other scales. Where a scale moves at each step, their keys are not hashed again for it.
 
         :param scale: Noise scales, shape (N,), on the device of the keys
         :return: Noise of these rows at those scales
         """
         if not self._plain:
-            return RowNoise(self.keys, scale)
+            return RowNoise(self.keys, scale, self.owner)
         twin = self[:]
         twin._scale, twin._plain, twin._unit = scale, False, self
         return twin
 
     def factors(self, plan: FactorPlan, dtype: th.dtype) -> th.Tensor:
         """
-        Give the factors of these rows for all layers of a network.
+        Expand the factors of these rows for all layers of a network.
 
         Rows that come out of one rollout are expanded once, in the parent, and sliced for each mini-batch and epoch.
 
@@ -100,16 +106,30 @@ class RowNoise:
         :param dtype: Floating-point type of its layers
         :return: Block of factors, shape (N, ``plan.width``)
         """
-        if self._factors is None or self._factors[0] is not plan or self._factors[1] != dtype:
-            parent = self._parent
-            if self._unit is not None:
-                block = plan.scaled(self._unit.factors(plan, dtype), self.scale)
-            elif parent is not None and len(parent[0]) * plan.width <= _SHARED_EXPANSION:
-                block = _take(parent[0].factors(plan, dtype), parent[1])
-            else:
-                block = plan.expand(self.keys, None if self._plain else self.scale, dtype)
-            self._factors = (plan, dtype, block)
-        return self._factors[2]
+        name = (plan, dtype)
+        if name not in self._factors:
+            self._factors[name] = self._expand(plan, dtype)
+        return self._factors[name]
+
+    def _expand(self, plan: FactorPlan, dtype: th.dtype) -> th.Tensor:
+        if self._unit is not None:
+            return plan.scaled(self._unit.factors(plan, dtype), self.scale)
+        parent = self._parent
+        if parent is not None and len(parent[0]) * plan.width <= _SHARED_EXPANSION:
+            return _take(parent[0].factors(plan, dtype), parent[1])
+        return plan.expand(self.keys, None if self._plain else self.scale, dtype)
+
+    @staticmethod
+    def cat(parts: Sequence[RowNoise]) -> RowNoise:
+        """
+        Join the noise of several batches, in their order.
+
+        :param parts: Row noise, at least one
+        :return: Noise of all rows; nobody's, where the parts are of several policies
+        """
+        owners = {id(part.owner): part.owner for part in parts}
+        owner = next(iter(owners.values())) if len(owners) == 1 else None
+        return RowNoise(th.cat([part.keys for part in parts]), th.cat([part.scale for part in parts]), owner)
 
 
 def _take(rows: th.Tensor, index: Index) -> th.Tensor:
@@ -121,7 +141,7 @@ def _checked_scale(scale: th.Tensor | float, keys: th.Tensor) -> th.Tensor:
     if not isinstance(scale, th.Tensor):
         if not np.isfinite(scale):
             raise ValueError(f"scale must be finite, got {scale}; use 0.0 for mean weights.")
-        return th.full(keys.shape, float(scale), device=keys.device)
+        return th.full(keys.shape, float(scale), device=keys.device, dtype=th.float32)
     if scale.shape != keys.shape or scale.device != keys.device:
         raise ValueError(
             f"scale must be one number or have the shape {tuple(keys.shape)} and the device {keys.device} of the keys, "
@@ -130,61 +150,3 @@ def _checked_scale(scale: th.Tensor | float, keys: th.Tensor) -> th.Tensor:
     if not bool(th.isfinite(scale).all()):
         raise ValueError("scale must be finite, got NaN or infinity; use 0.0 for mean weights.")
     return scale.to(th.float32)
-
-
-class KeyedTensor(th.Tensor):
-    """Observations that carry their row noise; slicing slices both, every other operation gives a plain tensor."""
-
-    __torch_function__ = th._C._disabled_torch_function_impl  # type: ignore[assignment]
-    row_noise: RowNoise
-
-    def __getitem__(self, index: Index) -> th.Tensor:
-        """
-        Slice observations and noise.
-
-        :param index: Index into the observations; its first item selects rows
-        :return: Selected observations with their noise
-        """
-        rows = index[0] if isinstance(index, tuple) else index
-        if isinstance(rows, int):  # a single row is no batch any more
-            return self.as_subclass(th.Tensor)[index]
-        return with_noise(self.as_subclass(th.Tensor)[index], self.row_noise[rows])
-
-
-class KeyedDict(dict[str, th.Tensor]):
-    """Dictionary observations that carry their row noise."""
-
-    row_noise: RowNoise
-
-
-def with_noise(data: Any, noise: RowNoise) -> Any:
-    """
-    Hang row noise on observations.
-
-    :param data: Tensor, or dictionary of tensors, of N rows
-    :param noise: Noise of these rows
-    :return: The same observations, carrying the noise
-    """
-    keyed = KeyedDict(data) if isinstance(data, dict) else data.as_subclass(KeyedTensor)
-    keyed.row_noise = noise
-    return keyed
-
-
-def noise_of(data: Any) -> RowNoise | None:
-    """
-    Read the row noise that data carries.
-
-    :param data: Anything
-    :return: Its row noise, or ``None`` if it carries none
-    """
-    return getattr(data, "row_noise", None)
-
-
-def without_noise(data: Any) -> Any:
-    """
-    Give the plain tensor behind observations with noise (dictionaries already hold plain tensors).
-
-    :param data: Observations
-    :return: The same storage as a plain tensor, or the dictionary unchanged
-    """
-    return data.as_subclass(th.Tensor) if isinstance(data, KeyedTensor) else data

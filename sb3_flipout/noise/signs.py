@@ -7,15 +7,13 @@ per 16 bits. No generator is involved, so the bits do not depend on device, batc
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch as th
 
-from sb3_flipout.noise.keys import FINALISER, GOLDEN, fold, fold_in
-
-FactorKind = Literal["sign", "sqrt_normal", "normal"]
-
+from sb3_flipout.noise.keys import FINALISER, GOLDEN, fold, fold_in, mix, signed
+from sb3_flipout.noise.tables import FactorKind, factor_table
 
 @dataclass(frozen=True)
 class _Cut:
@@ -33,30 +31,15 @@ _CUTS: dict[str, _Cut] = {
 }
 
 
-# Tables by (kind, dtype, device), for torch and for numpy. A dictionary and not functools.cache, which torch.compile warns of.
-_TABLES: dict[tuple[FactorKind, th.dtype, th.device], tuple[th.Tensor, np.ndarray | None]] = {}
+def word_count(n: int, kind: FactorKind) -> int:
+    """
+    Count the words that give n factors.
 
-
-def _table(kind: FactorKind, dtype: th.dtype, device: th.device) -> tuple[th.Tensor, np.ndarray | None]:
-    """Look-up table, row per value of a piece: (256, 8) signs, lowest bit first, or (65536, 1) quantiles."""
-    name = (kind, dtype, device)
-    if name not in _TABLES:
-        table = _build_table(kind).to(dtype)
-        _TABLES[name] = (table.to(device), None if dtype == th.bfloat16 else table.numpy())
-    return _TABLES[name]
-
-
-@th.compiler.disable  # type: ignore[untyped-decorator]
-def _build_table(kind: FactorKind) -> th.Tensor:
-    if kind == "sign":
-        bits = (th.arange(256)[:, None] >> th.arange(8)) & 1
-        return 1.0 - 2 * bits
-    # Mid-point quantiles: symmetric about 0, largest 4.3 standard deviations; rescaled to unit variance exactly.
-    normal = th.special.ndtri((th.arange(65536, dtype=th.float64) + 0.5) / 65536)
-    normal = normal / normal.square().mean().sqrt()
-    if kind == "sqrt_normal":  # f(z) = sgn(z) sqrt|z|: Fortunato et al. 2018, section 3, eq. (10)
-        normal = normal.sign() * normal.abs().sqrt()
-    return normal[:, None]
+    :param n: Number of factors
+    :param kind: What a word is cut into
+    :return: Number of words
+    """
+    return -(-n // _CUTS[kind].per_word)
 
 
 def salts(layer: int, vector: int, n: int, kind: FactorKind) -> th.Tensor:
@@ -69,11 +52,11 @@ def salts(layer: int, vector: int, n: int, kind: FactorKind) -> th.Tensor:
     :param kind: What a word is cut into
     :return: One int64 per word, shape (ceil(n / factors per word),), CPU
     """
-    words = -(-n // _CUTS[kind].per_word)
+    words = word_count(n, kind)
     start = fold(0, layer, vector)
     if th.compiler.is_compiling():  # inductor folds the constants of a symbolic range without wrapping them
-        return th.tensor([fold(start, word) for word in range(words)])
-    return fold_in(start, th.arange(words))
+        return th.tensor([fold(start, word) for word in range(words)], device="cpu")
+    return fold_in(start, th.arange(words, device="cpu"))
 
 
 def factors(
@@ -97,13 +80,43 @@ def factors(
         return th.empty(0, columns, dtype=dtype, device=keys.device)
     if keys.device.type == "cpu" and dtype != th.bfloat16 and not th.compiler.is_compiling():
         # The same bits by numpy: its small operations cost a third of torch's, and hashing a batch is some twenty of them.
-        table = _table(kind, dtype, keys.device)[1]
+        table = factor_table(kind, dtype, keys.device)[1]
         assert table is not None, "numpy has a table of every type but bfloat16"
         rows = table.take(_words(keys.numpy(), word_salts.numpy()).view(cut.numpy_piece), axis=0)
         return th.from_numpy(rows.reshape(len(keys), columns))
     pieces = fold_in(word_salts, keys[:, None]).view(cut.piece).to(th.int32)
     pieces = pieces if kind == "sign" else pieces & 0xFFFF  # int16 is signed, the table is not
-    return _table(kind, dtype, keys.device)[0].index_select(0, pieces.flatten()).view(len(keys), columns)
+    return factor_table(kind, dtype, keys.device)[0].index_select(0, pieces.flatten()).view(len(keys), columns)
+
+
+def factors_at(
+    keys: th.Tensor,  # shape: (N, ...)
+    places: th.Tensor,  # shape: that of keys
+    layer: int,
+    vector: int,
+    kind: FactorKind,
+    dtype: th.dtype = th.float32,
+) -> th.Tensor:
+    """
+    Hash single elements of factor vectors: what an embedding needs, which looks up few of its many inputs.
+
+    :param keys: Noise keys, int64
+    :param places: Which element of the vector, int64, the shape and device of ``keys``
+    :param layer: The layer's number in its network
+    :param vector: Which vector of the layer
+    :param kind: What the factors are
+    :param dtype: Floating-point type of the result
+    :return: ``factors(keys, salts(layer, vector, ...))[places]``, element by element, the shape of ``keys``
+    """
+    cut = _CUTS[kind]
+    bits = 64 // cut.per_word
+    word, piece = places // cut.per_word, places % cut.per_word
+    # fold_in(salt, key), with the salt of each element's own word.
+    words = mix(fold_in(fold(0, layer, vector), word) + (keys + 1) * signed(GOLDEN))
+    pieces = (words >> (piece * bits)) & ((1 << bits) - 1)
+    if kind == "sign":
+        return (1 - 2 * pieces).to(dtype)
+    return factor_table(kind, dtype, keys.device)[0].index_select(0, pieces.flatten()).view(keys.shape)
 
 
 _GOLDEN = np.uint64(GOLDEN)
@@ -177,6 +190,7 @@ class FactorPlan:
     """
 
     def __init__(self, layers: Sequence[LayerVectors]) -> None:
+        self.layers = tuple(layers)
         #: Sizes to split a block by, and for each layer the positions of its vectors among the pieces.
         self.sizes: list[int] = []
         self.pieces: list[list[int]] = [[0] * len(layer.sizes) for layer in layers]

@@ -4,29 +4,47 @@ Environment i's key is ``fold(seed, t, i)``, where t is the step at which the en
 stored but the counter, and another number of environments needs nothing converted.
 """
 
+from numbers import Integral
+from typing import Any, Literal, NamedTuple, get_args
+
 import numpy as np
 import torch as th
 
+from sb3_flipout.checks import check_choice
 from sb3_flipout.noise.keys import fold, fold_in
-from sb3_flipout.noise.rows import RowNoise
+from sb3_flipout.noise.ladder import environment_scales
+from sb3_flipout.noise.rows import NoiseOwner, RowNoise
 
-RESAMPLE_WORDS = ("step", "episode", "rollout")
+Resample = Literal["step", "episode", "rollout"]
+RESAMPLE_WORDS: tuple[str, ...] = get_args(Resample)
 
 # With a new key at every step, the noise of this many steps is hashed at once: the operations, not the hashing, cost.
 _STEPS_AHEAD = 64
 
 
-def check_resample(resample: str | int) -> None:
+def check_resample(resample: Any) -> str | int:
     """
     Refuse what ``resample`` cannot be.
 
     :param resample: What the user gave
-    :raises ValueError: If it is not one of the words or a positive number of steps
+    :return: A word, or a number of steps, as a plain Python value
+    :raises ValueError: If it is neither one of the words nor a positive number of steps
     """
-    number = isinstance(resample, int) and not isinstance(resample, bool) and resample >= 1
-    if not number and resample not in RESAMPLE_WORDS:
-        words = ", ".join(f'"{word}"' for word in RESAMPLE_WORDS)
-        raise ValueError(f"resample must be one of {words} or a number of steps >= 1, got {resample!r}.")
+    if isinstance(resample, Integral) and not isinstance(resample, bool) and resample >= 1:
+        return int(resample)
+    return check_choice("resample", resample, RESAMPLE_WORDS, "A whole number >= 1 is a number of steps.")
+
+
+class Scales(NamedTuple):
+    """
+    The noise scales of the environments, as a value: two that are equal are the same.
+
+    :param scale: Noise scale c of the policy
+    :param ladder: Multiplier of each environment; ``None`` for 1
+    """
+
+    scale: float
+    ladder: tuple[float, ...] | None = None
 
 
 def restrict(keys: th.Tensor, members: int | None) -> th.Tensor:
@@ -47,19 +65,22 @@ class KeyStream:
     :param seed: Seed of the stream
     :param resample: How long an environment keeps its key: ``"step"``, ``"episode"``, ``"rollout"``, or a number of steps
     :param members: Number of keys that exist; ``None`` for no end of them
+    :param owner: Whose noise it is
     """
 
-    def __init__(self, seed: int, resample: str | int, members: int | None = None) -> None:
+    def __init__(self, seed: int, resample: str | int, members: int | None = None, owner: NoiseOwner | None = None) -> None:
         self.seed = seed
         self.resample = resample
         self.members = members
+        self.owner = owner
         self.step = 0  # collection steps so far; together with the seed, all that has to be saved
         self._drawn: np.ndarray | None = None  # (n_envs,) the step at which each environment drew its key
         self._unit: RowNoise | None = None  # the noise that is held, at scale 1
         self._held: RowNoise | None = None  # the same at the present scale
         self._ahead: tuple[int, RowNoise] | None = None  # that of the steps from this one on, at scale 1
-        self._scale: th.Tensor | None = None  # the present scale, told by identity: no GPU sync
-        self._is_one = False
+        self._shape: tuple[int, th.device] | None = None  # environments and device that these are for
+        self._scales: Scales | None = None
+        self._row_scale: th.Tensor | None = None  # (n_envs,) the present scales; None for 1 in every row
 
     def restart(self, step: int, seed: int) -> None:
         """
@@ -85,40 +106,42 @@ class KeyStream:
         if self.resample == "episode" and self._drawn is not None and len(dones) == len(self._drawn) and np.any(dones):
             self._draw(np.where(dones, self.step, self._drawn))
 
-    def next(self, n_envs: int, scale: th.Tensor) -> RowNoise:
+    def next(self, n_envs: int, scales: Scales, device: th.device) -> RowNoise:
         """
-        Give the noise of the next collection step, and count it.
+        Draw the noise of the next collection step, and count it.
 
         :param n_envs: Number of environments
-        :param scale: Noise scale of each environment, shape (n_envs,), on the policy's device; give the same tensor
-            as long as it does not change
+        :param scales: Their noise scales
+        :param device: Device of the policy
         :return: Row noise of the step, one row per environment
+        :raises ValueError: If there is a ladder for another number of environments
         """
-        if scale is not self._scale:
-            self._rescale(scale)
-        noise = self._step_noise(n_envs, scale) if self.resample == "step" else self._held_noise(n_envs, scale)
+        if self._shape != (n_envs, device) or self._scales != scales:
+            self._prepare(n_envs, scales, device)
+        noise = self._step_noise(n_envs, device) if self.resample == "step" else self._held_noise(n_envs, device)
         self.step += 1
         return noise
 
-    def _rescale(self, scale: th.Tensor) -> None:
+    def _prepare(self, n_envs: int, scales: Scales, device: th.device) -> None:
         """Keep keys and factors: a callback may move the scale at each step, and hashing costs more than the rest."""
-        known = self._scale is not None and len(self._scale) == len(scale) and self._scale.device == scale.device
-        self._scale, self._is_one, self._held = scale, bool((scale == 1).all()), None
-        if not known:
+        row_scale = environment_scales(*scales, n_envs, device)
+        self._row_scale = None if bool((row_scale == 1).all()) else row_scale
+        if self._shape != (n_envs, device):
             self._unit = self._ahead = None
+        self._shape, self._scales, self._held = (n_envs, device), scales, None
 
-    def _scaled(self, unit: RowNoise, scale: th.Tensor) -> RowNoise:
-        return unit if self._is_one else unit.at_scale(scale)
+    def _scaled(self, unit: RowNoise) -> RowNoise:
+        return unit if self._row_scale is None else unit.at_scale(self._row_scale)
 
-    def _step_noise(self, n_envs: int, scale: th.Tensor) -> RowNoise:
+    def _step_noise(self, n_envs: int, device: th.device) -> RowNoise:
         if self._ahead is None or not 0 <= self.step - self._ahead[0] < _STEPS_AHEAD:
             steps = np.arange(self.step, self.step + _STEPS_AHEAD)
-            keys = self._keys(np.repeat(steps, n_envs), np.tile(np.arange(n_envs), _STEPS_AHEAD), scale.device)
-            self._ahead = (self.step, RowNoise(keys))
+            keys = self._keys(np.repeat(steps, n_envs), np.tile(np.arange(n_envs), _STEPS_AHEAD), device)
+            self._ahead = (self.step, RowNoise(keys, owner=self.owner))
         first = (self.step - self._ahead[0]) * n_envs
-        return self._scaled(self._ahead[1][first : first + n_envs], scale)
+        return self._scaled(self._ahead[1][first : first + n_envs])
 
-    def _held_noise(self, n_envs: int, scale: th.Tensor) -> RowNoise:
+    def _held_noise(self, n_envs: int, device: th.device) -> RowNoise:
         drawn = self._drawn
         if drawn is None or len(drawn) != n_envs:
             drawn = self._draw(np.full(n_envs, self.step))
@@ -126,9 +149,9 @@ class KeyStream:
             # Counted from step 0, not from the last draw, so that a loaded model continues in the same rhythm.
             drawn = self._draw(np.full(n_envs, self.step - self.step % self.resample))
         if self._unit is None:
-            self._unit = RowNoise(self._keys(drawn, np.arange(n_envs), scale.device))
+            self._unit = RowNoise(self._keys(drawn, np.arange(n_envs), device), owner=self.owner)
         if self._held is None:
-            self._held = self._scaled(self._unit, scale)
+            self._held = self._scaled(self._unit)
         return self._held
 
     def _draw(self, drawn: np.ndarray) -> np.ndarray:
@@ -147,16 +170,18 @@ class EvaluationStream:
     :param seed: Seed of the stream
     :param calls: How many batches of keys have been given out
     :param members: Number of keys that exist; ``None`` for no end of them
+    :param owner: Whose noise it is
     """
 
-    def __init__(self, seed: int, calls: int = 0, members: int | None = None) -> None:
+    def __init__(self, seed: int, calls: int = 0, members: int | None = None, owner: NoiseOwner | None = None) -> None:
         self.seed = seed
         self.calls = calls
         self.members = members
+        self.owner = owner
 
     def next(self, n_rows: int, scale: float, device: th.device) -> RowNoise:
         """
-        Give noise for one batch of predictions.
+        Draw noise for one batch of predictions.
 
         :param n_rows: Rows of the batch
         :param scale: Noise scale
@@ -165,4 +190,4 @@ class EvaluationStream:
         """
         keys = fold_in(fold(self.seed, self.calls), th.arange(n_rows, device=device))
         self.calls += 1
-        return RowNoise(restrict(keys, self.members), scale)
+        return RowNoise(restrict(keys, self.members), scale, self.owner)

@@ -1,15 +1,12 @@
-"""Ring 2: policies for the stock algorithms, one file per seam of SB3.
+"""Ring 2: policies for the stock algorithms. Each file says in its ``ALIASES`` which algorithms get which of its policies.
 
 ==========================  ================================================
 algorithms                  file
 ==========================  ================================================
-PPO, A2C, TRPO              :mod:`sb3_flipout.policies.on_policy`
-MaskablePPO                 :mod:`sb3_flipout.policies.maskable`
-RecurrentPPO                :mod:`sb3_flipout.policies.recurrent`
-DQN                         :mod:`sb3_flipout.policies.value_based`
-QRDQN                       :mod:`sb3_flipout.policies.quantile`
-SAC, TD3, DDPG              :mod:`sb3_flipout.policies.actor_critic`
-TQC, CrossQ                 :mod:`sb3_flipout.policies.actor_critic_contrib`
+PPO, A2C                    :mod:`sb3_flipout.policies.on_policy`
+DQN                         :mod:`sb3_flipout.policies.dqn`
+SAC, TD3, DDPG              :mod:`sb3_flipout.policies.sac_td3`
+those of sb3-contrib        :mod:`sb3_flipout.policies.contrib`
 ==========================  ================================================
 
 Policies for sb3-contrib are found here by name too, and are imported when they are asked for.
@@ -19,7 +16,15 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
-from sb3_flipout.policies.actor_critic import (
+from sb3_flipout.policies.base import FlipoutPolicyMixin, NoiseStateError
+from sb3_flipout.policies.dqn import FlipoutDQNCnnPolicy, FlipoutDQNMultiInputPolicy, FlipoutDQNPolicy
+from sb3_flipout.policies.legacy import register_moved_modules
+from sb3_flipout.policies.on_policy import (
+    FlipoutActorCriticCnnPolicy,
+    FlipoutActorCriticPolicy,
+    FlipoutMultiInputActorCriticPolicy,
+)
+from sb3_flipout.policies.sac_td3 import (
     FlipoutSACCnnPolicy,
     FlipoutSACMultiInputPolicy,
     FlipoutSACPolicy,
@@ -27,14 +32,7 @@ from sb3_flipout.policies.actor_critic import (
     FlipoutTD3MultiInputPolicy,
     FlipoutTD3Policy,
 )
-from sb3_flipout.policies.base import FlipoutPolicy, NoiseStateError
-from sb3_flipout.policies.on_policy import (
-    FlipoutActorCriticCnnPolicy,
-    FlipoutActorCriticPolicy,
-    FlipoutMultiInputActorCriticPolicy,
-)
-from sb3_flipout.policies.settings import ActorSettings, LearningSettings, NoiseSettings, ValueSettings
-from sb3_flipout.policies.value_based import FlipoutDQNCnnPolicy, FlipoutDQNMultiInputPolicy, FlipoutDQNPolicy
+from sb3_flipout.policies.settings import ActorSettings, LearningSettings, NoiseSettings, OnPolicySettings, ValueSettings
 
 __all__ = [
     "ActorSettings",
@@ -44,7 +42,7 @@ __all__ = [
     "FlipoutDQNMultiInputPolicy",
     "FlipoutDQNPolicy",
     "FlipoutMultiInputActorCriticPolicy",
-    "FlipoutPolicy",
+    "FlipoutPolicyMixin",
     "FlipoutSACCnnPolicy",
     "FlipoutSACMultiInputPolicy",
     "FlipoutSACPolicy",
@@ -54,17 +52,15 @@ __all__ = [
     "LearningSettings",
     "NoiseSettings",
     "NoiseStateError",
+    "OnPolicySettings",
     "ValueSettings",
 ]
 
-#: Beginning of the class names of policies that need sb3-contrib, and their file.
-_CONTRIB = {
-    "FlipoutQRDQN": "quantile",
-    "FlipoutTQC": "actor_critic_contrib",
-    "FlipoutCrossQ": "actor_critic_contrib",
-    "FlipoutMaskable": "maskable",
-    "FlipoutRecurrent": "recurrent",
-}
+#: Beginnings of the class names of policies that need sb3-contrib.
+_CONTRIB = ("FlipoutQRDQN", "FlipoutTQC", "FlipoutCrossQ", "FlipoutMaskable", "FlipoutRecurrent")
+_HAS_CONTRIB = find_spec("sb3_contrib") is not None
+
+register_moved_modules(["dqn", "sac_td3", *(["contrib"] if _HAS_CONTRIB else [])])
 
 
 def __getattr__(name: str) -> Any:
@@ -76,11 +72,10 @@ def __getattr__(name: str) -> Any:
     :raises ImportError: If sb3-contrib is not installed
     :raises AttributeError: If there is no policy of this name
     """
-    file = next((file for beginning, file in _CONTRIB.items() if name.startswith(beginning)), None)
-    if file is None:
+    if not name.startswith(_CONTRIB):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if find_spec("sb3_contrib") is None:
+    if not _HAS_CONTRIB:
         raise ImportError(
             f"{name} needs sb3-contrib, which is not installed; install the extra with: pip install 'sb3_flipout[contrib]'"
         )
-    return getattr(import_module(f"{__name__}.{file}"), name)
+    return getattr(import_module(f"{__name__}.contrib"), name)

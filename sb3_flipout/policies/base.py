@@ -1,17 +1,18 @@
-"""What all flipout policies share: their settings, their noise state, and which noise a forward pass sees.
+"""What all flipout policies share: their settings, their noise, and which noise a forward pass sees.
 
-The noise of a policy is a pure function of a few numbers, and those are all that is saved: a seed, and how many collection
-steps, rollouts (or gradient steps) and evaluation calls there have been.
+The noise of a policy is a pure function of a few numbers: a seed, and how many collection steps, rollouts (or gradient steps)
+and evaluation calls there have been. They are no weights: ``state_dict`` has tensors only. The algorithm saves them beside its
+own data (:mod:`sb3_flipout.hooks`), so a resumed training continues its noise, and copied weights bring none.
 """
 
 from __future__ import annotations
 
 import hashlib
-import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager
-from dataclasses import asdict, fields
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict
+from fnmatch import fnmatchcase
 from inspect import signature
 from typing import Any, TypeVar
 
@@ -23,58 +24,100 @@ from stable_baselines3.common.torch_layers import FlattenExtractor, NatureCNN
 from stable_baselines3.common.type_aliases import Schedule
 from torch import nn
 
-from sb3_flipout.layers import perturb
-from sb3_flipout.noise import EvaluationStream, KeyStream, RowNoise, fold, noise_of
-from sb3_flipout.noise.ladder import checked_ladder, environment_scales
+from sb3_flipout.checks import check_integer, check_number
+from sb3_flipout.layers import FlipoutLayer, PerturbedNetwork, perturb
+from sb3_flipout.layers.convert import checked_patterns
+from sb3_flipout.noise import EvaluationStream, KeyStream, NoiseOwner, RowNoise, Scales, Stream, fold, noise_of
+from sb3_flipout.noise.carried import lost_by
+from sb3_flipout.noise.ladder import checked_ladder
+from sb3_flipout.policies.guard import VisitGuard
+from sb3_flipout.policies.legacy import translated_settings, with_bases
+from sb3_flipout.policies.plain import plain_copy
+from sb3_flipout.policies.rows import give_layouts
 from sb3_flipout.policies.settings import NoiseSettings
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def _eager(function: F) -> F:
-    """Keep key streams, which count in Python, out of a compiled policy's graph."""
+def eager(function: F) -> F:
+    """
+    Keep what counts in Python out of a compiled policy's graph.
+
+    :param function: Function
+    :return: The same, for torch.compile to leave alone
+    """
     return th.compiler.disable(function)  # type: ignore[no-untyped-call]
-
-
-# Streams derived from a policy's seed. Their keys have nothing in common.
-_COLLECTION, _EVALUATION, _BASE = range(3)
 
 
 class NoiseStateError(RuntimeError, ValueError):
     """A saved noise state does not fit the policy. A ``RuntimeError`` too, since SB3's ``load`` takes others for its own."""
 
 
-class FlipoutPolicy(BasePolicy):
+class RunMarks:
+    """What a policy knows of the run that goes on. Copies of it are blank: a copied policy takes part in no run yet."""
+
+    def __init__(self) -> None:
+        self.told: set[str] = set()  # what the algorithm is telling right now, so that it is told once
+        self.collects = False  # a rollout is being collected
+        self.step_due = False  # the algorithm's next collection step has not been made yet
+        self.updates = False  # SB3's `train` is running
+        self.acted_unmarked = False  # somebody acts under noise whom no algorithm has announced
+        self.warned: set[str] = set()
+
+    def __reduce__(self) -> Any:
+        return RunMarks, ()
+
+
+class FlipoutPolicyMixin(BasePolicy):
     """Mixin of all flipout policies; stands before SB3's policy class in their bases."""
 
     noise_settings: NoiseSettings
-    # (noise,) inside a `perturbed` block, else None; (None,) when the block asks for mean weights.
-    explicit_noise: tuple[RowNoise | None] | None = None
+    #: The network of the layers that act; what rows see is said there and nowhere else.
+    perturbed_network: PerturbedNetwork
 
     def _init_noise(self, settings: NoiseSettings) -> None:
-        """Set the noise state up; called in the constructor, after SB3 has built the stock policy."""
+        """Set the noise up; called in the constructor, after SB3 has built the stock policy."""
         self.noise_settings = settings
+        self.noise_owner = NoiseOwner()
+        self.marks = RunMarks()
+        self.guard = VisitGuard()
         self._noise_seed = _seed_of_torch()
-        members = getattr(settings, "members", None)
-        self._keys = KeyStream(fold(self._noise_seed, _COLLECTION), settings.resample, members)
-        self._evaluation = EvaluationStream(fold(self._noise_seed, _EVALUATION), 0, members)
+        members = self.members
+        self._keys = KeyStream(fold(self._noise_seed, Stream.COLLECTION), settings.resample, members, self.noise_owner)
+        self._evaluation = EvaluationStream(fold(self._noise_seed, Stream.EVALUATION), 0, members, self.noise_owner)
         self._noise_scale = 1.0
+        self._schedule_factor = settings.factor_at(0.0)
         self._noise_ladder: tuple[float, ...] | None = None
-        self._row_scale: th.Tensor | None = None
+        checked_patterns(settings.skip, [name for name, _ in self.named_modules()])
 
     def _perturb(self, modules: list[nn.Module]) -> None:
         """Perturb modules of the policy as the settings say; their layers are numbered in this order, from 0."""
-        layers = self.noise_settings.perturb if self.noise_settings.perturb in ("linear", "hidden") else "all"
-        if layers == "hidden" and not any(isinstance(layer, nn.LSTM) for module in modules for layer in module.modules()):
+        settings: Any = self.noise_settings
+        if settings.layers == "hidden" and not any(
+            isinstance(layer, (nn.LSTM, nn.GRU)) for module in modules for layer in module.modules()
+        ):
             raise ValueError(
-                f'perturb="hidden" stands for the hidden-to-hidden weights of an LSTM, and {type(self).__name__} has none. '
-                'Use "policy", "heads", "linear" or "all".'
+                'layers="hidden" stands for the hidden-to-hidden weights of LSTMs and GRUs, and what is perturbed of '
+                f'{type(self).__name__} has none. Use layers="all" or "linear".'
             )
-        perturb(nn.ModuleList(modules), layers, self._base_key(0), **asdict(self.noise_settings.layer_noise()))
+        root = _NamedModules(self, modules)
+        perturb(
+            root,
+            settings.layers,
+            self._base_key(0),
+            skip=root.patterns(settings.skip),
+            perturb_frozen=settings.perturb_frozen,
+            **asdict(settings.layer_noise()),
+        )
+
+    def _find_layouts(self, network: PerturbedNetwork, run: Callable[[Any], Any]) -> None:
+        """Find out where the rows of a batch lie in what the layers of a network get."""
+        names = {layer: name for name, layer in self.named_modules() if isinstance(layer, FlipoutLayer)}
+        give_layouts({names[layer]: layer for layer in network.layers if layer in names}, run, self)
 
     def _base_key(self, draw: int) -> int:
         """Key of a draw of the base, by its number."""
-        return fold(self._noise_seed, _BASE, draw)
+        return fold(self._noise_seed, Stream.BASE, draw)
 
     def _make_optimizer(self, parameters: Iterable[nn.Parameter], lr_schedule: Schedule) -> th.optim.Optimizer:
         """
@@ -85,11 +128,12 @@ class FlipoutPolicy(BasePolicy):
         one in the last bit; without learned sigma, where training must equal stock SB3's, the default one stays.
         """
         kwargs = dict(self.optimizer_kwargs)
+        chosen = kwargs | getattr(self.optimizer_class, "keywords", {})  # what a functools.partial has chosen
         learned = self.noise_settings.learn_sigma and self.noise_settings.layer_noise().spec.sigma == "per_weight"
         if (
             learned
             and "fused" in signature(self.optimizer_class).parameters
-            and not {"fused", "foreach", "differentiable"} & kwargs.keys()
+            and not {"fused", "foreach", "differentiable"} & chosen.keys()
         ):
             kwargs["fused"] = True
         return self.optimizer_class(parameters, lr=lr_schedule(1), **kwargs)  # type: ignore[call-arg]
@@ -103,11 +147,7 @@ class FlipoutPolicy(BasePolicy):
 
     @noise_scale.setter
     def noise_scale(self, scale: float) -> None:
-        if isinstance(scale, bool) or not isinstance(scale, (int, float, np.floating, np.integer)):
-            raise TypeError(f"noise_scale must be a number >= 0, got {type(scale).__name__}.")
-        if not (math.isfinite(scale) and scale >= 0):
-            raise ValueError(f"noise_scale must be finite and >= 0, got {scale}; use 0.0 to switch the noise off.")
-        self._noise_scale, self._row_scale = float(scale), None
+        self._noise_scale = check_number("noise_scale", scale, hint="Use 0.0 to switch the noise off.")
 
     @property
     def noise_ladder(self) -> tuple[float, ...] | None:
@@ -116,35 +156,95 @@ class FlipoutPolicy(BasePolicy):
 
     @noise_ladder.setter
     def noise_ladder(self, ladder: tuple[float, ...] | None) -> None:
-        self._noise_ladder, self._row_scale = checked_ladder(ladder), None
+        self._noise_ladder = checked_ladder(ladder)
+
+    @property
+    def members(self) -> int | None:
+        """Number of members of the implicit ensemble; ``None`` where there is none."""
+        members: int | None = getattr(self.noise_settings, "members", None)
+        return members
+
+    @property
+    def redraws_base(self) -> bool:
+        """Whether the base perturbation that acts is redrawn in training."""
+        settings: Any = self.noise_settings
+        every = [getattr(settings, name, None) for name in ("base_every_rollouts", "base_every_steps")]
+        return any(period is not None for period in every)
+
+    @property
+    def effective_scale(self) -> float:
+        """What perturbations are multiplied by now: the noise scale, times what the schedule has left of it."""
+        return self._noise_scale * self._schedule_factor
+
+    def follow_schedule(self, progress: float) -> None:
+        """
+        Let the noise fall as the setting ``schedule`` says; the algorithm tells the progress.
+
+        :param progress: Share of training that is done
+        """
+        self._schedule_factor = self.noise_settings.factor_at(progress)
+
+    def leave_schedule(self) -> None:
+        """Let a callback steer the noise scale: until the next training, the setting ``schedule`` has no effect."""
+        self._schedule_factor = 1.0
+
+    def reseed_noise(self, seed: int) -> None:
+        """
+        Explore by other noise from now on; counters go on. The base changes when it is next redrawn. Members stay who they
+        are: their base is a weight.
+
+        :param seed: Seed, any integer
+        :raises TypeError: If it is no integer
+        """
+        self._set_noise_seed(fold(0, check_integer("seed", seed)))
+
+    def _set_noise_seed(self, seed: int) -> None:
+        self._noise_seed = seed
+        self._keys.restart(self._keys.step, fold(seed, Stream.COLLECTION))
+        self._evaluation.seed = fold(seed, Stream.EVALUATION)
 
     # ---- which noise a forward pass sees ------------------------------------------------------------------------
 
-    @_eager
+    @eager
     def _collection_noise(self, n_envs: int) -> RowNoise:
         """Noise of the next collection step: one row per environment. The only place that advances the training noise."""
-        if self._row_scale is None or len(self._row_scale) != n_envs or self._row_scale.device != self.device:
-            self._row_scale = environment_scales(self._noise_scale, self._noise_ladder, n_envs, self.device)
-        return self._keys.next(n_envs, self._row_scale)
+        return self._keys.next(n_envs, Scales(self.effective_scale, self._noise_ladder), self.device)
 
-    @_eager
+    @eager
     def _prediction_noise(self, obs: Any, deterministic: bool) -> RowNoise | None:
         """Noise of a prediction outside collection: mean weights, or fresh keys that training never sees."""
         if deterministic:
             return None
-        return self._evaluation.next(n_rows(obs), self._noise_scale, self.device)
+        return self._evaluation.next(n_rows(obs), self.effective_scale, self.device)
 
-    def _replayed_noise(self, obs: Any, needed: bool) -> RowNoise | None:
-        """Noise that a batch brings with it, or mean weights where none is needed."""
+    @eager
+    def _own_noise(self, obs: Any) -> RowNoise | None:
+        """Noise that a batch brings with it, if it is this policy's: others' perturb other weights."""
         noise = noise_of(obs)
-        if noise is None and needed:
-            raise ValueError(
-                "a batch without noise keys reached the policy in training mode, so its noise cannot be replayed. Batches of "
-                "the registered algorithms carry them; for an algorithm of your own call sb3_flipout.register(YourAlgorithm), "
-                "and to train the mean weights (behaviour cloning) write `with sb3_flipout.perturbed(policy, None):` around "
-                "the call. To look at a policy that is not being trained, call policy.set_training_mode(False) first."
-            )
-        return noise
+        return noise if noise is not None and noise.owner in (None, self.noise_owner) else None
+
+    def _check_brought(self, obs: Any, noise: RowNoise | None) -> None:
+        """In an update every batch has to bring its noise."""
+        if noise is not None or not self.marks.updates:
+            return
+        operation, others = lost_by(obs), noise_of(obs)
+        if others is not None:
+            cause = "its keys were drawn by another policy"
+        elif operation is not None:
+            cause = f"it had keys and lost them in the operation {operation!r}"
+        else:
+            cause = "it never had any"
+        raise ValueError(
+            f"a batch reached {type(self).__name__} in an update without its noise keys, so its noise cannot be replayed: {cause}. "
+            "Batches of the rollout buffer carry them on their observations. A buffer with a `get` of its own hangs them on by "
+            "sb3_flipout.noise.with_noise(observations, self.row_noise(batch_inds)); an operation that changes rows hands them on "
+            "by with_noise(result, noise_of(observations)[rows]). To learn by mean weights, write "
+            "`with sb3_flipout.perturbed(policy, None):` around the call."
+        )
+
+    def _said(self) -> bool:
+        """Whether somebody has said what the rows see: a ``perturbed`` block, or a method of the policy that calls another."""
+        return self.perturbed_network.active is not None
 
     # ---- what the algorithm tells -------------------------------------------------------------------------------
 
@@ -169,6 +269,15 @@ class FlipoutPolicy(BasePolicy):
         :return: Context manager
         """
 
+    def end_step(self, dones: np.ndarray) -> None:
+        """
+        Tell that a collection step has been made, and which environments have ended their episode with it.
+
+        :param dones: One flag per environment, shape (n_envs,)
+        """
+        self.marks.step_due = True
+        self.end_episodes(dones)
+
     def end_episodes(self, dones: np.ndarray) -> None:
         """
         Tell which environments have ended their episode.
@@ -177,13 +286,29 @@ class FlipoutPolicy(BasePolicy):
         """
         self._keys.end_episodes(np.asarray(dones, dtype=bool))
 
+    @contextmanager
+    def once(self, what: str) -> Iterator[bool]:
+        """
+        Mark that the algorithm tells something. A method that calls its parent's, which tells the same, tells it once.
+
+        :param what: Name of what is told
+        :return: Context manager that gives whether it is the first to tell
+        """
+        first = what not in self.marks.told
+        self.marks.told.add(what)
+        try:
+            yield first
+        finally:
+            if first:
+                self.marks.told.discard(what)
+
     # ---- save and load ------------------------------------------------------------------------------------------
 
-    def get_extra_state(self) -> dict[str, Any]:
+    def noise_state(self) -> dict[str, Any]:
         """
-        Give the noise state; torch puts it into ``state_dict``.
+        Take what a resumed training has to know, as plain values; the algorithm saves it with the model.
 
-        :return: Settings, seed, counters and noise scale, as plain Python values
+        :return: Settings, seed, counters, noise scale and ladder
         """
         return {
             "settings": asdict(self.noise_settings),
@@ -191,71 +316,122 @@ class FlipoutPolicy(BasePolicy):
             "steps": self._keys.step,
             "evaluations": self._evaluation.calls,
             "noise_scale": self._noise_scale,
+            "schedule_factor": self._schedule_factor,
             "noise_ladder": self._noise_ladder,
         }
 
-    def set_extra_state(self, state: dict[str, Any]) -> None:
+    def set_noise_state(self, state: Mapping[str, Any]) -> None:
         """
         Continue from a saved noise state.
 
-        :param state: What :meth:`get_extra_state` gave
+        :param state: What :meth:`noise_state` gave
+        :raises NoiseStateError: If the weights saved with it mean something else under the settings of this policy
         """
-        self._noise_seed = state["seed"]
-        self._keys.restart(state["steps"], fold(self._noise_seed, _COLLECTION))
-        self._evaluation.seed, self._evaluation.calls = fold(self._noise_seed, _EVALUATION), state["evaluations"]
-        self.noise_scale, self.noise_ladder = state["noise_scale"], state.get("noise_ladder")
+        differing = self.noise_settings.unlike(state["settings"])
+        if differing:
+            raise NoiseStateError(
+                f"the saved weights do not fit the noise settings of this policy ({'; '.join(differing)}). Load it with the saved "
+                'settings: Algorithm.load(path, custom_objects={"policy_kwargs": dict(...)}), or leave policy_kwargs out.'
+            )
+        self._noise_seed = int(state["seed"])
+        self._keys.restart(int(state["steps"]), fold(self._noise_seed, Stream.COLLECTION))
+        self._evaluation.seed, self._evaluation.calls = fold(self._noise_seed, Stream.EVALUATION), int(state["evaluations"])
+        ladder = state.get("noise_ladder")
+        self.noise_scale, self.noise_ladder = state["noise_scale"], None if ladder is None else tuple(ladder)
+        self._schedule_factor = float(state.get("schedule_factor", 1.0))
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """
-        Load parameters and noise state, after checking that the noise settings fit.
+        Load weights; noise is none of them.
 
-        :param state_dict: What ``state_dict`` gave
+        :param state_dict: What ``state_dict`` gave, of this policy or of one that 0.1.0 saved
         :param strict: Whether all names must match
         :param assign: Whether to keep the given tensors instead of copying them
         :return: Missing and unexpected keys, as torch gives them
-        :raises NoiseStateError: If the state was saved under other noise settings, or by a policy that is no flipout policy
+        :raises NoiseStateError: If the weights are those of a policy without noise, and ``strict`` is True
         """
-        saved = state_dict.get("_extra_state")
-        if saved is None and strict:
+        state_dict = self._from_0_1_0(dict(state_dict))
+        own_sigma = [name for name in self.state_dict() if name.endswith("_sigma")]
+        if strict and own_sigma and not any(name.endswith("_sigma") for name in state_dict):
             raise NoiseStateError(
-                "the saved policy is no flipout policy: it has no noise state. Load it into the policy it was saved from, "
-                "and copy its weights with load_state_dict(..., strict=False) if they are what you want."
+                "the weights are those of a policy without noise: they have no sigma. To take them as mean weights and keep the "
+                'sigma that is here: model.set_parameters({"policy": weights}, exact_match=False), or '
+                "policy.load_state_dict(weights, strict=False)."
             )
-        if saved is not None:
-            self._check_settings(saved["settings"])
         return super().load_state_dict(state_dict, strict, assign)
 
-    def _check_settings(self, saved: dict[str, Any]) -> None:
-        own = asdict(self.noise_settings)
-        differing = [
-            f"{name}: saved {saved.get(name)!r}, here {value!r}" for name, value in own.items() if saved.get(name) != value
-        ]
-        if differing:
-            raise NoiseStateError(
-                f"the saved noise settings do not fit this policy ({'; '.join(differing)}). Build it with the saved settings, "
-                'for a saved model by Algorithm.load(path, custom_objects={"policy_kwargs": dict(...)}).'
-            )
+    def _from_0_1_0(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Take the noise state out of weights that version 0.1.0 saved, and continue from it."""
+        saved = state_dict.pop("_extra_state", None)
+        if saved is None:
+            return state_dict
+        self.set_noise_state({**saved, "settings": translated_settings(saved["settings"])})
+        return state_dict if self.members is None else with_bases(self, state_dict, int(saved["seed"]))
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         return {**super()._get_constructor_parameters(), **asdict(self.noise_settings)}
 
     def to_plain_policy(self) -> BasePolicy:
         """
-        Give SB3's own policy with the mean weights, for export and for use without this package.
+        Make SB3's own policy with the mean weights, for export and for use without this package.
 
         Of an ensemble (``members``) that is neither the vote nor any member, and the prior is left out.
 
         :return: Stock policy on the same device; its optimizer is new
+        :raises ValueError: If it would not act as the mean weights do: a subclass changes what the stock class computes
         """
-        plain_class: Any = next(base for base in type(self).__mro__ if not issubclass(base, FlipoutPolicy))
-        noise_names = {field.name for field in fields(self.noise_settings)}
-        arguments = {name: value for name, value in self._get_constructor_parameters().items() if name not in noise_names}
-        with th.random.fork_rng(devices=[]):  # the initialisation, overwritten at once, must not move the global generator
-            plain: BasePolicy = plain_class(**arguments)
-        own = self.state_dict()
-        plain.load_state_dict({name: own[name] for name in plain.state_dict()})
-        plain.set_training_mode(self.training)
-        return plain.to(self.device)
+        return plain_copy(self)
+
+    def mean_outputs(self, obs: Any) -> list[th.Tensor]:
+        """
+        Compute what the policy says under its mean weights, to compare it with a plain one.
+
+        :param obs: Observations, as tensors
+        :return: Everything that it computes of them
+        """
+        network = self.perturbed_network
+        with network.activate(None) if network.layers else nullcontext():
+            return self.outputs_of(self, obs)
+
+    @staticmethod
+    @abstractmethod
+    def outputs_of(policy: Any, obs: Any) -> list[th.Tensor]:
+        """
+        Compute what a policy of this kind says, plain or not.
+
+        :param policy: Policy
+        :param obs: Observations, as tensors
+        :return: Everything that it computes of them
+        """
+
+
+class _NamedModules(nn.Module):
+    """Parts of a policy, under names by which ``skip`` can be about them."""
+
+    def __init__(self, policy: nn.Module, modules: list[nn.Module]) -> None:
+        super().__init__()
+        self._known = {}
+        names = {id(module): name for name, module in reversed(list(policy.named_modules(remove_duplicate=False)))}
+        for number, module in enumerate(modules):
+            self._known[str(number)] = names.get(id(module), "")
+            self.add_module(str(number), module)
+
+    def patterns(self, skip: Iterable[str]) -> tuple[str, ...]:
+        """
+        Translate names in the policy into names in here; those that fit nothing in here are left out.
+
+        :param skip: Names of modules of the policy
+        :return: Names of modules in here
+        """
+        found = []
+        for name, _ in self.named_modules():
+            number, _, rest = name.partition(".")
+            known = ".".join(filter(None, (self._known.get(number, ""), rest)))
+            parts = known.split(".")
+            above = [".".join(parts[: i + 1]) for i in range(len(parts))]
+            if name and any(fnmatchcase(part, pattern) for part in above for pattern in skip):
+                found.append(name)
+        return tuple(found)
 
 
 def _seed_of_torch() -> int:

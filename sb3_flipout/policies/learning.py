@@ -1,23 +1,37 @@
-"""The noise of gradient steps, and the networks that ask for it while SB3 trains."""
+"""The noise of gradient steps, and the networks that ask for it while SB3 trains.
+
+Keys and base of a gradient step are pure functions of its number and of the role of the network, so that nothing has to be
+threaded through SB3's ``train``. A network that learns under noise is of a class derived from the user's own
+(:func:`learns_under_noise`): its forward pass is the user's, with the noise of the step around it.
+"""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import IntEnum
+from functools import cache
 from typing import Any
 
 import torch as th
 from stable_baselines3.common.policies import BaseModel, BasePolicy
 from stable_baselines3.common.type_aliases import PyTorchObs
+from torch import nn
 
-from sb3_flipout.layers import NoisyNetwork
-from sb3_flipout.noise import RowNoise, fold, fold_in
+from sb3_flipout.layers import PerturbedNetwork
+from sb3_flipout.noise import RowNoise, Stream, fold, fold_in
+from sb3_flipout.noise.carried import without_noise
 from sb3_flipout.noise.stream import restrict
 from sb3_flipout.policies.base import n_rows
 from sb3_flipout.policies.prior import Prior
 from sb3_flipout.policies.settings import LearningSettings
 
-ONLINE, TARGET = 0, 1  # roles
-_KEYS, _BASE = 16, 17  # streams of a policy's seed, beside those in policies/base.py
+
+class Role(IntEnum):
+    """What a network is for in a gradient step; part of its keys, so never renumbered."""
+
+    ONLINE = 0
+    TARGET = 1
 
 
 class LearningNoise:
@@ -36,8 +50,7 @@ class LearningNoise:
         self.scale = 1.0
         # Whether gradient steps need bases of their own: not with members, whose base is frozen, and not where the factors
         # alone are the noise.
-        drawn = settings.layer_noise().spec.base is not None or settings.noise_sharing == "shared"
-        self.base_moves = drawn and settings.members is None and settings.noise_sharing != "independent"
+        self.base_moves = settings.layer_noise().draws_base and settings.members is None
 
     def count(self, *_: Any) -> None:
         """
@@ -47,60 +60,93 @@ class LearningNoise:
         """
         self.step += 1
 
-    def _role(self, role: int) -> int:
-        return ONLINE if self.settings.target_noise == "same" else role
+    def _role(self, role: Role) -> Role:
+        return Role.ONLINE if self.settings.target_noise == "same" else role
 
-    def rows(self, role: int, n: int, device: th.device) -> RowNoise | None:
+    def rows(self, role: Role, n: int, device: th.device) -> RowNoise | None:
         """
-        Give the noise of a batch in the present gradient step.
+        Draw the noise of a batch in the present gradient step.
 
         :param role: Online or target network
         :param n: Rows of the batch
         :param device: Device of the network
         :return: Row noise; ``None`` for mean weights
         """
-        if role == TARGET and self.settings.target_noise == "mean":
+        if role == Role.TARGET and self.settings.target_noise == "mean":
             return None
-        keys = fold_in(fold(self.seed, _KEYS, self.step, self._role(role)), th.arange(n, device=device))
+        keys = fold_in(fold(self.seed, Stream.LEARNING_KEYS, self.step, self._role(role)), th.arange(n, device=device))
         return RowNoise(restrict(keys, self.settings.members), self.scale)
 
-    def base_key(self, role: int) -> int:
+    def base_key(self, role: Role) -> int:
         """
-        Give the key of the learning base in the present gradient step.
+        Derive the key of the learning base in the present gradient step.
 
         :param role: Online or target network
         :return: Base key
         """
-        return fold(self.seed, _BASE, self.step, self._role(role))
+        return fold(self.seed, Stream.LEARNING_BASE, self.step, self._role(role))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """
+        Keep in copies what is saved of it: a copy is not in the middle of an update.
+
+        :return: Attributes
+        """
+        return {**self.__dict__, "active": False}
 
 
-class NoisyNet(BaseModel):
+class LearnsUnderNoise(BaseModel):
     """
-    Mixin of a network that draws the noise of the gradient step while SB3 trains.
+    Mixin of a network that sees the noise of the gradient step while SB3 trains.
 
-    Noise that was activated by name, with ``perturbed`` or by the policy, goes before it.
+    What somebody has said about the rows stays: the policy when it acts, or a ``perturbed`` block.
     """
 
-    role: int = ONLINE
+    role: Role = Role.ONLINE
     learning: LearningNoise | None = None
-    noisy: NoisyNetwork
-    explicit_noise: tuple[RowNoise | None] | None = None
+    #: The network of perturbed layers that it is part of, or is; several networks can share one.
+    perturbed_network: PerturbedNetwork
+    is_perturbed: bool = True  # or it only shares layers with one that is, and sees their mean weights
+    guarded: Callable[[], Any] | None = None  # the policy's guard against layers that are not called
 
-    def _step_noise(self, obs: PyTorchObs, role: int) -> AbstractContextManager[None] | None:
-        """Activate the noise of the present gradient step; ``None`` where the network is to run as it is."""
-        learning = self.learning
-        if self.explicit_noise is not None or learning is None or not learning.active:
-            return None
-        noise = learning.rows(role, n_rows(obs), self.device)
+    def join_noise(
+        self, network: PerturbedNetwork, learning: LearningNoise, role: Role, is_perturbed: bool = True
+    ) -> None:
+        """
+        Learn under noise from now on.
+
+        :param network: The network of perturbed layers
+        :param learning: The noise of gradient steps
+        :param role: Online or target network
+        :param is_perturbed: Whether it sees the noise, or the mean weights of layers that it shares
+        """
+        self.perturbed_network, self.learning, self.role, self.is_perturbed = network, learning, role, is_perturbed
+
+    @contextmanager
+    def step_noise(self, obs: PyTorchObs, role: Role | None = None) -> Iterator[None]:
+        """
+        Activate the noise of the present gradient step, where SB3 trains and nobody has said what the rows see.
+
+        :param obs: Observations, of which the rows count
+        :param role: Role in this pass; by default that of the network
+        :return: Context manager
+        """
+        learning, network = self.learning, self.perturbed_network
+        if learning is None or not learning.active or network.active is not None:
+            yield
+            return
+        noise = learning.rows(self.role if role is None else role, n_rows(obs), self.device) if self.is_perturbed else None
         if noise is not None and learning.base_moves:
-            self.noisy.redraw(learning.base_key(role))
-        return self.noisy.activate(noise)
+            network.redraw(learning.base_key(self.role if role is None else role))
+        with network.activate(noise):
+            yield
 
 
-class NoisyValueNet(NoisyNet, BasePolicy):
+class LearningValueNetwork(LearnsUnderNoise, BasePolicy):
     """Mixin of a value network that learns under noise, and adds its members' prior."""
 
-    # In a tuple, so that the prior is no part of this network's parameters: it is neither trained nor copied by polyak.
+    # Held as a function's argument would be, so that the prior is no part of this network's parameters: it is neither trained nor
+    # copied by polyak.
     prior: tuple[Prior, float] | None = None
 
     def forward(self, obs: PyTorchObs) -> th.Tensor:
@@ -110,26 +156,20 @@ class NoisyValueNet(NoisyNet, BasePolicy):
         :param obs: Observations, shape (N, ...)
         :return: Values, shape (N, n_actions), or quantiles, shape (N, n_quantiles, n_actions)
         """
-        step_noise = self._step_noise(obs, self.role)
-        if step_noise is not None:
-            with step_noise:
-                if self.prior is not None:
-                    self.prior[0].measure(obs)
-                return self.forward(obs)
-        values: th.Tensor = super().forward(obs)
-        if self.prior is None:
-            return values
-        prior, scale = self.prior
-        return values + scale * prior(obs)
+        obs = without_noise(obs)
+        with self.step_noise(obs):
+            values: th.Tensor = super().forward(obs)
+            noise = self.perturbed_network.active
+            if self.prior is None or not isinstance(noise, RowNoise):
+                return values
+            prior, scale = self.prior
+            if self.learning is not None and self.learning.active:
+                prior.measure(obs, noise)
+            return values + scale * prior(obs, noise)
 
 
-class NoisyCritic(NoisyNet):
-    """
-    Mixin of a critic that learns under noise.
-
-    SB3 computes the actor's loss after the critic's optimizer step, which is what counts gradient steps: there the critic has
-    the noise of its next step.
-    """
+class LearningCritic(LearnsUnderNoise):
+    """Mixin of a critic that learns under noise, or sees the mean weights of layers that it shares with an actor."""
 
     def forward(self, obs: PyTorchObs, actions: th.Tensor) -> Any:
         """
@@ -139,11 +179,8 @@ class NoisyCritic(NoisyNet):
         :param actions: Actions, shape (N, n_actions)
         :return: What the plain critic gives
         """
-        step_noise = self._step_noise(obs, self.role)
-        if step_noise is None:
+        with self.step_noise(obs):
             return super().forward(obs, actions)
-        with step_noise:
-            return self.forward(obs, actions)
 
     def q1_forward(self, obs: PyTorchObs, actions: th.Tensor) -> th.Tensor:
         """
@@ -153,21 +190,18 @@ class NoisyCritic(NoisyNet):
         :param actions: Actions, shape (N, n_actions)
         :return: Values, shape (N, 1)
         """
-        step_noise = self._step_noise(obs, self.role)
-        if step_noise is None:
+        with self.step_noise(obs):
             return super().q1_forward(obs, actions)  # type: ignore[misc]
-        with step_noise:
-            return self.q1_forward(obs, actions)
 
 
-class _NoisyActor(NoisyNet, BasePolicy):
+class _LearningActor(LearnsUnderNoise, BasePolicy):
     """What actors share: where SB3 asks for actions without gradients, they are part of a target."""
 
-    def _actor_role(self) -> int:
-        return self.role if th.is_grad_enabled() else TARGET
+    def _actor_role(self) -> Role:
+        return self.role if th.is_grad_enabled() else Role.TARGET
 
 
-class NoisyDeterministicActor(_NoisyActor):
+class LearningDeterministicActor(_LearningActor):
     """Mixin of TD3's actor, whose output is the action."""
 
     def forward(self, obs: PyTorchObs) -> th.Tensor:
@@ -177,14 +211,11 @@ class NoisyDeterministicActor(_NoisyActor):
         :param obs: Observations, shape (N, ...)
         :return: Actions, shape (N, n_actions)
         """
-        step_noise = self._step_noise(obs, self._actor_role())
-        if step_noise is None:
+        with self.step_noise(obs, self._actor_role()):
             return super().forward(obs)
-        with step_noise:
-            return self.forward(obs)
 
 
-class NoisyStochasticActor(_NoisyActor):
+class LearningStochasticActor(_LearningActor):
     """Mixin of an actor like SAC's: acting and learning both ask for the parameters of its action distribution."""
 
     def get_action_dist_params(self, obs: PyTorchObs) -> tuple[th.Tensor, th.Tensor, dict[str, th.Tensor]]:
@@ -194,8 +225,34 @@ class NoisyStochasticActor(_NoisyActor):
         :param obs: Observations, shape (N, ...)
         :return: Mean, logarithm of the standard deviation, further arguments of the distribution
         """
-        step_noise = self._step_noise(obs, self._actor_role())
-        if step_noise is None:
+        with self.step_noise(obs, self._actor_role()):
             return super().get_action_dist_params(obs)  # type: ignore[misc]
-        with step_noise:
-            return self.get_action_dist_params(obs)
+
+
+@cache
+def _derived(mixin: type[LearnsUnderNoise], plain: type[nn.Module]) -> type[nn.Module]:
+    members = {"DERIVED_FROM": (mixin, plain), "__module__": __name__, "__doc__": f"{plain.__name__} that learns under noise."}
+    return type(f"Flipout{plain.__name__}", (mixin, plain), {**members, "__reduce_ex__": _reduce})
+
+
+def _reduce(net: nn.Module, protocol: Any) -> Any:
+    """Pickle by the classes that the class was derived from, since it is made at run time."""
+    return _empty, type(net).DERIVED_FROM, net.__getstate__()  # type: ignore[attr-defined]
+
+
+def _empty(mixin: type[LearnsUnderNoise], plain: type[nn.Module]) -> nn.Module:
+    derived = _derived(mixin, plain)
+    return derived.__new__(derived)
+
+
+def learns_under_noise(net: nn.Module, mixin: type[LearnsUnderNoise]) -> Any:
+    """
+    Make a network learn under noise, in place: its class becomes one derived from its own, whose methods it keeps.
+
+    :param net: Network, of SB3's class or of one of the user's
+    :param mixin: What it is for
+    :return: The same network
+    """
+    if not isinstance(net, mixin):
+        net.__class__ = _derived(mixin, type(net))
+    return net

@@ -2,51 +2,40 @@
 
 Nothing of the acting noise is replayed: an off-policy update is right under any weights. So there are two streams. Acting:
 one key per environment, held as ``resample`` says, under the acting base. Learning: keys and base are pure functions of
-(gradient step, role of the network), so that no state has to be threaded through SB3's ``train``.
+(gradient step, role of the network).
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import fields
-from typing import Any, ClassVar
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch as th
-from gymnasium import spaces
-from stable_baselines3.common.type_aliases import Schedule
+from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
+from torch import nn
 
-from sb3_flipout.layers import NoisyNetwork
+from sb3_flipout.layers import Ask, PerturbedNetwork
 from sb3_flipout.noise import RowNoise
-from sb3_flipout.policies.base import FlipoutPolicy, check_extractor
-from sb3_flipout.policies.learning import LearningNoise, NoisyNet
-from sb3_flipout.policies.settings import LearningSettings, refuse_misplaced
+from sb3_flipout.policies.base import FlipoutPolicyMixin, check_extractor
+from sb3_flipout.policies.learning import LearningNoise, LearnsUnderNoise
+from sb3_flipout.policies.settings import LearningSettings, settings_from
 
 
-class OffPolicyNoise(FlipoutPolicy):
-    """
-    Mixin that gives an off-policy policy its two streams of noise.
-
-    :param observation_space: Observation space
-    :param action_space: Action space
-    :param lr_schedule: Learning rate schedule
-    :param args: Further arguments of SB3's policy
-    :param kwargs: Noise settings, see :class:`LearningSettings`, and further keyword arguments of SB3's policy
-    :raises ValueError: If a noise setting is unknown, out of range or unfit
-    """
+class OffPolicyMixin(FlipoutPolicyMixin):
+    """Mixin that gives an off-policy policy its two streams of noise; what kinds of policy add stands in their own files."""
 
     noise_settings: LearningSettings
-    settings_class: ClassVar[type[LearningSettings]] = LearningSettings
 
-    def __init__(
-        self, observation_space: spaces.Space[Any], action_space: Any, lr_schedule: Schedule, *args: Any, **kwargs: Any
+    def _init_off_policy(
+        self, kind: type[LearningSettings], noise: dict[str, Any], spaces: tuple[Any, Any], lr_schedule: Schedule,
+        args: tuple[Any, ...], kwargs: dict[str, Any],
     ) -> None:
-        names = [field.name for field in fields(self.settings_class) if field.name in kwargs]
-        settings = self.settings_class(**{name: kwargs.pop(name) for name in names})
-        refuse_misplaced(kwargs)
-        check_extractor(observation_space, type(self), kwargs)
-        super().__init__(observation_space, action_space, lr_schedule, *args, **kwargs)
+        """Check settings, let SB3 build the stock policy, and give it its noise: what constructors have in common."""
+        settings = settings_from(kind, noise | kwargs, _KNOWN)
+        check_extractor(spaces[0], type(self), kwargs)
+        super().__init__(*spaces, lr_schedule, *args, **kwargs)
         self._init_noise(settings)
         self.learning = LearningNoise(self._noise_seed, settings)
         self._acting_noise: RowNoise | None = None
@@ -59,17 +48,20 @@ class OffPolicyNoise(FlipoutPolicy):
 
     @property
     @abstractmethod
-    def acting(self) -> NoisyNet:
-        """The network that acts."""
-
-    @property
-    @abstractmethod
     def step_optimizer(self) -> th.optim.Optimizer:
-        """The optimizer that makes one step in each gradient step."""
+        """The optimizer whose step ends a gradient step."""
 
     @abstractmethod
-    def _noisy_nets(self) -> list[NoisyNet]:
-        """Give all networks that learn, and those of the target."""
+    def _acting_network(self) -> nn.Module:
+        """What acts: a part of the policy, or all of it."""
+
+    @abstractmethod
+    def _learning_networks(self) -> list[LearnsUnderNoise]:
+        """List the networks that learn under noise, and those of the target."""
+
+    def _perturbed_networks(self) -> list[PerturbedNetwork]:
+        """List the networks of perturbed layers, each once."""
+        return list({id(net.perturbed_network): net.perturbed_network for net in self._learning_networks()}.values())
 
     # ---- what the algorithm tells -------------------------------------------------------------------------------
 
@@ -89,7 +81,8 @@ class OffPolicyNoise(FlipoutPolicy):
         self._acting_noise = self._collection_noise(n_envs)
         self._move_acting_base(step, self._acting_noise)
         try:
-            yield
+            with self.guard.collection(self, self.perturbed_network):
+                yield
         finally:
             self._acting_noise = None
 
@@ -97,13 +90,13 @@ class OffPolicyNoise(FlipoutPolicy):
         settings = self.noise_settings
         if settings.noise_sharing == "shared":  # the base is the draw, so it changes when the first environment's key does
             self._bind_acting_base(int(noise.keys[0]))
-        elif settings.base_every is not None and self.learning.base_moves:
-            self._bind_acting_base(self._base_key(step // settings.base_every))
+        elif settings.base_every_steps is not None and self.learning.base_moves:
+            self._bind_acting_base(self._base_key(step // settings.base_every_steps))
 
     def _bind_acting_base(self, base_key: int) -> None:
         if base_key != self._acting_base_key:
             self._acting_base_key = base_key
-            self.acting.noisy.redraw(base_key)
+            self.perturbed_network.redraw(base_key)
 
     @contextmanager
     def updating(self) -> Iterator[None]:
@@ -114,45 +107,74 @@ class OffPolicyNoise(FlipoutPolicy):
 
         :return: Context manager; the acting base is as before when it is left
         """
-        acting_bases = self.acting.noisy.bases()
-        self.learning.active, self.learning.scale = self.explicit_noise is None, self._noise_scale
+        acting_bases = self.perturbed_network.bases()
+        said = self._said()
+        self.learning.active, self.learning.scale = not said, self.effective_scale
+        self.marks.updates = True
         # Hung on here, not once for all: copies of an optimizer, and another one put in its place, have no hooks.
         hook = self.step_optimizer.register_step_post_hook(self.learning.count)
         try:
-            yield
+            with ExitStack() as stack:
+                if not said:
+                    for network in self._perturbed_networks():
+                        stack.enter_context(network.activate(Ask.EXPLICIT))
+                stack.enter_context(self._guarded())
+                yield
+            self.guard.check_silent()
         finally:
             hook.remove()
-            self.learning.active = False
-            self.acting.noisy.bind(acting_bases)
+            self.learning.active = self.marks.updates = False
+            self.perturbed_network.bind(acting_bases)
 
-    # ---- predictions --------------------------------------------------------------------------------------------
+    @contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """Compare what is called in this update with what collection has called."""
+        with self.guard.update(self, self.perturbed_network, self._acting_network()):
+            yield
 
-    def _is_explicit(self) -> bool:
-        """Whether somebody has activated noise by name, on the policy or on its acting network."""
-        return self.explicit_noise is not None or self.acting.explicit_noise is not None
+    def _acts(self, observation: PyTorchObs, deterministic: bool) -> ExitStack:
+        """Activate the noise of a prediction, unless somebody has said what the rows see."""
+        stack = ExitStack()
+        if not self._said():
+            noise = self._acting_noise or self._prediction_noise(observation, deterministic)
+            stack.enter_context(self.perturbed_network.activate(noise))
+        return stack
 
     # ---- save and load ------------------------------------------------------------------------------------------
 
-    def get_extra_state(self) -> dict[str, Any]:
-        """
-        Give the noise state; torch puts it into ``state_dict``.
+    def _set_noise_seed(self, seed: int) -> None:
+        super()._set_noise_seed(seed)
+        self.learning.seed = seed
 
-        :return: Settings, seed, counters, noise scale and acting base, as plain Python values
+    def noise_state(self) -> dict[str, Any]:
         """
-        return {**super().get_extra_state(), "gradient_steps": self.learning.step, "acting_base": self._acting_base_key}
+        Take what a resumed training has to know, as plain values.
 
-    def set_extra_state(self, state: dict[str, Any]) -> None:
+        :return: As of every policy, and the number of gradient steps and the acting base
+        """
+        return {**super().noise_state(), "gradient_steps": self.learning.step, "acting_base": self._acting_base_key}
+
+    def set_noise_state(self, state: Mapping[str, Any]) -> None:
         """
         Continue from a saved noise state.
 
-        :param state: What :meth:`get_extra_state` gave
+        :param state: What :meth:`noise_state` gave
+        :raises NoiseStateError: If the weights saved with it mean something else under the settings of this policy
         """
-        super().set_extra_state(state)
-        self.learning.seed, self.learning.step = self._noise_seed, state["gradient_steps"]
-        self._acting_base_key = state.get("acting_base", self._base_key(0))
-        for net in self._noisy_nets():
-            net.noisy.redraw(self._acting_base_key)
+        super().set_noise_state(state)
+        self.learning.seed, self.learning.step = self._noise_seed, int(state["gradient_steps"])
+        self._acting_base_key = int(state.get("acting_base", self._base_key(0)))
+        if self.noise_settings.members is None:  # members' base is a weight, and loaded with the weights
+            for network in self._perturbed_networks():
+                network.redraw(self._acting_base_key)
 
-    def _own_network(self, parts: list[Any]) -> None:
-        """Let `perturbed(policy, keys)` be about what acts; other networks' layers may have the same numbers, on purpose."""
-        NoisyNetwork(self, parts)
+    def __getstate__(self) -> dict[str, Any]:
+        """
+        Keep in copies nothing of a step that goes on.
+
+        :return: Attributes
+        """
+        return {**self.__dict__, "_acting_noise": None}
+
+
+_KNOWN = ("net_arch", "activation_fn", "use_sde", "log_std_init", "use_expln", "clip_mean", "n_critics", "n_quantiles")

@@ -7,9 +7,12 @@ from typing import Any
 import torch as th
 from torch import nn
 
-from sb3_flipout.layers import NoisyNetwork, perturb
+from sb3_flipout.layers import attach, perturb
+from sb3_flipout.layers.network import flipout_layers
+from sb3_flipout.noise import RowNoise
 
-_NUMBERS = 1000  # the layers of the prior are numbered from here, apart from those of the learned network
+# The layers of the prior are numbered from here, apart from those of the learned network: the same keys give them other signs.
+FIRST_NUMBER = 1000
 
 
 class Prior(nn.Module):
@@ -23,73 +26,70 @@ class Prior(nn.Module):
     and Matas 2016): beta is in standard deviations of the members' values. Before that gradient step it is not divided.
     The noise scale multiplies what comes out, once, and not the weights of each layer: a scale of 0 gives mean weights.
 
+    Which functions these are is as much a part of the ensemble as its weights, so all of it is in the ``state_dict``.
+
     :param network: Value network of plain layers, which becomes the prior
     :param base_key: Key of its base perturbation
     """
 
+    unit: th.Tensor  # the root mean square, one number; NaN until it is measured
+
     def __init__(self, network: nn.Module, base_key: int) -> None:
         super().__init__()
         self.network = network
-        self.unit: float | None = None  # the root mean square; None until it is measured
-        perturb(network, base_key=base_key, family="gaussian", sigma_init=1.0, learn_sigma=False)
-        self._layers = NoisyNetwork(network).layers
-        for layer in self._layers:
-            layer.noise_index = _NUMBERS + (layer.noise_index or 0)
+        perturb(network, base_key=base_key, perturb_frozen=True, family="gaussian", sigma_init=1.0, learn_sigma=False)
+        layers = flipout_layers([network])
+        for layer in layers:
+            layer.noise_index = FIRST_NUMBER + (layer.noise_index or 0)
             layer.noise_scaled = False
             # A bias is the same in all states: where it outweighs the rest, a member prefers one action everywhere.
             bias_sigmas = [block.sigmas(layer)[1] for block in layer.blocks]
             for tensor in [*layer.means(), *(sigma for sigma in bias_sigmas if sigma is not None)]:
                 nn.init.zeros_(tensor)
-        self.redraw(base_key)
+        self.perturbed_network = attach(layers, of_policy=True)
+        self.perturbed_network.redraw(base_key)
+        for layer in layers:
+            layer.keep_base()
+        self.register_buffer("unit", th.tensor(float("nan"), device=layers[0].like.device, dtype=layers[0].like.dtype))
         self.requires_grad_(False)
+        self._known = False  # whether `unit` is, so that no device has to be asked for it again
 
-    def redraw(self, base_key: int) -> None:
+    def measure(self, obs: Any, noise: RowNoise) -> None:
         """
-        Draw the base perturbation of every layer.
-
-        :param base_key: Key of the base
-        """
-        for layer in self._layers:
-            layer.redraw(base_key)
-
-    def measure(self, obs: Any) -> None:
-        """
-        Fix the unit by the rows of a batch, under the keys that are active; later calls change nothing.
+        Fix the unit by the rows of a batch; later calls change nothing.
 
         :param obs: Observations, shape (N, ...)
+        :param noise: Which member each row is
         """
-        if self.unit is None:
-            with th.no_grad():
-                # 0 under mean weights, whose rows tell nothing: then the next batch is asked.
-                self.unit = self.network(obs).square().mean().sqrt().item() or None
+        if self._is_measured():
+            return
+        with th.no_grad():
+            size = self._values(obs, noise).square().mean().sqrt()
+            if bool(size > 0):  # 0 tells nothing: then the next batch is asked
+                self.unit.copy_(size)
 
-    def forward(self, obs: Any) -> th.Tensor:
+    def _is_measured(self) -> bool:
+        self._known = self._known or bool(th.isfinite(self.unit))
+        return self._known
+
+    def _values(self, obs: Any, noise: RowNoise) -> th.Tensor:
+        with th.no_grad(), self.perturbed_network.activate(noise):
+            values: th.Tensor = self.network(obs)
+        return values
+
+    def forward(self, obs: Any, noise: RowNoise) -> th.Tensor:
         """
-        Compute the prior of each row's member; without active noise, 0.
+        Compute the prior of each row's member.
 
         :param obs: Observations, shape (N, ...)
+        :param noise: Which member each row is, and its noise scale
         :return: What the network gives, in the prior's unit
         """
-        with th.no_grad():
-            values: th.Tensor = self.network(obs)
-        active = self._layers[0]._active
-        if active is None:
-            return values  # 0
-        scale = active[0].scale.to(values.dtype).view(-1, *[1] * (values.dim() - 1))
-        return scale * (values / (self.unit or 1.0))
+        values = self._values(obs, noise)
+        scale = noise.scale.to(values.dtype).view(-1, *[1] * (values.dim() - 1))
+        return scale * (values / self.unit) if self._is_measured() else scale * values
 
-    def get_extra_state(self) -> dict[str, float | None]:
-        """
-        Give the unit; torch puts it into ``state_dict``.
-
-        :return: Unit, as a plain Python value
-        """
-        return {"unit": self.unit}
-
-    def set_extra_state(self, state: dict[str, float | None]) -> None:
-        """
-        Continue with a saved unit.
-
-        :param state: What :meth:`get_extra_state` gave
-        """
-        self.unit = state["unit"]
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """Load the unit too, and ask for it again."""
+        super()._load_from_state_dict(*args, **kwargs)  # type: ignore[no-untyped-call]
+        self._known = False

@@ -1,127 +1,216 @@
-"""The noise settings of a policy: what the user writes into ``policy_kwargs``."""
+"""The noise settings of a policy: what the user writes into ``policy_kwargs``.
+
+One table per kind of policy, as a frozen dataclass; the constructors of policies have the same names and types, so that an
+editor shows them, and hand them over by :func:`settings_from`.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from numbers import Integral, Real
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, TypeVar, get_args
 
+from sb3_flipout.checks import check_choice, check_flag, check_integer, check_number, did_you_mean
 from sb3_flipout.layers import LayerNoise
-from sb3_flipout.layers.config import one_of
+from sb3_flipout.layers.convert import LAYERS
+from sb3_flipout.noise.schedule import SCHEDULES, scheduled_factor
 from sb3_flipout.noise.stream import check_resample
 
-PERTURB_CHOICES = ("policy", "heads", "linear", "hidden", "all")
+Perturb = Literal["policy", "heads", "all"]
+TargetNoise = Literal["independent", "same", "mean"]
+PERTURB_CHOICES: tuple[str, ...] = get_args(Perturb)
+TARGET_NOISE_CHOICES: tuple[str, ...] = get_args(TargetNoise)
+
+S = TypeVar("S", bound="NoiseSettings")
 
 
 @dataclass(frozen=True)
 class NoiseSettings:
     """
-    The noise settings of a policy, flat and plain so that YAML can say them; checked when made.
+    The noise settings of every policy, flat and plain so that YAML can say them; checked when made.
 
     :param family: How weights are perturbed: a name in ``sb3_flipout.noise.FAMILIES``
     :param sigma_init: Initial sigma in the family's unit; ``None`` for the default
     :param learn_sigma: Whether sigma is trained
     :param resample: How long an environment keeps its noise: ``"step"``, ``"episode"``, ``"rollout"``, or a number of steps
-    :param base_every: How often the base perturbation is redrawn, in rollouts; ``None`` for never
     :param noise_sharing: ``"flipout"``, ``"shared"`` or ``"independent"``
-    :param perturb: Which modules: ``"policy"`` (all that the action depends on), ``"heads"`` (its last layer),
-        ``"linear"`` (as ``"policy"``, linear layers alone), ``"hidden"`` (the hidden-to-hidden weights of the LSTM alone),
+    :param perturb: Which part of the network: ``"policy"`` (all that the action depends on), ``"heads"`` (its last layer) or
         ``"all"`` (values too)
+    :param layers: Which kinds of layer in it: ``"all"``, ``"linear"`` (linear layers alone, as NoisyNet) or ``"hidden"`` (the
+        hidden-to-hidden weights of LSTMs and GRUs alone)
+    :param skip: Names of modules to leave out, as in ``policy.named_modules()``; ``*`` stands for anything
+    :param perturb_frozen: Whether layers are perturbed whose weights do not learn (``requires_grad`` is False)
     :param init: ``"keep"`` SB3's initialisation, or ``"noisynet"``
-    :raises ValueError: If a value is unknown, out of range, or does not fit another one
+    :param schedule: How the noise falls over training: ``"constant"``, ``"linear"``, ``"cosine"`` or ``"exponential"``
+    :param schedule_end: What is left of the noise at the end of the schedule, as a share of the noise scale
+    :param schedule_fraction: Share of training over which it falls
+    :raises TypeError: If a value has a wrong type
+    :raises ValueError: If a value is unknown, out of range, does not fit another one, or would have no effect
     """
 
     family: str = "gaussian"
     sigma_init: float | None = None
     learn_sigma: bool = True
     resample: str | int = "step"
-    base_every: int | None = 1
     noise_sharing: str = "flipout"
     perturb: str = "policy"
+    layers: str = "all"
+    skip: str | Sequence[str] = ()
+    perturb_frozen: bool = False
     init: str = "keep"
+    schedule: str = "constant"
+    schedule_end: float | None = None
+    schedule_fraction: float | None = None
 
     def __post_init__(self) -> None:
-        # Plain Python numbers: the settings are saved with the model, and torch loads no others.
-        _plain(self, "sigma_init", Real, float)
-        for name in ("resample", "base_every"):
-            _plain(self, name, Integral, int)
-        self.layer_noise()
-        check_resample(self.resample)
-        one_of("perturb", self.perturb, PERTURB_CHOICES)
-        number = isinstance(self.base_every, int) and not isinstance(self.base_every, bool) and self.base_every >= 1
-        if self.base_every is not None and not number:
-            raise ValueError(f"base_every must be an integer >= 1, or None for never, got {self.base_every!r}.")
+        noise = self.layer_noise()
+        self._set(**{field.name: getattr(noise, field.name) for field in fields(LayerNoise)})
+        self._set(
+            resample=check_resample(self.resample),
+            perturb=check_choice("perturb", self.perturb, PERTURB_CHOICES, _moved_hint("perturb", self.perturb)),
+            layers=check_choice("layers", self.layers, LAYERS),
+            skip=(str(self.skip),) if isinstance(self.skip, str) else tuple(map(str, self.skip)),
+            perturb_frozen=check_flag("perturb_frozen", self.perturb_frozen),
+        )
+        self._check_schedule()
+
+    def _set(self, **values: Any) -> None:
+        """Put plain values in the place of what came: they are saved with the model."""
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+    def _check_schedule(self) -> None:
+        self._set(schedule=check_choice("schedule", self.schedule, SCHEDULES))
+        if self.schedule_end is not None:
+            exponential = self.schedule == "exponential"
+            hint = 'schedule="exponential" never reaches 0; end at a small share, 0.01 say.' if exponential else ""
+            self._set(schedule_end=check_number("schedule_end", self.schedule_end, 0.0, hint=hint, above=exponential))
+        if self.schedule_fraction is not None:
+            self._set(schedule_fraction=check_number("schedule_fraction", self.schedule_fraction, 0.0, 1.0, above=True))
+        if self.schedule == "constant":
+            for name in ("schedule_end", "schedule_fraction"):
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f'{name}={getattr(self, name)!r} has no effect with schedule="constant"; give schedule="linear", or '
+                        f"leave {name} out."
+                    )
 
     def layer_noise(self) -> LayerNoise:
         """
-        Give the part of the settings that concerns layers.
+        Take the part of the settings that concerns layers.
 
         :return: How each layer is perturbed
         """
-        names = [field.name for field in fields(LayerNoise)]
-        return LayerNoise(**{name: getattr(self, name) for name in names})
+        return LayerNoise(**{field.name: getattr(self, field.name) for field in fields(LayerNoise)})
+
+    def factor_at(self, progress: float) -> float:
+        """
+        Compute what the schedule multiplies the noise scale by.
+
+        :param progress: Share of training that is done, from 0 to 1
+        :return: Factor
+        """
+        end = self.schedule_end if self.schedule_end is not None else 0.01 if self.schedule == "exponential" else 0.0
+        fraction = 0.5 if self.schedule_fraction is None else self.schedule_fraction
+        return scheduled_factor(self.schedule, 1.0, end, fraction, progress)
+
+    #: Settings that two policies must have in common for the weights of one to mean the same in the other.
+    SHAPING: ClassVar[tuple[str, ...]] = ("perturb", "layers", "skip", "perturb_frozen")
+
+    def unlike(self, saved: Mapping[str, Any]) -> list[str]:
+        """
+        Compare with saved settings, as far as weights depend on them.
+
+        :param saved: Settings by name
+        :return: What differs, in words; nothing where the saved weights fit
+        """
+        own_sigma, own_init = self.layer_noise().spec.sigma, {name: getattr(self, name) for name in self.SHAPING}
+        found = [
+            f"{name}: saved {saved[name]!r}, here {value!r}"
+            for name, value in own_init.items()
+            if name in saved and _plain(saved[name]) != _plain(value)
+        ]
+        family = saved.get("family", self.family)
+        if LayerNoise(family).spec.sigma != own_sigma:
+            found.append(f"family: saved {family!r}, here {self.family!r}")
+        return found
 
 
-def _plain(settings: object, name: str, kind: type, plain: type) -> None:
-    """Turn a number of numpy's into one of Python's; what is no such number stays, for the checks to refuse."""
-    value = getattr(settings, name)
-    if isinstance(value, kind) and not isinstance(value, bool):
-        object.__setattr__(settings, name, plain(value))
+@dataclass(frozen=True)
+class OnPolicySettings(NoiseSettings):
+    """
+    The settings of policies that learn from rollouts; arguments as in :class:`NoiseSettings`, and
 
+    :param base_every_rollouts: How often the base perturbation is redrawn, in rollouts; ``None`` for never; by default at the
+        start of each rollout
+    """
 
-TARGET_NOISE_CHOICES = ("independent", "same", "mean")
+    base_every_rollouts: int | None | Literal["default"] = "default"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.base_every_rollouts == "default":
+            self._set(base_every_rollouts=1 if self.layer_noise().draws_base else None)
+        else:
+            self._set(base_every_rollouts=_checked_period("base_every_rollouts", self.base_every_rollouts, self.layer_noise()))
+        if self.noise_sharing == "shared" and self.resample != "rollout":
+            raise ValueError(
+                f'noise_sharing="shared" with resample={self.resample!r} could not be replayed: the shared draw is the base '
+                'perturbation, which must hold from a rollout to the end of its update. Use resample="rollout", or '
+                'noise_sharing="flipout", whose rows differ by their keys.'
+            )
 
 
 @dataclass(frozen=True)
 class LearningSettings(NoiseSettings):
     """
-    The settings of policies that learn from replayed transitions: those of every policy, and the noise of gradient steps.
+    The settings of policies that learn from replayed transitions; arguments as in :class:`NoiseSettings`, and
 
-    :param resample: As above; by default ``"episode"`` with members and for actors, else ``"step"``
-    :param base_every: How often the acting base is redrawn, in collection steps; ``None`` for never
+    :param resample: As there; by default ``"episode"`` with members and for actors, else ``"step"``
+    :param base_every_steps: How often the acting base is redrawn, in collection steps; ``None`` for never
     :param target_noise: Noise of the networks in the target: ``"independent"`` of the online ones (NoisyNet's rule, and the
         default of value-based policies), the ``"same"`` (the default with members: each learns from its own target), or
         ``"mean"`` weights (the default of actors)
     :param members: Number K of keys that exist; the base is frozen then, so each key is a member of an implicit ensemble.
         ``None``: no end of keys
-    :raises ValueError: If a value is unknown, out of range, or does not fit another one
     """
 
     resample: str | int | None = None  # type: ignore[assignment]
-    base_every: int | None = None
+    base_every_steps: int | None = None
     target_noise: str | None = None
     members: int | None = None
 
     #: Without members.
-    _default_resample: ClassVar[str] = "step"
-    _default_target_noise: ClassVar[str] = "independent"
+    _DEFAULT_RESAMPLE: ClassVar[str] = "step"
+    _DEFAULT_TARGET_NOISE: ClassVar[str] = "independent"
+    SHAPING = (*NoiseSettings.SHAPING, "members")
 
     def __post_init__(self) -> None:
-        _plain(self, "members", Integral, int)
+        if self.members is not None:
+            hint = "Use None for no ensemble."
+            self._set(members=check_integer("members", self.members, 2, hint=hint))
         ensemble = self.members is not None
         if self.resample is None:
-            object.__setattr__(self, "resample", "episode" if ensemble else self._default_resample)
+            self._set(resample="episode" if ensemble else self._DEFAULT_RESAMPLE)
         if self.target_noise is None:
-            object.__setattr__(self, "target_noise", "same" if ensemble else self._default_target_noise)
+            self._set(target_noise="same" if ensemble else self._DEFAULT_TARGET_NOISE)
         super().__post_init__()
-        one_of("target_noise", self.target_noise, TARGET_NOISE_CHOICES)
+        self._set(target_noise=check_choice("target_noise", self.target_noise, TARGET_NOISE_CHOICES))
         if ensemble:
             self._check_members()
+        elif self.base_every_steps is not None:
+            self._set(base_every_steps=_checked_period("base_every_steps", self.base_every_steps, self.layer_noise()))
 
     def _check_members(self) -> None:
-        if not isinstance(self.members, int) or isinstance(self.members, bool) or self.members < 2:
-            raise ValueError(f"members must be an integer >= 2, or None for no ensemble, got {self.members!r}.")
         if self.noise_sharing == "shared":
             raise ValueError(
                 f'members={self.members} does not fit noise_sharing="shared", where all rows see the same weights. Use '
                 '"flipout", whose rows each pick a member.'
             )
-        if self.base_every is not None:
+        if self.base_every_steps is not None:
             raise ValueError(
-                f"members={self.members} does not fit base_every={self.base_every}: a member is a key under one frozen base. "
-                "Leave base_every out."
+                f"members={self.members} does not fit base_every_steps={self.base_every_steps}: a member is a key under one "
+                "frozen base. Leave base_every_steps out."
             )
 
 
@@ -135,51 +224,97 @@ class ActorSettings(LearningSettings):
     """
 
     #: Without members.
-    _default_resample: ClassVar[str] = "episode"
-    _default_target_noise: ClassVar[str] = "mean"
+    _DEFAULT_RESAMPLE: ClassVar[str] = "episode"
+    _DEFAULT_TARGET_NOISE: ClassVar[str] = "mean"
 
 
 @dataclass(frozen=True)
 class ValueSettings(LearningSettings):
     """
-    The settings of value-based policies: those of learning from replayed transitions, and the members' prior.
+    The settings of value-based policies; arguments as in :class:`LearningSettings`, and
 
     :param prior_scale: Scale of the frozen random prior that is added to each member's values (Osband et al. 2018);
         0 for none
-    :raises ValueError: If a value is unknown, out of range, or does not fit another one
     """
 
     prior_scale: float = 0.0
 
     def __post_init__(self) -> None:
-        _plain(self, "prior_scale", Real, float)
         super().__post_init__()
-        number = isinstance(self.prior_scale, (int, float)) and not isinstance(self.prior_scale, bool)
-        if not (number and math.isfinite(self.prior_scale) and self.prior_scale >= 0):
-            raise ValueError(f"prior_scale must be a finite number >= 0, got {self.prior_scale!r}; use 0.0 for no prior.")
+        self._set(prior_scale=check_number("prior_scale", self.prior_scale, 0.0, hint="Use 0.0 for no prior."))
         if self.prior_scale > 0 and self.members is None:
             raise ValueError(
                 f"prior_scale={self.prior_scale} needs members: a prior belongs to a member. Give members=10, say."
             )
 
+    def unlike(self, saved: Mapping[str, Any]) -> list[str]:
+        """
+        Compare with saved settings, as far as weights depend on them.
 
-#: What looks like a setting of any policy and is none.
+        :param saved: Settings by name
+        :return: What differs, in words
+        """
+        found = super().unlike(saved)
+        if bool(saved.get("prior_scale", self.prior_scale)) != bool(self.prior_scale):
+            found.append(f"prior_scale: saved {saved['prior_scale']!r}, here {self.prior_scale!r}")
+        return found
+
+
+def _plain(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _checked_period(name: str, every: Any, noise: LayerNoise) -> int | None:
+    if every is None:
+        return None
+    number = check_integer(name, every, 1, hint="Use None for never.")
+    if not noise.draws_base:
+        raise ValueError(
+            f"{name}={number} has no effect with family={noise.family!r} and noise_sharing={noise.noise_sharing!r}, where rows "
+            f"share no base draw. Leave {name} out."
+        )
+    return number
+
+
+#: What was a choice of another setting in 0.1.0, and what says it now.
+_MOVED = {"linear": 'perturb="policy", layers="linear"', "hidden": 'perturb="policy", layers="hidden"'}
+
+
+def _moved_hint(name: str, value: Any) -> str:
+    known = isinstance(value, str) and value in _MOVED
+    return f"Which kinds of layer is a setting of its own: {_MOVED[value]}." if known else ""
+
+
+#: What looks like a setting of any policy and is none of it.
 _ELSEWHERE = {
-    "noise_scale": "is set on the policy: model.policy.noise_scale = ...",
-    "noise_ladder": "is set on the policy: model.policy.noise_ladder = (...)",
+    "noise_scale": "is set on the policy: sb3_flipout.flipout_policy(model).noise_scale = ...",
+    "noise_ladder": "is set on the policy: sb3_flipout.flipout_policy(model).noise_ladder = (...)",
     "members": "is for algorithms with a replay buffer",
     "target_noise": "is for algorithms with a replay buffer",
     "prior_scale": "is for DQN and QRDQN",
+    "base_every": "is base_every_rollouts for PPO and its kin, base_every_steps for algorithms with a replay buffer",
+    "base_every_rollouts": "is for PPO and its kin; algorithms with a replay buffer have base_every_steps",
+    "base_every_steps": "is for algorithms with a replay buffer; PPO and its kin have base_every_rollouts",
 }
 
 
-def refuse_misplaced(kwargs: Mapping[str, Any]) -> None:
+def settings_from(kind: type[S], kwargs: dict[str, Any], known: Sequence[str]) -> S:
     """
-    Refuse settings that belong elsewhere.
+    Take the noise settings out of the keyword arguments of a policy.
 
-    :param kwargs: What is left of ``policy_kwargs`` for SB3's policy
-    :raises TypeError: If one of them is known to be no setting of this policy
+    :param kind: Table of settings
+    :param kwargs: Keyword arguments; those that are settings are taken out
+    :param known: Names of the arguments of SB3's policy, for suggestions
+    :return: The settings, checked
+    :raises TypeError: If an argument is no setting of this policy, or a value has a wrong type
+    :raises ValueError: If a value is unknown, out of range or unfit
     """
-    for name, where in _ELSEWHERE.items():
-        if name in kwargs:
-            raise TypeError(f"policy_kwargs={{{name!r}: {kwargs[name]!r}}} is no setting of this policy: {name} {where}.")
+    names = [field.name for field in fields(kind)]
+    given = {name: kwargs.pop(name) for name in names if name in kwargs}
+    for name, value in kwargs.items():
+        if name in _ELSEWHERE:
+            raise TypeError(f"policy_kwargs={{{name!r}: {value!r}}} is no setting of this policy: {name} {_ELSEWHERE[name]}.")
+        near = did_you_mean(name, names)
+        if near and name not in known:
+            raise TypeError(f"policy_kwargs={{{name!r}: {value!r}}} is no argument of this policy.{near}")
+    return kind(**given)

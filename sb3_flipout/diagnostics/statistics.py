@@ -1,7 +1,8 @@
-"""What :class:`~sb3_flipout.callbacks.MonitorNoise` measures: the numbers behind the tags of docs/logged_values.md."""
+"""What :class:`~sb3_flipout.diagnostics.MonitorNoise` measures: the numbers behind the tags of docs/logged_values.md."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -11,21 +12,16 @@ import torch as th
 from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import nn
 
-from sb3_flipout.callbacks.views import ActionView, action_view, stacked
-from sb3_flipout.diagnostics import (
-    base_kept,
-    divergence,
-    entropy_split,
-    noise_share,
-    pairwise_disagreement,
-    row_correlation,
-    sigmas,
-    signal_to_noise,
-)
-from sb3_flipout.layers import FlipoutLayer, NoisyNetwork, perturbed
+from sb3_flipout.diagnostics.actions import divergence, entropy_split, pairwise_disagreement
+from sb3_flipout.diagnostics.distances import disagreement, rms_distance
+from sb3_flipout.diagnostics.gradients import base_kept, row_correlation
+from sb3_flipout.diagnostics.outputs import noise_share
+from sb3_flipout.diagnostics.views import ActionView, action_view, stacked
+from sb3_flipout.diagnostics.weights import sigmas, signal_to_noise
+from sb3_flipout.layers import FlipoutLayer, perturbed
 from sb3_flipout.noise import RowNoise, fold, fold_in
 from sb3_flipout.noise.stream import restrict
-from sb3_flipout.policies.base import FlipoutPolicy, n_rows
+from sb3_flipout.policies.base import FlipoutPolicyMixin, n_rows
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
@@ -59,15 +55,15 @@ def thinned(values: th.Tensor, limit: int = _WEIGHTS) -> th.Tensor:
     return values[..., :: -(-values.shape[-1] // limit)] if values.shape[-1] > limit else values
 
 
-def noisy_layers(policy: FlipoutPolicy) -> dict[str, FlipoutLayer]:
+def noisy_layers(policy: FlipoutPolicyMixin) -> dict[str, FlipoutLayer]:
     """
-    Give the layers that make the actions noisy, by their names; without the members' prior, which is not learned.
+    List the layers that make the actions noisy, by their names; without the members' prior, which is not learned.
 
     :param policy: Flipout policy
     :return: Perturbed layers by their names in ``policy.named_modules()``
     """
-    acting = set(NoisyNetwork.of(policy).layers)
-    return {name: layer for name, layer in policy.named_modules() if layer in acting and not name.startswith("prior.")}
+    acting = {id(layer) for layer in policy.perturbed_network.layers}
+    return {name: layer for name, layer in policy.named_modules() if isinstance(layer, FlipoutLayer) and id(layer) in acting}
 
 
 @contextmanager
@@ -85,20 +81,22 @@ def _quietly(policy: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _recorded(layers: Mapping[str, FlipoutLayer], into: dict[str, list[th.Tensor]]) -> Iterator[None]:
-    """Record the outputs of layers; not of LSTMs, which a recurrent policy does not call as modules."""
+    """Record the outputs of layers, as far as they are one tensor with one row each: not of recurrent layers, nor nested ones."""
 
     def hook(name: str) -> Any:
-        return lambda _layer, _inputs, output: into.setdefault(name, []).append(thinned(output.flatten(1), _UNITS))
+        def record(_layer: nn.Module, _inputs: Any, output: Any) -> None:
+            if isinstance(output, th.Tensor) and not output.is_nested and output.dim() > 1:
+                into.setdefault(name, []).append(thinned(output.flatten(1), _UNITS))
+
+        return record
 
     with ExitStack() as stack:
         for name, layer in layers.items():
-            if isinstance(layer, nn.LSTM):
-                continue
             stack.callback(layer.register_forward_hook(hook(name)).remove)
         yield
 
 
-def draw(policy: FlipoutPolicy, obs: PyTorchObs, draws: int, seed: int) -> Draws:
+def draw(policy: FlipoutPolicyMixin, obs: PyTorchObs, draws: int, seed: int) -> Draws:
     """
     See what a policy does with observations under draws of its noise: fresh keys, and a fresh base where it moves in training.
 
@@ -108,9 +106,9 @@ def draw(policy: FlipoutPolicy, obs: PyTorchObs, draws: int, seed: int) -> Draws
     :param seed: Seed of the keys, which training never sees
     :return: What it did
     """
-    settings, network, n = policy.noise_settings, NoisyNetwork.of(policy), n_rows(obs)
-    base_moves = settings.base_every is not None or settings.noise_sharing == "shared"
-    members, scales = getattr(settings, "members", None), _row_scales(policy, n)
+    settings, network, n = policy.noise_settings, policy.perturbed_network, n_rows(obs)
+    base_moves = settings.noise_sharing == "shared" or policy.redraws_base
+    members, scales = policy.members, _row_scales(policy, n)
     with _quietly(policy):
         with perturbed(policy, None):
             found = Draws(action_view(policy, obs))
@@ -124,10 +122,10 @@ def draw(policy: FlipoutPolicy, obs: PyTorchObs, draws: int, seed: int) -> Draws
     return found
 
 
-def _row_scales(policy: FlipoutPolicy, n: int) -> th.Tensor:
+def _row_scales(policy: FlipoutPolicyMixin, n: int) -> th.Tensor:
     """Noise scales of N rows; the rungs of a ladder in turn, so that each environment's has its share."""
     rungs = th.tensor(policy.noise_ladder or (1.0,), device=policy.device)
-    return policy.noise_scale * rungs.repeat(-(-n // len(rungs)))[:n]
+    return policy.effective_scale * rungs.repeat(-(-n // len(rungs)))[:n]
 
 
 def weight_statistics(layers: Mapping[str, FlipoutLayer], scale: float) -> dict[str, float]:
@@ -166,9 +164,10 @@ def action_statistics(found: Draws) -> dict[str, float]:
     :return: Numbers by tag
     """
     outputs = th.stack([view.outputs for view in found.views])
-    choices = th.stack([view.choice for view in found.views])
-    numbers = {"noise/output_share": noise_share(outputs), **_distance(found.mean, choices)}
-    numbers |= {f"noise/{name}/output_share": noise_share(th.stack(layer)) for name, layer in found.layers.items()}
+    numbers = {"noise/output_share": noise_share(outputs), **_distance(found)}
+    # A layer that is called in some draws only, or with another number of rows each time, has no share.
+    regular = {name: layer for name, layer in found.layers.items() if len({one.shape for one in layer}) == 1}
+    numbers |= {f"noise/{name}/output_share": noise_share(th.stack(layer)) for name, layer in regular.items()}
     varies = (outputs != outputs[:1]).any(0).all(0)  # in every row, by entry: others have no correlation
     if bool(varies.any()):
         numbers["noise/correlation"] = row_correlation(outputs[..., varies]).value
@@ -182,11 +181,12 @@ def action_statistics(found: Draws) -> dict[str, float]:
     return numbers
 
 
-def _distance(mean: ActionView, choices: th.Tensor) -> dict[str, float]:
-    if mean.discrete:
-        differ = (choices != mean.choice).reshape(*choices.shape[:2], -1).any(-1)
-        return {"noise/disagreement": float(differ.double().mean())}
-    return {"noise/action_distance": float((choices - mean.choice).double().square().mean().sqrt())}
+def _distance(found: Draws) -> dict[str, float]:
+    if found.mean.discrete:
+        shares = [disagreement(found.mean, view) for view in found.views]
+        return {"noise/disagreement": sum(shares) / len(shares)}
+    squares = [rms_distance(found.mean, view) ** 2 for view in found.views]
+    return {"noise/action_distance": math.sqrt(sum(squares) / len(squares))}
 
 
 def has_members(policy: Any) -> bool:
@@ -196,7 +196,7 @@ def has_members(policy: Any) -> bool:
     :param policy: Flipout policy
     :return: Whether it has ``member_values``
     """
-    return getattr(policy.noise_settings, "members", None) is not None and hasattr(policy, "member_values")
+    return policy.members is not None and hasattr(policy, "member_values")
 
 
 def member_statistics(policy: Any, obs: PyTorchObs) -> dict[str, float]:
@@ -222,7 +222,7 @@ def member_statistics(policy: Any, obs: PyTorchObs) -> dict[str, float]:
 
 def histograms(layers: Mapping[str, FlipoutLayer], scale: float) -> dict[str, th.Tensor]:
     """
-    Give what histograms show: sigma and the logarithm of signal-to-noise, weight by weight.
+    Compute what histograms show: sigma and the logarithm of signal-to-noise, weight by weight.
 
     :param layers: Perturbed layers by name
     :param scale: Noise scale c

@@ -7,6 +7,7 @@ costs 12 bytes per transition: an int64 key and a float32 scale.
 
 from __future__ import annotations
 
+import dataclasses
 from functools import cache
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 import torch as th
 from stable_baselines3.common.buffers import RolloutBuffer
 
-from sb3_flipout.noise import RowNoise, noise_of, with_noise
+from sb3_flipout.noise import NoiseOwner, RowNoise, noise_of, with_noise
 
 
 class KeyedBufferMixin(RolloutBuffer):
@@ -23,6 +24,7 @@ class KeyedBufferMixin(RolloutBuffer):
     noise_keys: np.ndarray  # (n_steps, n_envs) int64
     noise_scales: np.ndarray  # (n_steps, n_envs) float32
     _noise: RowNoise | None
+    _owner: NoiseOwner | None = None  # whose noise it is
 
     def reset(self) -> None:
         """Empty the buffer."""
@@ -47,10 +49,11 @@ class KeyedBufferMixin(RolloutBuffer):
         noise = noise_of(args[5] if len(args) > 5 else kwargs["log_prob"])
         if noise is None:
             raise ValueError(
-                "the rollout buffer got a transition whose log_prob carries no noise keys, so the update could not replay it; "
-                "collect with policy(obs), neither inside perturbed(policy, None) nor with a policy replaced since."
+                "the rollout buffer got a transition whose log_prob carries no noise keys, so the update could not replay it. "
+                "Hand it the very log-probabilities that policy(obs) gave: operations on them lose the keys. Collect neither "
+                "inside perturbed(policy, None) nor with a policy replaced since."
             )
-        position = self.pos
+        self._owner, position = noise.owner, self.pos
         self.noise_keys[position] = noise.keys.cpu().numpy()
         self.noise_scales[position] = noise.scale.cpu().numpy()
         super().add(*args, **kwargs)
@@ -71,22 +74,40 @@ class KeyedBufferMixin(RolloutBuffer):
                 th.as_tensor(np.pad(self.swap_and_flatten(array)[:, 0], (1, 0)), device=self.device)
                 for array in (self.noise_keys, self.noise_scales)
             )
-            self._noise = RowNoise(keys, scales)
+            self._noise = RowNoise(keys, scales, self._owner)
         return self._noise
 
-    def _get_samples(self, batch_inds: np.ndarray, *args: Any, **kwargs: Any) -> Any:
-        samples = super()._get_samples(batch_inds, *args, **kwargs)
+    def row_noise(self, batch_inds: np.ndarray) -> RowNoise:
+        """
+        Look up the noise of some transitions, for a ``get`` of your own: hang it on what you yield with ``with_noise``.
+
+        :param batch_inds: Places in the flattened buffer, as ``_get_samples`` takes them
+        :return: Noise of these transitions
+        """
         # Recurrent buffers have just bound the method that pads the sequences of this batch. It pads with zeros, and row 0
         # is there for them: key 0 at scale 0.
         pad = getattr(self, "pad_and_flatten", None)
-        rows = batch_inds + 1 if pad is None else pad(batch_inds + 1)
-        return samples._replace(observations=with_noise(samples.observations, self._rollout_noise()[rows]))
+        return self._rollout_noise()[batch_inds + 1 if pad is None else pad(batch_inds + 1)]
+
+    def _get_samples(self, batch_inds: np.ndarray, *args: Any, **kwargs: Any) -> Any:
+        samples = super()._get_samples(batch_inds, *args, **kwargs)
+        return _with_observations(samples, with_noise(samples.observations, self.row_noise(batch_inds)))
+
+
+def _with_observations(samples: Any, observations: Any) -> Any:
+    """The same samples with other observations, whether they are a named tuple, as SB3's, or a dataclass."""
+    if hasattr(samples, "_replace"):
+        return samples._replace(observations=observations)
+    if dataclasses.is_dataclass(samples) and not isinstance(samples, type):
+        return dataclasses.replace(samples, observations=observations)
+    samples.observations = observations
+    return samples
 
 
 @cache
 def keyed(buffer_class: type[RolloutBuffer]) -> type[RolloutBuffer]:
     """
-    Make the key-storing version of a rollout buffer class.
+    Derive the key-storing version of a rollout buffer class.
 
     :param buffer_class: Stock class, or a user's subclass of one
     :return: Subclass that stores and returns the noise; a class that does so already is returned as it is

@@ -1,4 +1,4 @@
-"""Do the mean weights lag behind the sampled ones? What :class:`~sb3_flipout.callbacks.NoiseEvalCallback` decides it by."""
+"""Do the mean weights lag behind the sampled ones? What :class:`~sb3_flipout.diagnostics.NoiseEvalCallback` decides it by."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _LEAST_SHARE = 0.1  # of episodes
 
 def mean_lags(mean: Sequence[float], sampled: Sequence[float]) -> bool:
     """
-    Decide whether mean weights lag on average, by the first rule in :class:`~sb3_flipout.callbacks.NoiseEvalCallback`.
+    Decide whether mean weights lag on average, by the first rule in :class:`~sb3_flipout.diagnostics.NoiseEvalCallback`.
 
     :param mean: Mean returns of the mean weights, evaluation by evaluation, 10 at most
     :param sampled: Those of sampled weights

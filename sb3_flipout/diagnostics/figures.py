@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from sb3_flipout.callbacks.statistics import QUANTILES, thinned
+from sb3_flipout.diagnostics.statistics import QUANTILES, thinned
 from sb3_flipout.layers import FlipoutLayer
 from sb3_flipout.layers.functional import fan_in
 

@@ -1,4 +1,4 @@
-"""What an LSTM's rows see at each step: where sequences lie, padded or packed, and one weight under the active noise."""
+"""What the rows of a recurrent layer see at each step: where sequences lie, padded or packed, and one weight under the active noise."""
 
 from __future__ import annotations
 
@@ -14,11 +14,20 @@ from sb3_flipout.layers.block import Pair
 linear = nn.functional.linear
 
 
-def check_rows(rows: int, sequences: int, elements: int, given: str) -> None:
-    """Refuse noise that is neither held over the sequences nor given for each of their steps."""
+def check_rows(layer: str, rows: int, sequences: int, elements: int, given: str) -> None:
+    """
+    Refuse noise that is neither held over the sequences nor given for each of their steps.
+
+    :param layer: Name of the layer
+    :param rows: Rows that have noise
+    :param sequences: Number of sequences
+    :param elements: Their steps, all together
+    :param given: What was given, in words
+    :raises ValueError: If neither fits
+    """
     if rows not in (sequences, elements):
         raise ValueError(
-            f"FlipoutLSTM got {given} and keys for {rows} rows; give one key per sequence ({sequences}), held over its "
+            f"{layer} got {given} and keys for {rows} rows; give one key per sequence ({sequences}), held over its "
             f"steps, or one per sequence and step ({elements})."
         )
 
@@ -42,8 +51,8 @@ class Steps(Protocol):
 class Padded:
     """Sequences of one length T, as (T, N, ...)."""
 
-    def __init__(self, steps: int, sequences: int, rows: int, batch_first: bool) -> None:
-        check_rows(rows, sequences, steps * sequences, f"{sequences} sequences of {steps} steps")
+    def __init__(self, layer: str, steps: int, sequences: int, rows: int, batch_first: bool) -> None:
+        check_rows(layer, rows, sequences, steps * sequences, f"{sequences} sequences of {steps} steps")
         self.steps, self.sequences, self.held, self.batch_first = steps, sequences, rows == sequences, batch_first
 
     def split(self, x: th.Tensor) -> Sequence[th.Tensor]:
@@ -66,8 +75,8 @@ class Padded:
 class Packed:
     """Sequences of several lengths, one after the other step by step, as (elements, ...); the longest come first."""
 
-    def __init__(self, sizes: Sequence[int], order: th.Tensor | None, rows: int) -> None:
-        check_rows(rows, sizes[0], sum(sizes), f"{sizes[0]} packed sequences of {sum(sizes)} steps in all")
+    def __init__(self, layer: str, sizes: Sequence[int], order: th.Tensor | None, rows: int) -> None:
+        check_rows(layer, rows, sizes[0], sum(sizes), f"{sizes[0]} packed sequences of {sum(sizes)} steps in all")
         self.sizes, self.held, self.order = list(sizes), rows == sizes[0], order
 
     def split(self, x: th.Tensor) -> Sequence[th.Tensor]:
@@ -88,7 +97,7 @@ class Packed:
 
 
 class Projection:
-    """One weight of an LSTM without noise: from inputs, or from hidden states, to the gates."""
+    """One weight of a recurrent layer without noise: from inputs, or from hidden states, to the gates."""
 
     def __init__(self, mean: Pair) -> None:
         self.weight, self.bias = mean
@@ -100,6 +109,11 @@ class Projection:
     def step(self, gates: th.Tensor, h: th.Tensor, t: int) -> th.Tensor:
         """Apply to the hidden states of one step, without the mean bias, and add to the gates."""
         return th.addmm(gates, h, self.weight.t())
+
+    def alone(self, h: th.Tensor, t: int) -> th.Tensor:
+        """Apply to the hidden states of one step, with the mean bias."""
+        bias = h.new_zeros(()) if self.bias is None else self.bias
+        return self.step(bias.expand(len(h), len(self.weight)), h, t)
 
     def _with(self, bias: th.Tensor | None) -> th.Tensor | None:
         return bias if self.bias is None else self.bias if bias is None else self.bias + bias
@@ -141,6 +155,9 @@ class RowProjection(Projection):
 
     def step(self, gates: th.Tensor, h: th.Tensor, t: int) -> th.Tensor:
         return gates + self._apply(h, t)
+
+    def alone(self, h: th.Tensor, t: int) -> th.Tensor:
+        return self._apply(h, t)
 
     def _apply(self, x: th.Tensor, t: int) -> th.Tensor:
         return functional.linear_per_row(x, self._weights[t], None if self._biases is None else self._biases[t])

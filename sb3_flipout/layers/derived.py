@@ -1,0 +1,152 @@
+"""Which class a plain layer becomes, and classes derived from users' own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch as th
+from torch import nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.nn.utils.spectral_norm import SpectralNorm
+
+from sb3_flipout.layers.attention import (
+    FlipoutMultiheadAttention,
+    FlipoutTransformerEncoder,
+    FlipoutTransformerEncoderLayer,
+)
+from sb3_flipout.layers.base import FlipoutLayer
+from sb3_flipout.layers.conv import (
+    FlipoutConv1d,
+    FlipoutConv2d,
+    FlipoutConv3d,
+    FlipoutConvTranspose1d,
+    FlipoutConvTranspose2d,
+    FlipoutConvTranspose3d,
+)
+from sb3_flipout.layers.embedding import FlipoutEmbedding
+from sb3_flipout.layers.linear import FlipoutLinear
+from sb3_flipout.layers.recurrent import FlipoutGRU, FlipoutGRUCell, FlipoutLSTM
+
+#: Which torch.nn class becomes which perturbed class.
+PERTURBED_CLASSES: dict[type[nn.Module], type[FlipoutLayer]] = {
+    perturbed_class.PLAIN: perturbed_class
+    for perturbed_class in (
+        FlipoutLinear,
+        FlipoutConv1d,
+        FlipoutConv2d,
+        FlipoutConv3d,
+        FlipoutConvTranspose1d,
+        FlipoutConvTranspose2d,
+        FlipoutConvTranspose3d,
+        FlipoutEmbedding,
+        FlipoutMultiheadAttention,
+        FlipoutLSTM,
+        FlipoutGRU,
+        FlipoutGRUCell,
+    )
+}
+
+#: Parents whose fused path reads the weights of their children, and what they become when a child is perturbed.
+BYPASSING_PARENTS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.TransformerEncoderLayer: FlipoutTransformerEncoderLayer,
+    nn.TransformerEncoder: FlipoutTransformerEncoder,
+}
+
+# What a subclass may not have changed, or its weights would be used in another way than ours.
+_WAYS_TO_USE_WEIGHTS = ("forward", "__call__", "_conv_forward", "_output_padding")
+
+# By plain class: classes made at run time, so that equal layers have one class.
+_DERIVED: dict[type[nn.Module], type[FlipoutLayer]] = {}
+
+
+def perturbed_class(layer: nn.Module) -> type[FlipoutLayer] | None:
+    """
+    Choose what a plain layer becomes.
+
+    A subclass of a known class that uses its weights as its parent does, a parametrised layer for example, becomes a class
+    derived from both.
+
+    :param layer: Plain layer
+    :return: Perturbed class; ``None`` if it has none
+    """
+    kind = type(layer)
+    if kind in PERTURBED_CLASSES:
+        return PERTURBED_CLASSES[kind]
+    known = _known_base(kind)
+    return None if known is None else _derived(kind, PERTURBED_CLASSES[known])
+
+
+def _known_base(kind: type[nn.Module]) -> type[nn.Module] | None:
+    """The known class whose use of weights a subclass has left alone."""
+    for base in PERTURBED_CLASSES:
+        if issubclass(kind, base) and not issubclass(kind, FlipoutLayer):
+            same = all(getattr(kind, way, None) is getattr(base, way, None) for way in _WAYS_TO_USE_WEIGHTS)
+            return base if same else None
+    return None
+
+
+def _derived(kind: type[nn.Module], flipout: type[FlipoutLayer]) -> type[FlipoutLayer]:
+    if kind not in _DERIVED:
+        members = {"DERIVED_FROM": (kind,), "__module__": __name__, "__doc__": f"{kind.__name__} with perturbed weights."}
+        _DERIVED[kind] = type(f"Flipout{kind.__name__}", (flipout, kind), members)
+    return _DERIVED[kind]
+
+
+def empty_derived(kind: type[nn.Module]) -> nn.Module:
+    """
+    Make an empty layer of a derived class, for pickles to fill.
+
+    :param kind: The user's class that it was derived from
+    :return: Layer without attributes
+    """
+    known = _known_base(kind)
+    assert known is not None, "it was derived once"
+    derived = _derived(kind, PERTURBED_CLASSES[known])
+    return derived.__new__(derived)
+
+
+def plain_class(layer: nn.Module) -> type[nn.Module] | None:
+    """
+    Find what a perturbed layer, or a parent of some, was before.
+
+    :param layer: Layer
+    :return: Plain class; ``None`` if it is plain
+    """
+    kind = type(layer)
+    derived_from = vars(kind).get("DERIVED_FROM")
+    if derived_from is not None:
+        plain: type[nn.Module] = derived_from[0]
+        return plain
+    if kind in PERTURBED_CLASSES.values():
+        assert isinstance(layer, FlipoutLayer), "the table holds perturbed classes"
+        return layer.PLAIN
+    return next((before for before, after in BYPASSING_PARENTS.items() if after is kind), None)
+
+
+def why_plain(layer: nn.Module) -> str | None:
+    """
+    Say why a layer with weights stays plain.
+
+    :param layer: Plain layer
+    :return: The reason; ``None`` if it can be perturbed
+    """
+    flipout = perturbed_class(layer)
+    if flipout is None:
+        known = next((base for base in PERTURBED_CLASSES if isinstance(layer, base)), None)
+        return "has no perturbed version" if known is None else f"uses its weights in its own way, not as {known.__name__}"
+    if any(th.nn.parameter.is_lazy(parameter) for parameter in layer.parameters(recurse=False)):
+        return "has no weights yet; run the network once before it is perturbed"
+    if _normalises_by_iteration(layer):
+        return "has another weight after each pass in training mode (spectral norm)"
+    return flipout.why_not(layer)
+
+
+def _normalises_by_iteration(layer: nn.Module) -> bool:
+    hooks: Any = layer._forward_pre_hooks.values()
+    if any(isinstance(hook, SpectralNorm) for hook in hooks):
+        return True
+    if not parametrize.is_parametrized(layer):
+        return False
+    parametrizations: Any = layer.parametrizations
+    return any(isinstance(step, _SpectralNorm) for of_weight in parametrizations.values() for step in of_weight)

@@ -1,0 +1,240 @@
+"""Policies for DQN (QRDQN stands on them): explore by weight noise alone, or by an implicit ensemble whose members have priors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3 import DQN
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
+from stable_baselines3.dqn.policies import CnnPolicy, DQNPolicy, MultiInputPolicy
+from torch import nn
+
+from sb3_flipout.layers import attach
+from sb3_flipout.layers.config import Init
+from sb3_flipout.layers.convert import Layers
+from sb3_flipout.layers.network import flipout_layers
+from sb3_flipout.noise import RowNoise, Stream, fold
+from sb3_flipout.noise.families import FamilyName, NoiseSharing
+from sb3_flipout.noise.schedule import Schedule as NoiseSchedule
+from sb3_flipout.noise.stream import Resample
+from sb3_flipout.policies.base import FlipoutPolicyMixin, n_rows
+from sb3_flipout.policies.learning import LearningValueNetwork, LearnsUnderNoise, Role, learns_under_noise
+from sb3_flipout.policies.off_policy import OffPolicyMixin
+from sb3_flipout.policies.prior import Prior
+from sb3_flipout.policies.settings import Perturb, TargetNoise, ValueSettings
+
+
+class ValueMixin(OffPolicyMixin):
+    """
+    Mixin that gives a value-based policy its noise.
+
+    A network of your own (dueling heads, action masks) is given as SB3 has it: a policy whose ``make_q_net`` returns it. Put the
+    flipout class before that policy, ``class Mine(FlipoutDQNPolicy, MyPolicy)``, or override ``make_q_net`` in a subclass.
+
+    :param observation_space: Observation space
+    :param action_space: Action space, Discrete
+    :param lr_schedule: Learning rate schedule
+    :param args: Further arguments of SB3's policy
+    :param family: How weights are perturbed: ``"gaussian"``, ``"factorised"``, ``"multiplicative"``, ``"dropconnect"`` or
+        ``"isotropic"``
+    :param sigma_init: Initial sigma in the family's unit (1/sqrt(fan_in), or relative to the mean weights); ``None``: 0.5
+    :param learn_sigma: Whether sigma is trained
+    :param resample: How long an environment keeps its noise: ``"step"``, ``"episode"``, ``"rollout"``, or a number of steps;
+        by default ``"step"``, with members ``"episode"``
+    :param base_every_steps: How often the acting base is redrawn, in collection steps; ``None`` for never
+    :param noise_sharing: ``"flipout"``, ``"shared"`` or ``"independent"``
+    :param perturb: Which part of the network: ``"policy"`` and ``"all"`` (all of it) or ``"heads"``
+    :param layers: Which kinds of layer in it: ``"all"``, ``"linear"`` (as NoisyNet) or ``"hidden"``
+    :param skip: Names of modules to leave out, as in ``policy.named_modules()``; ``*`` stands for anything
+    :param perturb_frozen: Whether layers are perturbed whose weights do not learn
+    :param init: ``"keep"`` SB3's initialisation, or ``"noisynet"``
+    :param schedule: How the noise falls over training: ``"constant"``, ``"linear"``, ``"cosine"`` or ``"exponential"``
+    :param schedule_end: What is left of the noise at the end of the schedule, as a share of the noise scale; default 0
+    :param schedule_fraction: Share of training over which it falls; default 0.5
+    :param target_noise: Noise of the target network: ``"independent"`` (NoisyNet's rule, the default), the ``"same"`` (the
+        default with members), or ``"mean"`` weights
+    :param members: Number K of members of an implicit ensemble; ``None``: no ensemble
+    :param prior_scale: Scale of the members' frozen random priors; 0 for none
+    :param kwargs: Further keyword arguments of SB3's policy
+    :raises TypeError: If an argument is unknown, or a value has a wrong type
+    :raises ValueError: If a noise setting is unknown, out of range or unfit
+    """
+
+    noise_settings: ValueSettings
+    online_name: ClassVar[str]
+
+    def __init__(
+        self,
+        observation_space: spaces.Space[Any],
+        action_space: Any,
+        lr_schedule: Schedule,
+        *args: Any,
+        family: FamilyName = "gaussian",
+        sigma_init: float | None = None,
+        learn_sigma: bool = True,
+        resample: Resample | int | None = None,
+        base_every_steps: int | None = None,
+        noise_sharing: NoiseSharing = "flipout",
+        perturb: Perturb = "policy",
+        layers: Layers = "all",
+        skip: str | Sequence[str] = (),
+        perturb_frozen: bool = False,
+        init: Init = "keep",
+        schedule: NoiseSchedule = "constant",
+        schedule_end: float | None = None,
+        schedule_fraction: float | None = None,
+        target_noise: TargetNoise | None = None,
+        members: int | None = None,
+        prior_scale: float = 0.0,
+        **kwargs: Any,
+    ) -> None:
+        noise: dict[str, Any] = dict(family=family, sigma_init=sigma_init, learn_sigma=learn_sigma, resample=resample)
+        noise |= dict(base_every_steps=base_every_steps, noise_sharing=noise_sharing, perturb=perturb, layers=layers)
+        noise |= dict(skip=skip, perturb_frozen=perturb_frozen, init=init)
+        noise |= dict(schedule=schedule, schedule_end=schedule_end, schedule_fraction=schedule_fraction)
+        noise |= dict(target_noise=target_noise, members=members, prior_scale=prior_scale)
+        self._init_off_policy(ValueSettings, noise, (observation_space, action_space), lr_schedule, args, kwargs)
+
+    def _make_noisy(self, lr_schedule: Schedule) -> None:
+        for role, net in ((Role.ONLINE, self.online), (Role.TARGET, self.target)):
+            self._perturb([self._head(net) if self.noise_settings.perturb == "heads" else net])
+            network = attach(flipout_layers([net]), of_policy=True)
+            learns_under_noise(net, LearningValueNetwork).join_noise(network, self.learning, role)
+            if self.noise_settings.members is not None:
+                for layer in network.layers:
+                    layer.keep_base()
+        self.target.load_state_dict(self.online.state_dict())  # as SB3 does; `init` may have drawn
+        self.perturbed_network = self.online.perturbed_network
+        self._find_layouts(self.perturbed_network, self.online)
+        for layer, model in zip(self.target.perturbed_network.layers, self.perturbed_network.layers, strict=True):
+            layer.row_layout = model.row_layout
+        self._add_prior()
+        self.optimizer = self._make_optimizer(self.online.parameters(), lr_schedule)
+
+    @property
+    def online(self) -> LearningValueNetwork:
+        """The network that acts and learns."""
+        return getattr(self, self.online_name)
+
+    @property
+    def target(self) -> LearningValueNetwork:
+        """The target network."""
+        return getattr(self, f"{self.online_name}_target")
+
+    @property
+    def step_optimizer(self) -> th.optim.Optimizer:
+        """The optimizer whose step ends a gradient step."""
+        return self.optimizer
+
+    def _acting_network(self) -> nn.Module:
+        return self.online
+
+    def _learning_networks(self) -> list[LearnsUnderNoise]:
+        return [self.online, self.target]
+
+    def _head(self, net: nn.Module) -> nn.Module:
+        return [module for module in net.modules() if isinstance(module, nn.Linear)][-1]
+
+    def _add_prior(self) -> None:
+        """Add a frozen random function per member to the values of both networks."""
+        if self.noise_settings.prior_scale == 0:
+            return
+        with th.random.fork_rng(devices=[]):
+            self.prior = Prior(self._make_value_net(), fold(self._noise_seed, Stream.PRIOR))
+        for net in (self.online, self.target):
+            net.prior = (self.prior, float(self.noise_settings.prior_scale))
+
+    def _make_value_net(self) -> nn.Module:
+        """Make one more network of the same form."""
+        make: Any = getattr(self, f"make_{self.online_name}")
+        net: nn.Module = make()
+        return net
+
+    # ---- predictions --------------------------------------------------------------------------------------------
+
+    def _predict(self, observation: PyTorchObs, deterministic: bool = True) -> th.Tensor:
+        votes = deterministic and self._acting_noise is None and self.noise_settings.members is not None
+        if votes and not self._said():
+            return self._vote(observation)
+        with self._acts(observation, deterministic):
+            return self.online._predict(observation, deterministic=True)
+
+    def _vote(self, observation: PyTorchObs) -> th.Tensor:
+        """Action that most members prefer; among equals, the one with the larger mean value."""
+        values = self.member_values(observation)
+        votes = nn.functional.one_hot(values.argmax(dim=2), values.shape[2]).sum(dim=0)
+        mean = values.mean(dim=0)
+        ranks = mean.argsort(dim=1).argsort(dim=1)
+        return (votes * values.shape[2] + ranks).argmax(dim=1)
+
+    def member_values(self, observation: PyTorchObs | np.ndarray | dict[str, np.ndarray]) -> th.Tensor:
+        """
+        Compute the values of all members, in one pass: look at their spread for the ensemble's uncertainty.
+
+        :param observation: N observations, as arrays or tensors
+        :return: Values, shape (K, N, n_actions); means over quantiles for QRDQN
+        :raises ValueError: If the policy has no members
+        """
+        members = self.noise_settings.members
+        if members is None:
+            raise ValueError("member_values needs an ensemble, this policy has members=None; give members=10, say.")
+        tensors: Any = observation if isinstance(observation, th.Tensor) else self._as_tensors(observation)
+        n = n_rows(tensors)
+        repeated = (
+            {name: value.repeat(members, *[1] * (value.dim() - 1)) for name, value in tensors.items()}
+            if isinstance(tensors, dict)
+            else tensors.repeat(members, *[1] * (tensors.dim() - 1))
+        )
+        keys = th.arange(members, device=self.device).repeat_interleave(n)
+        with th.no_grad(), self.perturbed_network.activate(RowNoise(keys, self.effective_scale)):
+            values = self.online(repeated)
+        values = values.mean(dim=1) if values.dim() == 3 else values
+        return values.view(members, n, -1)
+
+    def _as_tensors(self, observation: Any) -> Any:
+        if isinstance(observation, dict) and all(isinstance(value, th.Tensor) for value in observation.values()):
+            return observation
+        return self.obs_to_tensor(observation)[0]
+
+    # ---- save, load, compare ------------------------------------------------------------------------------------
+
+    @staticmethod
+    def outputs_of(policy: Any, obs: Any) -> list[th.Tensor]:
+        """
+        Compute what a policy of this kind says, plain or not.
+
+        :param policy: Policy
+        :param obs: Observations, as tensors
+        :return: Values, or quantiles
+        """
+        net: Any = next(getattr(policy, name) for name in ("q_net", "quantile_net") if hasattr(policy, name))
+        return [net(obs)]
+
+
+class FlipoutDQNPolicy(ValueMixin, DQNPolicy):
+    """``"FlipoutMlpPolicy"`` of DQN; arguments as in :class:`ValueMixin`."""
+
+    online_name = "q_net"
+
+
+class FlipoutDQNCnnPolicy(FlipoutDQNPolicy, CnnPolicy):
+    """``"FlipoutCnnPolicy"`` of DQN; arguments as in :class:`ValueMixin`."""
+
+
+class FlipoutDQNMultiInputPolicy(FlipoutDQNPolicy, MultiInputPolicy):
+    """``"FlipoutMultiInputPolicy"`` of DQN; arguments as in :class:`ValueMixin`."""
+
+
+#: The names of these policies, by algorithm.
+ALIASES: Mapping[type[BaseAlgorithm], dict[str, type[FlipoutPolicyMixin]]] = {
+    DQN: {
+        "FlipoutMlpPolicy": FlipoutDQNPolicy,
+        "FlipoutCnnPolicy": FlipoutDQNCnnPolicy,
+        "FlipoutMultiInputPolicy": FlipoutDQNMultiInputPolicy,
+    }
+}

@@ -1,0 +1,116 @@
+"""A guard against noise that is lost silently: are the layers called that are perturbed, and by both sides?
+
+A parent can read a layer's weights and never call it, always or in one mode only (a fused kernel in evaluation). Then its rows
+do not see the noise they are said to see. So in the first collection and the first update it is noted which layers were called
+under noise; those that were not called by both are named in an error.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from sb3_flipout.layers import FlipoutLayer, PerturbedNetwork
+
+_REMEDY = (
+    "Their weights are read by a module that does not call them, so their noise is lost there. Leave them out: "
+    "policy_kwargs=dict(skip={names!r}); or call the layers themselves in its forward."
+)
+
+
+class VisitGuard:
+    """Notes which layers the first collection and the first update call under noise."""
+
+    def __init__(self) -> None:
+        self.collected: set[int] | None = None
+        self.done = False
+
+    def __reduce__(self) -> Any:
+        return VisitGuard, ()
+
+    @contextmanager
+    def collection(self, policy: nn.Module, network: PerturbedNetwork) -> Iterator[None]:
+        """
+        Note what is called while a rollout, or a step of one, is collected.
+
+        :param policy: Policy
+        :param network: The network of its layers that act
+        :return: Context manager
+        """
+        if self.done or self.collected or _is_compiled(policy):
+            yield
+            return
+        network.visited = set()
+        try:
+            yield
+        finally:
+            self.collected, network.visited = network.visited or None, None
+
+    @contextmanager
+    def update(
+        self, policy: nn.Module, network: PerturbedNetwork, acting: nn.Module | None = None
+    ) -> Iterator[None]:
+        """
+        Note what is called in a batch of an update, and compare it with what was called in collection.
+
+        :param policy: Policy
+        :param network: The network of its layers that act
+        :param acting: What of the policy acts, if not all of that network: critics are not called in collection
+        :return: Context manager
+        :raises ValueError: If one called layers that the other did not
+        """
+        if self.done or self.collected is None or network.visited is not None:
+            yield
+            return
+        network.visited = set()
+        try:
+            yield
+            seen = network.visited
+        finally:
+            network.visited = None
+        inside = set(map(id, (acting or policy).modules()))
+        expected = {slot for slot, layer in enumerate(network.layers) if id(layer) in inside}
+        if seen & expected:
+            self.done = True
+            self._compare(policy, network, seen & expected, expected)
+
+    def _compare(self, policy: nn.Module, network: PerturbedNetwork, seen: set[int], expected: set[int]) -> None:
+        assert self.collected is not None, "update asks for it"
+        names = {id(layer): name for name, layer in policy.named_modules()}
+        differing = [names.get(id(network.layers[slot]), "?") for slot in sorted(self.collected ^ seen)]
+        if differing:
+            raise ValueError(
+                f"the perturbed layers {', '.join(differing)} were called in the first collection or in the first update, and not "
+                f"in both, so the update would learn under other weights than those that acted. {_REMEDY.format(names=differing)}"
+            )
+        self._silent = {
+            names.get(id(network.layers[slot]), "?"): network.layers[slot] for slot in sorted(expected - self.collected)
+        }
+
+    def check_silent(self) -> None:
+        """
+        Look, after the first update, whether layers that nobody called have learned: then their weights are read elsewhere.
+
+        :raises ValueError: If they have
+        """
+        silent: Mapping[str, FlipoutLayer] = self.__dict__.pop("_silent", {})
+        read = [name for name, layer in silent.items() if any(mean.grad is not None for mean in layer.means())]
+        if read:
+            raise ValueError(
+                f"the perturbed layers {', '.join(read)} learn, and were never called. {_REMEDY.format(names=read)}"
+            )
+        if silent:
+            warnings.warn(
+                f"the perturbed layers {', '.join(silent)} are never called: nothing explores through them. To say that this is "
+                f"as it should be, leave them out: policy_kwargs=dict(skip={sorted(silent)!r}).",
+                stacklevel=2,
+            )
+
+
+def _is_compiled(policy: nn.Module) -> bool:
+    """Whether a part of a policy is compiled: what it calls cannot be noted."""
+    return any(hasattr(module, "_orig_mod") for module in policy.modules())

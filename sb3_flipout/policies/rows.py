@@ -1,0 +1,80 @@
+"""Where the rows of a batch lie in what the layers of a policy get: found out once, when the policy is built."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch as th
+from stable_baselines3.common.policies import BasePolicy
+from torch import nn
+
+from sb3_flipout.layers import FlipoutLayer
+from sb3_flipout.layers.row_layout import PROBED_ROWS, find_layouts
+
+_TRIES = 3  # sets of observations: units that are dead for one may live for another
+
+
+def give_layouts(layers: Mapping[str, FlipoutLayer], run: Callable[[Any], Any], policy: BasePolicy) -> None:
+    """
+    Find out where the rows of a batch lie in the inputs of layers, and tell the layers.
+
+    :param layers: Layers by their names in the policy
+    :param run: Runs on a batch of observations what calls the layers
+    :param policy: The policy, in which nothing changes
+    :raises ValueError: If what a layer gets has no rows of the batch
+    """
+    modes = [(module, module.training) for module in policy.modules()]
+    policy.eval()
+    try:
+        with th.no_grad(), th.random.fork_rng(devices=[]):
+            found = _found(layers, run, policy)
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    for name, layout in found.items():
+        if layout is None:
+            raise ValueError(
+                f"{name} ({type(layers[name]).__name__}) gets an input in which it cannot be told which entry belongs to which "
+                "row of the batch: it mixes rows, or is the same for all of them. So no row could have weights of its own there. "
+                f"Leave the module out: policy_kwargs=dict(skip=[{name!r}])."
+            )
+        layers[name].row_layout = layout
+
+
+def _found(layers: Mapping[str, FlipoutLayer], run: Callable[[Any], Any], policy: BasePolicy) -> dict[str, Any]:
+    """Layouts of the layers that are called. What some observations do not show, others may."""
+    space = copy.deepcopy(policy.observation_space)  # whose generator is not to move
+    space.seed(0)
+    found: dict[str, Any] = {}
+    for _ in range(_TRIES):
+        rows = [space.sample() for _ in range(2 * PROBED_ROWS)]
+        try:
+            new = find_layouts(
+                layers,
+                lambda batch: run(policy.obs_to_tensor(_stacked(batch))[0]),
+                rows[:PROBED_ROWS],
+                lambda batch, row: [*batch[:row], rows[PROBED_ROWS + row], *batch[row + 1 :]],
+                _batch_dimension,
+            )
+        except Exception:  # noqa: BLE001 - a network that cannot take such a batch is taken as it is: rows first
+            return {}
+        found = {name: new.get(name) or found.get(name) for name in {**found, **new}}
+        if all(layout is not None for layout in found.values()):
+            break
+    return found
+
+
+def _stacked(rows: list[Any]) -> Any:
+    if isinstance(rows[0], dict):
+        return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+    return np.stack(rows)
+
+
+def _batch_dimension(layer: nn.Module, x: th.Tensor) -> int:
+    """The dimension that torch calls the batch's."""
+    if isinstance(layer, (nn.RNNBase, nn.MultiheadAttention)) and x.dim() == 3:
+        return 0 if layer.batch_first else 1
+    return 0
