@@ -100,7 +100,7 @@ def memory(network: Network, prior_scale: float) -> tuple[tuple[int, int], tuple
     """Numbers held by the networks and by Adam: of flipout, and of twenty networks."""
     obs = network.sample(K)
     ours, stock = network.flipout(prior_scale), network.stock()
-    with ours.online.noisy.activate(RowNoise(th.arange(K))):
+    with ours.online.perturbed_network.activate(RowNoise(th.arange(K))):
         own_adam = adam_numbers(ours, ours.online(obs))
     priors = numbers(stock.q_net) if prior_scale else 0
     theirs = (K * (numbers(stock) + priors), K * adam_numbers(stock, stock.q_net(obs)))
@@ -131,7 +131,7 @@ def flipout_arms(network: Network, prior_scale: float, obs: th.Tensor, members: 
     held, scale = RowNoise(members), th.ones(len(members))
 
     def act(noise: RowNoise) -> th.Tensor:
-        with policy.online.noisy.activate(noise):
+        with policy.online.perturbed_network.activate(noise):
             return policy.online(obs).argmax(dim=1)
 
     def drawn() -> th.Tensor:

@@ -54,7 +54,7 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "flipout-episode": ("FlipoutMlpPolicy", dict(sigma_init=0.5, resample="episode")),
     "flipout-rollout": ("FlipoutMlpPolicy", dict(sigma_init=0.5, resample="rollout")),
     "flipout-heads": ("FlipoutMlpPolicy", dict(sigma_init=0.5, perturb="heads")),
-    "flipout-fixed-base": ("FlipoutMlpPolicy", dict(sigma_init=0.5, base_every=None)),
+    "flipout-fixed-base": ("FlipoutMlpPolicy", dict(sigma_init=0.5, base_every_rollouts=None)),
     "flipout-fixed-sigma": ("FlipoutMlpPolicy", dict(sigma_init=0.5, learn_sigma=False)),
     "flipout-multiplicative": ("FlipoutMlpPolicy", dict(sigma_init=0.5, family="multiplicative")),
 }

@@ -8,7 +8,7 @@ step for four agent steps) with a small buffer. Each arm first trains untimed un
 
 - stock: "CnnPolicy" with epsilon 0.01, so that it hardly ever saves itself the forward pass
 - stock, fused Adam: the same with torch's fused Adam, which the flipout policies ask for where sigma is learned
-- linear: "FlipoutCnnPolicy", perturb="linear" (convolutions without noise, as in NoisyNet) and epsilon 0
+- linear: "FlipoutCnnPolicy", layers="linear" (convolutions without noise, as in NoisyNet) and epsilon 0
 - all: the same with perturb="all"
 - the same two with family="factorised", which needs no base draw and multiplies nothing by sigma
 
@@ -64,9 +64,9 @@ def _flipout(**policy_kwargs: Any) -> dict[str, Any]:
 ARMS: dict[str, dict[str, Any]] = {
     "stock": _stock(),
     "stock, fused Adam": _stock(optimizer_kwargs=dict(fused=True)),
-    "linear": _flipout(perturb="linear"),
+    "linear": _flipout(layers="linear"),
     "all": _flipout(perturb="all"),
-    "linear, factorised": _flipout(perturb="linear", family="factorised"),
+    "linear, factorised": _flipout(layers="linear", family="factorised"),
     "all, factorised": _flipout(perturb="all", family="factorised"),
 }
 

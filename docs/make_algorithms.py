@@ -9,8 +9,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sb3_flipout.policies import FlipoutPolicy, NoiseSettings
-from sb3_flipout.policies.actor_critic import ActorNoise
+from sb3_flipout.policies import FlipoutPolicyMixin, NoiseSettings
+from sb3_flipout.policies.sac_td3 import ActorNoise
 from sb3_flipout.registration import ALIASES
 
 PAGE = Path(__file__).parent / "algorithms.md"
@@ -37,10 +37,10 @@ FACTS: dict[str, Facts] = {
         f"{_EXACTLY}, over whole sequences",
         _MEAN,
     ),
-    "OnPolicyNoise": Facts(
+    "OnPolicyMixin": Facts(
         "extractor, hidden layers of the policy, action layer", "hidden layers of the values, value layer", _EXACTLY, _MEAN
     ),
-    "ValueNoise": Facts("the whole value network, and its target", "the same", _FRESH, f"{_MEAN}; with `members` their vote"),
+    "ValueMixin": Facts("the whole value network, and its target", "the same", _FRESH, f"{_MEAN}; with `members` their vote"),
     "ActorNoise": Facts("the whole actor", "the critics", _FRESH, _MEAN),
 }
 
@@ -69,7 +69,7 @@ Settings beside those of every policy ([settings](settings.md)):
 """
 
 
-def facts_of(policy_class: type[FlipoutPolicy]) -> Facts:
+def facts_of(policy_class: type[FlipoutPolicyMixin]) -> Facts:
     """Give the facts of a policy class; an actor-critic says itself which targets it has."""
     facts = next(FACTS[base.__name__] for base in policy_class.__mro__ if base.__name__ in FACTS)
     followed = {name for _, name in getattr(policy_class, "targets", ())}
@@ -78,7 +78,7 @@ def facts_of(policy_class: type[FlipoutPolicy]) -> Facts:
     return facts._replace(perturbed=perturbed, all=more)
 
 
-def own_settings(policy_class: type[FlipoutPolicy]) -> list[str]:
+def own_settings(policy_class: type[FlipoutPolicyMixin]) -> list[str]:
     """Name the settings that not every policy has."""
     settings: Any = getattr(policy_class, "settings_class", NoiseSettings)
     common = {field.name for field in fields(NoiseSettings)}

@@ -72,7 +72,7 @@ def pong(n_envs: int, seed: int, **wrapper_kwargs: bool) -> VecEnv:
 
 def train(out: Path, minutes: float, steps: int, seed: int) -> DQN:
     """Train until the time is over or the steps are done, and save the model."""
-    policy_kwargs = dict(perturb="linear")  # convolutions stay without noise, as in NoisyNet
+    policy_kwargs = dict(layers="linear")  # convolutions stay without noise, as in NoisyNet
     model = DQN(
         "FlipoutCnnPolicy",
         pong(N_ENVS, seed),

@@ -72,11 +72,16 @@ def factors(key: int, layer: int, vector: int, n: int, kind: str) -> list[float]
     return [factor for word in _words(key, layer, vector, math.ceil(n / per_word)) for factor in cut(word)][:n]
 
 
-@cache
-def base_table(law: str, size: int) -> th.Tensor:
-    """The table that bases are slices of."""
-    normal = th.randn(size, generator=th.Generator().manual_seed(0x5B3F11))
-    return normal if law == "normal" else th.tensor([-1.0, 1.0])[(normal >= 0).long()]
+BASE_SEED = 0x5B3F11
+
+
+def base_elements(law: str, start: int, n: int) -> th.Tensor:
+    """Elements of the table that bases are slices of: number e is a piece of what the seed has in word e // pieces."""
+    per_word, cut = CUTS["sign" if law == "sign" else "normal"]
+    first, last = start // per_word, (start + n - 1) // per_word
+    words = [splitmix64(splitmix64(BASE_SEED, word), BASE_SEED) for word in range(first, last + 1)]
+    flat = [piece for word in words for piece in cut(word)]
+    return th.tensor(flat[start - first * per_word :][:n])
 
 
 def base(layer: Any) -> tuple[th.Tensor | None, th.Tensor | None]:
@@ -89,7 +94,7 @@ def base(layer: Any) -> tuple[th.Tensor | None, th.Tensor | None]:
     while size < 4 * (n_weight + n_bias):
         size *= 2
     start = fold(layer.base_key, layer.noise_index) % (size - (n_weight + n_bias) + 1)
-    flat = base_table(law, size)[start:].to(layer.weight.dtype)
+    flat = base_elements(law, start, n_weight + n_bias).to(layer.weight.dtype)
     bias = None if layer.bias is None else flat[n_weight : n_weight + n_bias]
     return flat[:n_weight].view(layer.weight.shape), bias
 

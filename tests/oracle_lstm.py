@@ -34,7 +34,7 @@ def base(layer: Any) -> dict[str, th.Tensor]:
     at = oracle.fold(layer.base_key, layer.noise_index) % (size - n + 1)
     found = {}
     for name, shape in shapes.items():
-        found[name] = oracle.base_table(law, size)[at : at + shape.numel()].view(shape).double()
+        found[name] = oracle.base_elements(law, at, shape.numel()).view(shape).double()
         at += shape.numel()
     return found
 

@@ -117,7 +117,7 @@ def test_imports_go_inward(path: Path) -> None:
         ("noise.keys", "from sb3_flipout import layers", 1),
         ("envs.chain", "import torch", 1),
         ("envs.chain", "from sb3_flipout.noise import fold", 1),
-        ("policies.base", "from sb3_flipout.rollout import Buffer", 1),
+        ("policies.base", "from sb3_flipout.buffers import Buffer", 1),
         ("policies.base", "from sb3_flipout.callbacks import C", 1),
         ("policies.base", "from sb3_flipout.layers import perturb", 0),
         ("callbacks.noise", "from sb3_flipout.policies.base import Noisy", 0),

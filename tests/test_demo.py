@@ -16,7 +16,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from sb3_flipout.policies import FlipoutPolicy
+from sb3_flipout.policies import FlipoutPolicyMixin
 
 DEMO = Path(__file__).parent.parent / "examples" / "demo.py"
 
@@ -51,11 +51,11 @@ def test_evaluations_end_at_the_threshold(demo: tuple[Path, str], name: str) -> 
 @pytest.mark.slow
 def test_model_loads_and_plays_with_mean_weights(demo: tuple[Path, str]) -> None:
     model = PPO.load(demo[0] / "demo_output" / "flipout_ppo_cartpole.zip", device="cpu")
-    assert isinstance(model.policy, FlipoutPolicy)
+    assert isinstance(model.policy, FlipoutPolicyMixin)
     score, _ = evaluate_policy(model, make_vec_env("CartPole-v1", n_envs=5, seed=7), n_eval_episodes=10)
     assert score > 300  # other episodes than those that stopped the training
     stock = PPO.load(demo[0] / "demo_output" / "stock_ppo_cartpole.zip", device="cpu")
-    assert not isinstance(stock.policy, FlipoutPolicy)
+    assert not isinstance(stock.policy, FlipoutPolicyMixin)
 
 
 @pytest.mark.slow

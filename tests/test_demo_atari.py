@@ -15,7 +15,7 @@ from stable_baselines3 import DQN
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from sb3_flipout.layers import FlipoutLayer
-from sb3_flipout.policies import FlipoutPolicy
+from sb3_flipout.policies import FlipoutPolicyMixin
 
 DEMO = Path(__file__).parent.parent / "examples" / "demo_atari.py"
 
@@ -41,7 +41,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 def test_model_loads_and_has_learned(demo: tuple[Path, str]) -> None:
     path = demo[0] / "demo_output" / "atari" / "flipout_dqn_pong.zip"
     model = DQN.load(path, device="cpu", custom_objects={"buffer_size": 1})
-    assert isinstance(model.policy, FlipoutPolicy)
+    assert isinstance(model.policy, FlipoutPolicyMixin)
     assert model.policy.noise_settings.perturb == "linear"
     assert model.num_timesteps == 1200
     assert model.policy.learning.step == 2 * (1200 - 1000) // 8

@@ -101,14 +101,14 @@ def test_the_variance_error_is_that_of_a_normal_sample() -> None:
 def test_the_network_stays_as_it_was() -> None:
     layer, data = linear("flipout"), coins(3, 0)
     layer.redraw(17)
-    before, generator_before = layer.weight_base, th.get_rng_state()
+    before, generator_before = layer.bases()[1]["weight_base"], th.get_rng_state()
     first = gradient_variance(layer, square_loss, data, 4)
     assert gradient_variance(layer, square_loss, data, 4) == first
     assert gradient_variance(layer, square_loss, data, 4, seed=1) != first
     perturbed_outputs(layer, data[0], 2)
     with pytest.raises(RuntimeError, match="boom"):
         gradient_variance(layer, lambda network, batch: _boom(), data, 4)
-    assert before is not None and layer.weight_base is not None and th.equal(layer.weight_base, before)
+    assert before is not None and layer.bases()[1]["weight_base"] is not None and th.equal(layer.bases()[1]["weight_base"], before)
     assert layer.base_key == 17 and all(parameter.grad is None for parameter in layer.parameters())
     assert th.equal(th.get_rng_state(), generator_before)
 

@@ -9,7 +9,7 @@ import pytest
 from stable_baselines3 import DQN
 
 from sb3_flipout.envs import Chain, DeepSea
-from sb3_flipout.policies.value_based import ValueNoise
+from sb3_flipout.policies.dqn import ValueMixin
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
@@ -151,7 +151,7 @@ def test_every_arm_trains_with_what_the_table_says(tiny, arm, n_envs):
     model = exploration_training.build(Run("tiny", arm, n_envs, 0, 6))
     model.learn(60)
     assert model._n_updates > 0 and model.gradient_steps == (1 if n_envs == 1 else -1)
-    noisy = isinstance(model.policy, ValueNoise)
+    noisy = isinstance(model.policy, ValueMixin)
     assert noisy is (arm != "epsilon") and (model.exploration_rate > 0) is (arm == "epsilon")
     if noisy:
         s = model.policy.noise_settings

@@ -84,8 +84,8 @@ def test_bases_are_bound_again_and_not_drawn() -> None:
     layer.bind((99, [th.ones(5, 6), th.ones(5)]))
     with base_kept(layer):
         redraw(layer, 3)
-        assert not th.equal(layer.weight_base, th.ones(5, 6))
-    assert th.equal(layer.weight_base, th.ones(5, 6)) and th.equal(layer.bias_base, th.ones(5)) and layer.base_key == 99
+        assert not th.equal(layer.bases()[1]["weight_base"], th.ones(5, 6))
+    assert th.equal(layer.bases()[1]["weight_base"], th.ones(5, 6)) and th.equal(layer.bases()[1]["bias_base"], th.ones(5)) and layer.base_key == 99
 
 
 # ---- outputs --------------------------------------------------------------------------------------------------------

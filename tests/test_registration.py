@@ -16,7 +16,7 @@ import sb3_flipout
 import sb3_flipout.policies
 from sb3_flipout.policies import FlipoutActorCriticPolicy
 from sb3_flipout.registration import ALIASES
-from sb3_flipout.rollout import KeyedBufferMixin, keyed
+from sb3_flipout.buffers import KeyedBufferMixin, keyed
 
 METHODS = ("_setup_model", "collect_rollouts", "train", "_update_info_buffer", "_setup_learn")
 
@@ -207,7 +207,7 @@ def test_unfit_buffer_class_is_refused_with_the_remedy(bad):
         (dict(family="dropconnect", sigma_init=0.1), "does not fit family='dropconnect'"),
         (dict(noise_sharing="shared"), 'Use resample="rollout"'),
         (dict(perturb="value"), "perturb must be one of 'policy', 'heads', 'linear', 'hidden', 'all'"),
-        (dict(base_every=0), "base_every must be an integer >= 1"),
+        (dict(base_every_rollouts=0), "base_every must be an integer >= 1"),
         (dict(init="zeros"), "init must be one of 'keep', 'noisynet'"),
     ],
 )

@@ -54,7 +54,7 @@ SETUPS = {
     "cartpole": Setup(
         lambda: make_vec_env("CartPole-v1", n_envs=N_ENVS, seed=0),
         "FlipoutMlpPolicy",
-        dict(net_arch=[16], base_every=7),
+        dict(net_arch=[16], base_every_steps=7),
         dict(batch_size=8, buffer_size=20_000, learning_starts=40, gradient_steps=2),
         save_every=150,
         kill_at=620,
@@ -63,7 +63,7 @@ SETUPS = {
     "pong": Setup(  # 2,500 steps of four frames each before it is killed
         lambda: VecFrameStack(make_atari_env(atari_id("PongNoFrameskip-v4"), n_envs=N_ENVS, seed=0), 4),
         "FlipoutCnnPolicy",
-        dict(perturb="linear", base_every=50),
+        dict(layers="linear", base_every_steps=50),
         dict(batch_size=8, buffer_size=600, learning_starts=100, gradient_steps=1),
         save_every=902,
         kill_at=2500,
@@ -81,11 +81,11 @@ def recorded(model: DQN, path: Path) -> Iterator[None]:
         layers = [layer for layer in net.modules() if isinstance(layer, FlipoutLayer)]
 
         def seen(layer: FlipoutLayer, _: Any) -> None:
-            assert layer._active is not None, "nothing here runs by mean weights"
+            assert layer.row_view() is not None, "nothing here runs by mean weights"
             learning = policy.learning.active
             name, step = (role, policy.learning.step) if learning else ("acting", policy._keys.step - 1)
-            bases = [(one.weight_base.flatten()[:4].tolist(), one.bias_base[:2].tolist()) for one in layers]
-            out.write(json.dumps([name, step, layer._active[0].keys.tolist(), bases]) + "\n")
+            bases = [(one.bases()[1]["weight_base"].flatten()[:4].tolist(), one.bases()[1]["bias_base"][:2].tolist()) for one in layers]
+            out.write(json.dumps([name, step, layer.row_view().noise.keys.tolist(), bases]) + "\n")
             out.flush()
 
         return layers[-1].register_forward_pre_hook(seen)

@@ -14,7 +14,7 @@ from stable_baselines3.common.buffers import RolloutBuffer
 
 from sb3_flipout.noise import RowNoise, fold_in, noise_of
 from sb3_flipout.registration import _setup_model
-from sb3_flipout.rollout import KeyedBufferMixin, keyed, store_noise
+from sb3_flipout.buffers import KeyedBufferMixin, keyed, store_noise
 
 N_STEPS, N_ENVS, HIDDEN = 13, 3, 4
 BOX = spaces.Box(-np.inf, np.inf, (2,))

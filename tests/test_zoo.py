@@ -22,7 +22,7 @@ from stable_baselines3.common.envs import FakeImageEnv
 from stable_baselines3.common.sb2_compat.rmsprop_tf_like import RMSpropTFLike
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_flipout.policies import FlipoutPolicy
+from sb3_flipout.policies import FlipoutPolicyMixin
 
 REPOSITORY = Path(__file__).parent.parent
 ALGORITHMS: dict[str, type[BaseAlgorithm]] = {"ppo": PPO, "a2c": A2C, "trpo": TRPO, "ppo_lstm": RecurrentPPO}
@@ -61,7 +61,7 @@ def test_header_gives_the_command(algorithm: str) -> None:
 def test_policy_is_registered_and_takes_its_settings(algorithm: str, env: str) -> None:
     config, algorithm_class = CONFIGS[algorithm][env], ALGORITHMS[algorithm]
     policy_class = algorithm_class.policy_aliases[config["policy"]]
-    assert issubclass(policy_class, FlipoutPolicy)
+    assert issubclass(policy_class, FlipoutPolicyMixin)
 
     known = set(signature(algorithm_class).parameters) - {
         "learning_rate",
@@ -126,7 +126,7 @@ def train(algorithm: str, env: str, steps: int, folder: Path, *arguments: str) -
     ]
     zoo("train", *command, "-n", str(steps), "-f", str(folder), "--seed", "1", *arguments)
     model = ALGORITHMS[algorithm].load(folder / algorithm / f"{env}_1" / f"{env}.zip", device="cpu")
-    assert isinstance(model.policy, FlipoutPolicy)
+    assert isinstance(model.policy, FlipoutPolicyMixin)
     assert model.num_timesteps >= steps
     return model
 

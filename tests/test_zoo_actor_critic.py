@@ -16,7 +16,7 @@ from stable_baselines3 import DDPG, SAC, TD3
 from stable_baselines3.common.base_class import BaseAlgorithm
 from test_zoo import REPOSITORY, zoo
 
-from sb3_flipout.policies import FlipoutPolicy
+from sb3_flipout.policies import FlipoutPolicyMixin
 
 ALGORITHMS: dict[str, type[BaseAlgorithm]] = {"sac": SAC, "td3": TD3, "ddpg": DDPG, "tqc": TQC, "crossq": CrossQ}
 CONFIGS = {name: yaml.safe_load((REPOSITORY / "zoo_configs" / f"{name}.yml").read_text()) for name in ALGORITHMS}
@@ -66,7 +66,7 @@ def test_policy_takes_its_settings(algorithm: str, env: str) -> None:
     model = algorithm_class(env=SpacesOnly(env), policy_kwargs=stated, device="cpu", **settings)
 
     assert type(model.policy) is algorithm_class.policy_aliases[config["policy"]]
-    assert isinstance(model.policy, FlipoutPolicy)
+    assert isinstance(model.policy, FlipoutPolicyMixin)
     noise = {name: value for name, value in stated.items() if hasattr(model.policy.noise_settings, name)}
     assert {"family", "sigma_init", "resample", "target_noise"} <= set(noise)  # the noise is stated
     for name, value in noise.items():

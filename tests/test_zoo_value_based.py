@@ -19,7 +19,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from test_zoo import REPOSITORY, zoo
 
 from sb3_flipout.envs import minatar
-from sb3_flipout.policies import FlipoutPolicy
+from sb3_flipout.policies import FlipoutPolicyMixin
 from sb3_flipout.policies.extractors import MinAtarCNN
 
 ALGORITHMS: dict[str, type[BaseAlgorithm]] = {"dqn": DQN, "qrdqn": QRDQN}
@@ -80,7 +80,7 @@ def test_policy_takes_its_settings(algorithm: str, env: str) -> None:
     model = algorithm_class(env=SpacesOnly(env), policy_kwargs=stated, device="cpu", **settings)
 
     assert type(model.policy) is algorithm_class.policy_aliases[config["policy"]]
-    assert isinstance(model.policy, FlipoutPolicy)
+    assert isinstance(model.policy, FlipoutPolicyMixin)
     noise = {name: value for name, value in stated.items() if hasattr(model.policy.noise_settings, name)}
     assert {"family", "sigma_init", "resample", "target_noise"} <= set(noise)  # the noise is stated
     for name, value in noise.items():

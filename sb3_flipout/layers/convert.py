@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Literal, NamedTuple, TypeVar, get_args
 
 from torch import nn
-from typing_extensions import Unpack
+from typing_extensions import TypeGuard, Unpack
 
 from sb3_flipout.checks import check_choice, check_flag, check_integer, did_you_mean
-from sb3_flipout.layers.attention import FlipoutMultiheadAttention
 from sb3_flipout.layers.base import FlipoutLayer, drawn_base_key
 from sb3_flipout.layers.config import LayerNoise, NoiseKwargs, layer_noise
 from sb3_flipout.layers.derived import BYPASSING_PARENTS, PERTURBED_CLASSES, perturbed_class, plain_class, why_plain
@@ -67,26 +66,56 @@ def perturb(
     :raises ValueError: If a setting is out of range or unfit, a name in ``skip`` fits no module, or a layer is already
         perturbed in another way
     """
-    check_choice("layers", layers, LAYERS)
-    check_flag("perturb_frozen", perturb_frozen)
+    names = dict(module.named_modules())
     key = None if base_key is None else check_integer("base_key", base_key)
     config = layer_noise(noise)
-    names = dict(module.named_modules())
-    patterns = checked_patterns(skip, names)
-    present = [layer for layer in module.modules() if isinstance(layer, FlipoutLayer)]
-    for layer in present:
-        _check_present(layer, config, layers)
-    wanted, left = _sorted_out(names, layers, patterns, perturb_frozen)
-    if not wanted and not present:
-        kinds = ", ".join(plain.__name__ for plain in LAYER_CHOICES[layers])
-        raise ValueError(
-            f"{type(module).__name__} has no layer to perturb with layers={layers!r}, which stands for: {kinds}.{_reasons(left)}"
-        )
-    _warn_of(left)
-    if wanted:
-        _convert(wanted, config, drawn_base_key() if key is None else key, present)
-        _guard_parents(module)
+    wanted = Wanted(check_choice("layers", layers, LAYERS), checked_patterns(skip, names), check_flag("perturb_frozen", perturb_frozen))
+    left = perturb_named(names, config, wanted, lambda: drawn_base_key() if key is None else key)
+    warn_of_plain(left)
     return module
+
+
+class Wanted(NamedTuple):
+    """
+    Which layers are to be perturbed.
+
+    :param layers: Kinds of layers, as in :func:`perturb`
+    :param skip: Names of modules to leave out
+    :param frozen: Whether layers are perturbed whose weights do not learn
+    """
+
+    layers: str = "all"
+    skip: tuple[str, ...] = ()
+    frozen: bool = False
+
+
+def perturb_named(
+    names: Mapping[str, nn.Module], config: LayerNoise, wanted: Wanted, base_key: Callable[[], int]
+) -> dict[str, str]:
+    """
+    Perturb layers among modules, in their order.
+
+    :param names: Modules by the names that ``wanted.skip`` and messages use; with a module all that are in it
+    :param config: How layers are perturbed
+    :param wanted: Which layers
+    :param base_key: Gives the key of the base perturbation, asked for if there is a layer to perturb
+    :return: Layers with weights that stay plain without having been left out by name, and why
+    :raises ValueError: If there is no such layer, or one is already perturbed in another way; nothing is changed then
+    """
+    present = [layer for layer in names.values() if isinstance(layer, FlipoutLayer)]
+    for layer in present:
+        _check_present(layer, config, wanted.layers)
+    chosen, left = _sorted_out(names, wanted)
+    if not chosen and not present:
+        kinds = ", ".join(plain.__name__ for plain in LAYER_CHOICES[wanted.layers])
+        root = type(next(iter(names.values()))).__name__
+        raise ValueError(
+            f"{root} has no layer to perturb with layers={wanted.layers!r}, which stands for: {kinds}.{_reasons(left)}"
+        )
+    if chosen:
+        _convert(chosen, config, base_key(), present)
+        _guard_parents(names.values())
+    return left
 
 
 def _convert(wanted: Sequence[_Candidate], config: LayerNoise, base_key: int, present: Sequence[FlipoutLayer]) -> None:
@@ -99,40 +128,39 @@ def _convert(wanted: Sequence[_Candidate], config: LayerNoise, base_key: int, pr
         plain.init_noise(config, base_key, number, noise_on)
 
 
-def _guard_parents(module: nn.Module) -> None:
+def _guard_parents(modules: Iterable[nn.Module]) -> None:
     """Keep modules with a fused path from going round children that are perturbed."""
-    for parent in module.modules():
+    for parent in modules:
         guarded = BYPASSING_PARENTS.get(type(parent))
         if guarded is not None and any(isinstance(child, FlipoutLayer) for child in parent.modules()):
             parent.__class__ = guarded
 
 
-def _sorted_out(
-    names: dict[str, nn.Module], layers: str, patterns: Sequence[str], perturb_frozen: bool
-) -> tuple[list[_Candidate], dict[str, str]]:
+def _sorted_out(names: Mapping[str, nn.Module], wanted: Wanted) -> tuple[list[_Candidate], dict[str, str]]:
     """Layers to perturb, and of those that stay plain without having been left out by name, why."""
-    wanted: list[_Candidate] = []
+    chosen: list[_Candidate] = []
     left: dict[str, str] = {}
-    attentions = {name: layer for name, layer in names.items() if isinstance(layer, nn.MultiheadAttention)}
-    taken: set[str] = set()
+    uncalled = {id(layer.out_proj) for layer in names.values() if _is_plain_attention(layer)}
     for name, layer in names.items():
-        if isinstance(layer, FlipoutLayer) or is_skipped(name, patterns):
+        if isinstance(layer, FlipoutLayer) or is_skipped(name, wanted.skip) or id(layer) in uncalled:
             continue
-        owner = name.rpartition(".")[0] if name.endswith("out_proj") else None
-        if owner in attentions and owner not in taken and not isinstance(attentions[owner], FlipoutMultiheadAttention):
-            continue  # an attention that stays plain never calls its output projection
-        noise_on = _noise_on(layer, layers)
-        if noise_on is None:
-            if layers == "all" and name and _has_weights(layer):
-                left[name] = f"{type(layer).__name__} {why_plain(layer)}"
-        elif not perturb_frozen and _is_frozen(layer):
-            left[name] = f"{type(layer).__name__} is frozen; perturb_frozen=True perturbs it"
-        elif (reason := why_plain(layer)) is not None:
+        noise_on, reason = _noise_on(layer, wanted.layers), None
+        if noise_on is not None:
+            reason = "is frozen; perturb_frozen=True perturbs it" if _is_frozen(layer) and not wanted.frozen else why_plain(layer)
+        elif wanted.layers == "all" and name and _has_weights(layer):
+            reason = why_plain(layer)
+        if reason is not None:
             left[name] = f"{type(layer).__name__} {reason}"
-        else:
-            taken.add(name)
-            wanted.append(_Candidate(name, layer, noise_on))
-    return wanted, left
+        elif noise_on is not None:
+            chosen.append(_Candidate(name, layer, noise_on))
+            if isinstance(layer, nn.MultiheadAttention):
+                uncalled.discard(id(layer.out_proj))
+    return chosen, left
+
+
+def _is_plain_attention(layer: nn.Module) -> TypeGuard[nn.MultiheadAttention]:
+    """Whether it is an attention that is not perturbed yet; as long as it stays so, it never calls its output projection."""
+    return isinstance(layer, nn.MultiheadAttention) and not isinstance(layer, FlipoutLayer)
 
 
 def _noise_on(layer: nn.Module, layers: str) -> str | None:
@@ -157,16 +185,22 @@ def _is_frozen(layer: nn.Module) -> bool:
     return bool(parameters) and not any(parameter.requires_grad for parameter in parameters)
 
 
-def _reasons(left: dict[str, str]) -> str:
+def _reasons(left: Mapping[str, str]) -> str:
     return "".join(f" {name or 'It'}: {why}." for name, why in left.items())
 
 
-def _warn_of(left: dict[str, str]) -> None:
+def warn_of_plain(left: Mapping[str, str], stacklevel: int = 3) -> None:
+    """
+    Say which layers stay plain.
+
+    :param left: Layers by name, and why
+    :param stacklevel: As of ``warnings.warn``
+    """
     if left:
         warnings.warn(
             f"some layers stay plain, so nothing explores through their weights:{_reasons(left)} To say that this is as it "
             f"should be, name them: skip={sorted(left)!r}.",
-            stacklevel=3,
+            stacklevel=stacklevel,
         )
 
 

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import hashlib
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
-from fnmatch import fnmatchcase
 from inspect import signature
 from typing import Any, TypeVar
 
@@ -25,8 +24,8 @@ from stable_baselines3.common.type_aliases import Schedule
 from torch import nn
 
 from sb3_flipout.checks import check_integer, check_number
-from sb3_flipout.layers import FlipoutLayer, PerturbedNetwork, perturb
-from sb3_flipout.layers.convert import checked_patterns
+from sb3_flipout.layers import FlipoutLayer, PerturbedNetwork
+from sb3_flipout.layers.convert import Wanted, checked_patterns, perturb_named, warn_of_plain
 from sb3_flipout.noise import EvaluationStream, KeyStream, NoiseOwner, RowNoise, Scales, Stream, fold, noise_of
 from sb3_flipout.noise.carried import lost_by
 from sb3_flipout.noise.ladder import checked_ladder
@@ -90,9 +89,14 @@ class FlipoutPolicyMixin(BasePolicy):
         self._noise_ladder: tuple[float, ...] | None = None
         checked_patterns(settings.skip, [name for name, _ in self.named_modules()])
 
-    def _perturb(self, modules: list[nn.Module]) -> None:
-        """Perturb modules of the policy as the settings say; their layers are numbered in this order, from 0."""
-        settings: Any = self.noise_settings
+    def _perturb(self, modules: Sequence[nn.Module], quietly: bool = False) -> None:
+        """
+        Perturb modules of the policy as the settings say; their layers are numbered in this order, from 0.
+
+        :param modules: Modules; with each all that are in it
+        :param quietly: Whether to say nothing of layers that stay plain: it has been said of another network of this form
+        """
+        settings = self.noise_settings
         if settings.layers == "hidden" and not any(
             isinstance(layer, (nn.LSTM, nn.GRU)) for module in modules for layer in module.modules()
         ):
@@ -100,15 +104,13 @@ class FlipoutPolicyMixin(BasePolicy):
                 'layers="hidden" stands for the hidden-to-hidden weights of LSTMs and GRUs, and what is perturbed of '
                 f'{type(self).__name__} has none. Use layers="all" or "linear".'
             )
-        root = _NamedModules(self, modules)
-        perturb(
-            root,
-            settings.layers,
-            self._base_key(0),
-            skip=root.patterns(settings.skip),
-            perturb_frozen=settings.perturb_frozen,
-            **asdict(settings.layer_noise()),
-        )
+        known = {id(module): name for name, module in reversed(list(self.named_modules(remove_duplicate=False)))}
+        inside = [layer for module in modules for layer in module.modules()]
+        names = {known.get(id(layer), f"{type(layer).__name__} {i}"): layer for i, layer in enumerate(inside)}
+        wanted = Wanted(settings.layers, tuple(settings.skip), settings.perturb_frozen)
+        left = perturb_named(names, settings.layer_noise(), wanted, lambda: self._base_key(0))
+        if not quietly:
+            warn_of_plain(left, stacklevel=6)
 
     def _find_layouts(self, network: PerturbedNetwork, run: Callable[[Any], Any]) -> None:
         """Find out where the rows of a batch lie in what the layers of a network get."""
@@ -403,35 +405,6 @@ class FlipoutPolicyMixin(BasePolicy):
         :param obs: Observations, as tensors
         :return: Everything that it computes of them
         """
-
-
-class _NamedModules(nn.Module):
-    """Parts of a policy, under names by which ``skip`` can be about them."""
-
-    def __init__(self, policy: nn.Module, modules: list[nn.Module]) -> None:
-        super().__init__()
-        self._known = {}
-        names = {id(module): name for name, module in reversed(list(policy.named_modules(remove_duplicate=False)))}
-        for number, module in enumerate(modules):
-            self._known[str(number)] = names.get(id(module), "")
-            self.add_module(str(number), module)
-
-    def patterns(self, skip: Iterable[str]) -> tuple[str, ...]:
-        """
-        Translate names in the policy into names in here; those that fit nothing in here are left out.
-
-        :param skip: Names of modules of the policy
-        :return: Names of modules in here
-        """
-        found = []
-        for name, _ in self.named_modules():
-            number, _, rest = name.partition(".")
-            known = ".".join(filter(None, (self._known.get(number, ""), rest)))
-            parts = known.split(".")
-            above = [".".join(parts[: i + 1]) for i in range(len(parts))]
-            if name and any(fnmatchcase(part, pattern) for part in above for pattern in skip):
-                found.append(name)
-        return tuple(found)
 
 
 def _seed_of_torch() -> int:

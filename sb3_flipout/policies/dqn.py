@@ -102,7 +102,8 @@ class ValueMixin(OffPolicyMixin):
 
     def _make_noisy(self, lr_schedule: Schedule) -> None:
         for role, net in ((Role.ONLINE, self.online), (Role.TARGET, self.target)):
-            self._perturb([self._head(net) if self.noise_settings.perturb == "heads" else net])
+            part = self._head(net) if self.noise_settings.perturb == "heads" else net
+            self._perturb([part], quietly=role == Role.TARGET)
             network = attach(flipout_layers([net]), of_policy=True)
             learns_under_noise(net, LearningValueNetwork).join_noise(network, self.learning, role)
             if self.noise_settings.members is not None:

@@ -24,7 +24,7 @@ from torch.distributions import Categorical
 
 from sb3_flipout import perturbed
 from sb3_flipout.callbacks import AdaptNoise
-from sb3_flipout.callbacks.distances import (
+from sb3_flipout.diagnostics.distances import (
     MEASURES,
     count_actions,
     disagreement,
@@ -34,7 +34,7 @@ from sb3_flipout.callbacks.distances import (
     policy_distance,
     rms_distance,
 )
-from sb3_flipout.callbacks.recent import recent_replayed, recent_rollout
+from sb3_flipout.diagnostics.recent import recent_replayed, recent_rollout
 from sb3_flipout.noise import RowNoise
 
 # ---- distances: tensors in, a number out ----------------------------------------------------------------------------
@@ -341,7 +341,7 @@ def test_measuring_changes_nothing(algorithm: type[BaseAlgorithm]) -> None:
     for callbacks in (None, AdaptNoise(0.1, alpha=1.0, every=1, repeats=2)):
         model = make(algorithm, VecNormalize(vector_env("discrete", 2)))
         model.learn(96, callbacks)
-        state = model.policy.get_extra_state()
+        state = model.policy.noise_state()
         results.append((parameters(model), state, th.get_rng_state(), np.random.get_state()[1], np.random.get_state()[2]))
     assert callbacks is not None and callbacks._measurements > 4
     (first, *rest), (second, *others) = results

@@ -114,7 +114,7 @@ def test_changes_nothing_while_all_is_finite(algorithm: type[BaseAlgorithm], tmp
     for callback in (None, StopOnNonFinite(tmp_path / "good.zip", save_every=20)):
         model = make(algorithm)
         model.learn(96, callback)
-        results.append((parameters(model), model.policy.get_extra_state(), th.get_rng_state()))
+        results.append((parameters(model), model.policy.noise_state(), th.get_rng_state()))
     (first, state, rng), (second, other_state, other_rng) = results
     assert all(th.equal(a, b) for a, b in zip(first, second, strict=True))
     assert state == other_state and th.equal(rng, other_rng)

@@ -23,7 +23,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 from tensorboard.backend.event_processing.event_accumulator import STORE_EVERYTHING_SIZE_GUIDANCE, EventAccumulator
 
 from sb3_flipout.callbacks import AdaptNoise, AnnealNoise, MonitorNoise, NoiseEvalCallback
-from sb3_flipout.callbacks.statistics import action_statistics, draw, member_statistics, noisy_layers
+from sb3_flipout.diagnostics.statistics import action_statistics, draw, member_statistics, noisy_layers
 
 DOCS = Path(__file__).parents[2] / "docs" / "logged_values.md"
 STEERING = "AnnealNoise, AdaptNoise, StopOnNonFinite"
@@ -156,7 +156,7 @@ class Modes(BaseCallback):
         layers = noisy_layers(policy).values()
         bases = [base.clone() for layer in layers for block in layer.blocks for base in block.bases(layer) if base is not None]
         self.seen.append(([module.training for module in policy.modules()], bases, [layer.base_key for layer in layers]))
-        assert policy.explicit_noise is None
+        assert policy.perturbed_network.active is None
         assert not any(layer._forward_hooks for layer in layers)
 
 
@@ -166,7 +166,7 @@ def test_training_is_bit_for_bit_the_same(run: str) -> None:
     monitored = train(run, CallbackList([MonitorNoise(every=1), modes]), steps=160)
     plain = train(run, CallbackList([Spend(), plain_modes]), steps=160)
     assert all(th.equal(a, b) for a, b in zip(parameters(monitored), parameters(plain), strict=True))
-    assert monitored.policy.get_extra_state() == plain.policy.get_extra_state()
+    assert monitored.policy.noise_state() == plain.policy.noise_state()
     assert len(modes.seen) == len(plain_modes.seen) > 1
     for (mode, bases, keys), (plain_mode, plain_bases, plain_keys) in zip(modes.seen, plain_modes.seen, strict=True):
         assert mode == plain_mode and keys == plain_keys
@@ -287,7 +287,7 @@ def test_noise_that_a_ladder_takes_from_some_environments_is_not_seen_there() ->
 
 @pytest.mark.parametrize("base_every", [1, None])
 def test_the_base_is_drawn_where_it_moves_in_training(base_every: int | None) -> None:
-    model = make(PPO, policy_kwargs=dict(net_arch=[16], base_every=base_every))
+    model = make(PPO, policy_kwargs=dict(net_arch=[16], base_every_rollouts=base_every))
     layer, seen = next(iter(noisy_layers(model.policy).values())), []
     hook = layer.register_forward_hook(lambda layer, *_: seen.append(layer.base_key))
     draw(model.policy, th.ones(2, 5), 4, 0)
@@ -312,7 +312,7 @@ def test_draws_are_those_of_members() -> None:
     layer = next(iter(noisy_layers(policy).values()))
 
     def note(*_: Any) -> None:
-        (noise,) = policy.explicit_noise
+        (noise,) = policy.perturbed_network.active
         keys.update([] if noise is None else noise.keys.tolist())  # the mean weights come first
 
     hook = layer.register_forward_hook(note)

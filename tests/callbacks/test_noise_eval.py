@@ -25,7 +25,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
 
 from sb3_flipout.callbacks import AnnealNoise, NoiseEvalCallback
 from sb3_flipout.callbacks.evaluate import _Sampled
-from sb3_flipout.callbacks.lag import best_lags, excelling, mean_lags
+from sb3_flipout.diagnostics.lag import best_lags, excelling, mean_lags
 
 MEMBERS = dict(policy_kwargs=dict(net_arch=[16], members=5, prior_scale=1.0))
 
@@ -109,7 +109,7 @@ class Watched(NoiseEvalCallback):
         policy, original = self._policy, type(self.model).predict
 
         def predict(*args: Any, **kwargs: Any) -> Any:
-            self.noises.append(policy.explicit_noise)
+            self.noises.append(policy.perturbed_network.active)
             return original(self.model if not hasattr(self.model, "_model") else self.model._model, *args, **kwargs)
 
         self.model.predict = predict
@@ -144,14 +144,14 @@ def test_sampled_weights_are_held_for_an_episode(algorithm: type[BaseAlgorithm],
 def test_a_shared_draw_is_fresh_for_each_episode_and_training_keeps_its_own() -> None:
     model = make(DQN, policy_kwargs=dict(net_arch=[16], noise_sharing="shared", family="factorised"))
     model.learn(40)
-    acting = [layer.weight_base for layer in model.policy.online.noisy.layers]
+    acting = [layer.bases()[1]["weight_base"] for layer in model.policy.online.perturbed_network.layers]
     arm = _Sampled(model, None)
     obs, seen = model.env.reset(), []
     for start in (True, False, True, False):
         with arm.weights(np.array([start, False])):
             seen.append(model.policy.q_net(th.as_tensor(obs)).detach())
     assert th.equal(seen[0], seen[1]) and th.equal(seen[2], seen[3]) and not th.equal(seen[1], seen[2])
-    assert all(layer.weight_base is base for layer, base in zip(model.policy.online.noisy.layers, acting, strict=True))
+    assert all(layer.bases()[1]["weight_base"] is base for layer, base in zip(model.policy.online.perturbed_network.layers, acting, strict=True))
 
 
 def test_the_vote_is_what_the_policy_does() -> None:
@@ -216,7 +216,7 @@ def test_training_is_bit_for_bit_the_same(algorithm: type[BaseAlgorithm], kwargs
     with_it = make(algorithm, **kwargs).learn(96, callback=NoiseEvalCallback(env, eval_freq=5, verbose=0, warn=False))
     without = make(algorithm, **kwargs).learn(96, callback=Nothing())
     assert all(th.equal(a, b) for a, b in zip(parameters(with_it), parameters(without), strict=True))
-    assert with_it.policy.get_extra_state() == without.policy.get_extra_state()
+    assert with_it.policy.noise_state() == without.policy.noise_state()
 
 
 # ---- when the mean weights lag --------------------------------------------------------------------------------------

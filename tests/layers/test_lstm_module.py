@@ -20,7 +20,7 @@ from sb3_flipout.layers import (
     FlipoutLayer,
     FlipoutLinear,
     FlipoutLSTM,
-    NoisyNetwork,
+    network_of,
     effective_weight,
     perturb,
     perturbed,
@@ -378,7 +378,7 @@ def test_a_network_around_it(noise: dict[str, str]) -> None:
 def test_bases_can_be_bound_again() -> None:
     for options in ({}, {"bias": False}, {"noise_on": "hidden"}, {"family": "factorised"}):
         lstm = make_lstm(**options)
-        network, before = NoisyNetwork.of(lstm), output(lstm)
+        network, before = network_of(lstm), output(lstm)
         kept = network.bases()
         redraw(lstm)
         assert th.equal(output(lstm), before) == (lstm.noise_config.spec.base is None)

@@ -12,7 +12,7 @@ from sb3_flipout.layers import (
     FlipoutConv2d,
     FlipoutLayer,
     FlipoutLinear,
-    NoisyNetwork,
+    network_of,
     effective_weight,
     perturb,
     perturbed,
@@ -231,11 +231,11 @@ def test_converting_after_the_first_use_is_noticed() -> None:
 
 def test_hand_built_layers_are_numbered_in_order() -> None:
     net = nn.Sequential(FlipoutLinear(4, 4), nn.Sequential(FlipoutLinear(4, 4), FlipoutLinear(4, 4)))
-    assert th.equal(net[0].weight_base, net[1][0].weight_base)  # not numbered yet
-    NoisyNetwork(net)
+    assert th.equal(net[0].bases()[1]["weight_base"], net[1][0].bases()[1]["weight_base"])  # not numbered yet
+    attach(flipout_layers([net]))
     layers = [layer for layer in net.modules() if isinstance(layer, FlipoutLayer)]
     assert [layer.noise_index for layer in layers] == [0, 1, 2]
-    assert len({layer.weight_base.sum().item() for layer in layers}) == 3
+    assert len({layer.bases()[1]["weight_base"].sum().item() for layer in layers}) == 3
 
 
 @every_noise

@@ -7,7 +7,7 @@ import torch as th
 from cases import KEYS, every_noise, image, inputs, make, small_net
 from torch import nn
 
-from sb3_flipout.layers import FlipoutLayer, FlipoutLinear, NoisyNetwork, effective_weight, perturb, perturbed, redraw
+from sb3_flipout.layers import FlipoutLayer, FlipoutLinear, network_of, effective_weight, perturb, perturbed, redraw
 from sb3_flipout.noise import fold
 
 
@@ -18,7 +18,7 @@ def net() -> nn.Sequential:
 
 
 def bases(net: nn.Module) -> list[th.Tensor]:
-    return [layer.weight_base.clone() for layer in net.modules() if isinstance(layer, FlipoutLayer)]
+    return [layer.bases()[1]["weight_base"].clone() for layer in net.modules() if isinstance(layer, FlipoutLayer)]
 
 
 def test_redraw_follows_from_the_present_key(net: nn.Sequential) -> None:
@@ -58,7 +58,7 @@ def test_layers_of_one_shape_have_bases_of_their_own(noise: dict[str, str]) -> N
     net = perturb(nn.Sequential(*[nn.Linear(5, 5) for _ in range(3)]), base_key=1, **noise)
     for draw in (1, 2):
         redraw(net, draw)
-        found = [layer.weight_base for layer in net]
+        found = [layer.bases()[1]["weight_base"] for layer in net]
         if found[0] is not None:
             assert all(not th.equal(a, b) for i, a in enumerate(found) for b in found[:i])
         weights = [effective_weight(layer, 4)[0] - layer.weight for layer in net]
@@ -81,17 +81,17 @@ def test_redraw_without_noise_changes_no_output(net: nn.Sequential) -> None:
 @every_noise
 def test_perturbed_alone_never_draws(noise: dict[str, str]) -> None:
     layer = make(("linear", "plain"), **noise)
-    before, key = layer.weight_base, layer.base_key
+    before, key = layer.bases()[1]["weight_base"], layer.base_key
     for _ in range(3):
         with perturbed(layer, KEYS):
             layer(inputs(("linear", "plain"))).sum().backward()
-    assert layer.weight_base is before and layer.base_key == key
+    assert layer.bases()[1]["weight_base"] is before and layer.base_key == key
 
 
 @every_noise
 def test_base_draws_can_be_bound_again(noise: dict[str, str]) -> None:
     net = perturb(nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 5)), base_key=1, **noise)
-    network, x = NoisyNetwork.of(net), th.ones(len(KEYS), 5)
+    network, x = network_of(net), th.ones(len(KEYS), 5)
     with perturbed(net, KEYS):
         before = net(x)
     kept, keys = network.bases(), [layer.base_key for layer in network.layers]
@@ -110,7 +110,7 @@ def test_networks_beside_it_see_the_same_noise() -> None:
     """What is no part of the module, but sees its rows: they are numbered, redrawn and switched together."""
     net, beside = (nn.Sequential(FlipoutLinear(4, 4)) for _ in range(2))
     network = NoisyNetwork(net, parts=[net, beside])
-    assert NoisyNetwork.of(net) is network and (net[0].noise_index, beside[0].noise_index) == (0, 1)
+    assert network_of(net) is network and (net[0].noise_index, beside[0].noise_index) == (0, 1)
     x = th.ones(len(KEYS), 4)
     plain = beside(x)
     with perturbed(net, KEYS):

@@ -4,13 +4,16 @@ import copy
 import math
 import pickle
 from collections.abc import Callable
+from contextlib import nullcontext
 
+import oracle
 import pytest
 import torch as th
 from stats import z_bound
 from torch import nn
 
 from sb3_flipout.layers import FlipoutLinear, effective_weight
+from sb3_flipout.noise import bases, signs, tables
 from sb3_flipout.noise.bases import base_draws, table_size
 from sb3_flipout.noise.keys import fold
 
@@ -67,11 +70,48 @@ def test_no_global_generator_moves() -> None:
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
-def test_copies_hold_their_draws_not_the_table(duplicate: Callable[[FlipoutLinear], FlipoutLinear]) -> None:
+def test_copies_have_the_same_draws_and_no_table(duplicate: Callable[[FlipoutLinear], FlipoutLinear]) -> None:
     layer = FlipoutLinear(3, 2)
     twin = duplicate(layer)
-    assert twin.weight_base.untyped_storage().nbytes() == 4 * 6
+    assert th.equal(twin.bases()[1]["weight_base"], layer.bases()[1]["weight_base"])
     assert len(pickle.dumps(nn.Sequential(layer))) < 10_000
     for mine, its in zip(effective_weight(layer, 5), effective_weight(twin, 5), strict=True):
         assert th.equal(mine, its)
     assert "weight_base" not in twin.state_dict()
+
+
+def test_the_table_is_hashed_element_by_element() -> None:
+    """Against Python's integers: no generator, whose normals would depend on the processor."""
+    for law in ("normal", "sign"):
+        start = 12345 % (table_size(50) - 50 + 1)
+        assert th.equal(base_draws(law, 12345, [th.Size((50,))], LIKE)[0].double(), oracle.base_elements(law, start, 50).float().double())
+
+
+@pytest.mark.parametrize("mode", ["inference", "float64", "meta"])
+def test_a_table_made_in_any_mode_serves_everybody(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bases, "_TABLES", {})
+    monkeypatch.setattr(tables, "_TABLES", {})
+    before = th.get_default_dtype()
+    context = {"inference": th.inference_mode(), "meta": th.device("meta")}.get(mode, nullcontext())
+    try:
+        th.set_default_dtype(th.float64 if mode == "float64" else before)
+        with context:
+            base_draws("normal", 5, [SHAPE], th.zeros((), device="cpu", dtype=th.float32))
+            signs(th.arange(3, device="cpu"), 0, 4)
+    finally:
+        th.set_default_dtype(before)
+    draw = base_draws("normal", 5, [SHAPE], LIKE)[0]
+    assert draw.dtype == th.float32 and draw.device.type == "cpu" and not draw.is_inference()
+    sigma = th.ones(SHAPE, requires_grad=True)
+    (sigma * draw).sum().backward()  # an inference tensor cannot be saved for it
+    assert th.equal(sigma.grad, draw) and not signs(th.arange(3), 0, 4).is_inference()
+
+
+def test_nothing_of_the_process_is_in_a_layers_books() -> None:
+    """Who writes into all buffers (distributed training, averaging) writes into no table."""
+    layer = FlipoutLinear(64, 64)
+    assert not list(layer.buffers())
+    before = base_draws("normal", 9, [SHAPE], LIKE)[0].clone()
+    for tensor in layer.state_dict().values():
+        tensor.zero_()
+    assert th.equal(base_draws("normal", 9, [SHAPE], LIKE)[0], before)

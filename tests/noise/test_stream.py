@@ -8,11 +8,19 @@ import oracle
 import pytest
 import torch as th
 
-from sb3_flipout.noise import EvaluationStream, FactorPlan, KeyStream, signs
+from sb3_flipout.noise import EvaluationStream, FactorPlan, KeyStream, RowNoise, Scales, signs
 from sb3_flipout.noise.signs import LayerVectors
 from sb3_flipout.noise.stream import RESAMPLE_WORDS, check_resample
 
 SEED = 20_000_000_017
+CPU = th.device("cpu")
+
+
+def following(stream: KeyStream, scale: th.Tensor) -> RowNoise:
+    """Noise of the next step, with these scales."""
+    return stream.next(len(scale), Scales(1.0, tuple(scale.tolist())), CPU)
+
+
 RESAMPLE: list[Any] = [*RESAMPLE_WORDS, 1, 3, 50, 1000]
 
 
@@ -47,7 +55,7 @@ def play(stream: Any, rng: np.random.Generator, steps: int, n_envs: int, *scale:
     for step in range(steps):
         if step % 37 == 0:
             stream.begin_rollout()
-        found = stream.next(n_envs, *scale) if scale else stream.next()
+        found = following(stream, *scale) if scale else stream.next()
         history.append(found.keys.tolist() if scale else found)
         stream.end_episodes(rng.random(n_envs) < 0.05)
     return history
@@ -86,7 +94,7 @@ def test_a_restarted_stream_continues_identically(resample: Any, saved_at: int) 
 
 def test_a_restarted_stream_draws_anew_for_the_running_episodes() -> None:
     stream = KeyStream(1, "episode")
-    stream.next(2, th.ones(2))
+    following(stream, th.ones(2))
     stream.restart(100, SEED)
     assert play(stream, np.random.default_rng(1), 50, 2, th.ones(2)) == play(
         Naive(SEED, "episode", 2, step=100), np.random.default_rng(1), 50, 2
@@ -98,7 +106,7 @@ def test_an_environments_key_does_not_depend_on_how_many_there_are(resample: Any
     few, many = KeyStream(SEED, resample), KeyStream(SEED, resample)
     dones = np.arange(6) == 1
     for _ in range(100):
-        a, b = few.next(2, th.ones(2)).keys, many.next(6, th.ones(6)).keys
+        a, b = following(few, th.ones(2)).keys, following(many, th.ones(6)).keys
         assert th.equal(a, b[:2])
         assert b.unique().numel() == 6
         few.end_episodes(dones[:2])
@@ -111,7 +119,7 @@ def test_the_number_of_environments_may_change(resample: Any) -> None:
     for n_envs in (2, 5, 1):
         start, scale = stream.step, th.ones(n_envs)
         for _ in range(7):
-            keys = stream.next(n_envs, scale).keys.tolist()
+            keys = following(stream, scale).keys.tolist()
             drawn = {"step": stream.step - 1}.get(resample, start)
             if isinstance(resample, int):
                 drawn = (stream.step - 1) // resample * resample
@@ -125,16 +133,16 @@ def test_the_scale_is_that_of_each_environment_and_may_change(resample: Any) -> 
     constant, one = KeyStream(SEED, resample), th.ones(3)
     for scale in (th.tensor([0.5, -2.0, 0.0]), th.tensor([1.0, 3.0, 0.25])):
         for _ in range(70):
-            noise = stream.next(3, scale)
+            noise = following(stream, scale)
             assert th.equal(noise.scale, scale)
             assert th.equal(noise.factors(plan, th.float32), plan.expand(noise.keys, scale, th.float32))
-            assert th.equal(noise.keys, constant.next(3, one).keys)
+            assert th.equal(noise.keys, following(constant, one).keys)
 
 
 def test_factors_are_hashed_once_as_long_as_keys_stay() -> None:
     stream, scale = KeyStream(SEED, "rollout"), th.ones(2)
-    first = stream.next(2, scale)
-    assert all(stream.next(2, scale) is first for _ in range(10))
+    first = following(stream, scale)
+    assert all(following(stream, scale) is first for _ in range(10))
 
 
 @pytest.mark.parametrize("resample", ["step", "episode"])
@@ -164,7 +172,7 @@ def test_evaluation_gives_fresh_keys_that_training_never_reads(untouched_rng: No
         assert noise.scale.tolist() == [0.5] * 4
         seen |= set(noise.keys.tolist())
     assert len(seen) == 400 and evaluation.calls == 100
-    assert seen.isdisjoint(key for _ in range(100) for key in training.next(4, scale).keys.tolist())
+    assert seen.isdisjoint(key for _ in range(100) for key in following(training, scale).keys.tolist())
 
 
 @pytest.mark.parametrize("members", [1, 3, 64])

@@ -12,7 +12,7 @@ from stable_baselines3 import DDPG, SAC, TD3
 from stable_baselines3.common.callbacks import BaseCallback
 
 from sb3_flipout.layers import FlipoutLayer
-from sb3_flipout.policies.learning import NoisyNet
+from sb3_flipout.policies.learning import LearnsUnderNoise
 
 ALGORITHMS = [SAC, TD3, DDPG, TQC, CrossQ]
 #: Those whose actor gives a distribution, and which ask the online actor for the actions of the target.
@@ -75,21 +75,21 @@ class Recorder(BaseCallback):
 
     def _init_callback(self) -> None:
         for name, net in networks(self.model.policy).items():
-            if isinstance(net, NoisyNet):
-                net.noisy.activate = self._recording(name, net, net.noisy.activate)
+            if isinstance(net, LearnsUnderNoise):
+                net.perturbed_network.activate = self._recording(name, net, net.perturbed_network.activate)
 
     def _recording(self, name: str, net: Any, activate: Any) -> Any:
         policy = self.model.policy
 
         def record(noise: Any) -> Any:
-            base_key = net.noisy.layers[0].base_key
+            base_key = net.perturbed_network.layers[0].base_key
             if policy.learning.active:
                 keys, scale = (None, None) if noise is None else (noise.keys.clone(), float(noise.scale[0]))
                 self.learning.append(Seen(name, policy.learning.step, th.is_grad_enabled(), keys, scale, base_key))
             elif policy._acting_noise is not None:
                 self.acting.append(noise.keys.clone())
                 self.scales.append(noise.scale.clone())
-                base = net.noisy.layers[0].weight_base
+                base = net.perturbed_network.layers[0].bases()[1]["weight_base"]
                 self.acting_bases.append(() if base is None else tuple(base.flatten().tolist()))
             return activate(noise)
 

@@ -137,7 +137,7 @@ class NoiseRecorder(BaseCallback):
         buffer = self.model.rollout_buffer
         self.keys.append(buffer.noise_keys.copy())
         self.scales.append(buffer.noise_scales.copy())
-        self.base_keys.append(self.model.policy.network.layers[0].base_key)
+        self.base_keys.append(self.model.policy.perturbed_network.layers[0].base_key)
         self.actions.append(buffer.actions.copy())
 
     def all_keys(self) -> np.ndarray:

@@ -17,7 +17,7 @@ from stable_baselines3.common.callbacks import EvalCallback
 from sb3_flipout import perturbed
 from sb3_flipout.layers import effective_weight
 from sb3_flipout.noise import FAMILIES, fold, fold_in
-from sb3_flipout.policies.learning import NoisyNet
+from sb3_flipout.policies.learning import LearnsUnderNoise
 
 LEARNING_KEYS, LEARNING_BASE, ONLINE, TARGET = 16, 17, 0, 1
 
@@ -35,7 +35,7 @@ every_algorithm = pytest.mark.parametrize("algorithm", ALGORITHMS)
 VARIANTS = [
     *(dict(family=family) for family in FAMILIES),
     *(dict(noise_sharing="shared"), dict(noise_sharing="independent"), dict(init="noisynet"), dict(members=5)),
-    dict(perturb="all", base_every=3),
+    dict(perturb="all", base_every_steps=3),
 ]
 
 
@@ -86,7 +86,7 @@ def test_steps_of_warm_up_are_counted():
 def test_acting_base_is_redrawn_every_so_many_steps_and_no_gradient_step_moves_it(algorithm):
     held = learn(build(algorithm, noise=dict(perturb="all"))).acting_bases
     assert len(set(held)) == 1
-    bases = learn(build(algorithm, n_envs=1, learning_starts=0, noise=dict(base_every=4)), 24).acting_bases
+    bases = learn(build(algorithm, n_envs=1, learning_starts=0, noise=dict(base_every_steps=4)), 24).acting_bases
     assert [a == b for a, b in pairwise(bases)] == [step % 4 != 0 for step in range(1, 24)]
 
 
@@ -116,7 +116,7 @@ def test_evaluation_changes_nothing_in_the_training_noise(algorithm, determinist
     evaluation = EvalCallback(vector_env("box", 5, seed=9), eval_freq=7, deterministic=deterministic, verbose=0)
     models, recorders = [], []
     for callback in ([], [evaluation]):
-        models.append(build(algorithm, noise=dict(base_every=5)))
+        models.append(build(algorithm, noise=dict(base_every_steps=5)))
         recorders.append(learn(models[-1], callback=callback))
     plain, evaluated = recorders
     assert all(th.equal(a, b) for a, b in zip(plain.acting, evaluated.acting, strict=True))
@@ -212,7 +212,7 @@ def test_a_member_is_the_same_in_a_target(algorithm):
     assert all(seen.keys.min() >= 0 and seen.keys.max() < 5 for seen in recorder.learning)
     for name, followed in model.policy.targets:
         pairs = zip(layers_of(getattr(model.policy, name)), layers_of(getattr(model.policy, followed)), strict=True)
-        assert all(th.equal(one.weight_base, other.weight_base) for one, other in pairs)
+        assert all(th.equal(one.bases()[1]["weight_base"], other.bases()[1]["weight_base"]) for one, other in pairs)
 
 
 @every_algorithm
@@ -226,12 +226,12 @@ def test_critics_see_mean_weights_unless_asked_for(algorithm, share):
         for name, net in networks(model.policy).items():
             if name.startswith("critic"):
                 layers = layers_of(net)
-                assert isinstance(net, NoisyNet) == (perturb == "all")
+                assert isinstance(net, LearnsUnderNoise) == (perturb == "all")
                 assert bool(layers) == (perturb == "all" or (share and not mlp))
                 # q1_forward does not go through the critic's own call, so the hook is on a network inside it.
                 net.q_networks[0].register_forward_pre_hook(
                     lambda *_, perturb=perturb, layers=layers: active.append(
-                        (perturb, [layer._active is not None for layer in layers])
+                        (perturb, [layer.row_view() is not None for layer in layers])
                     )
                 )
         model.learn(20)
@@ -256,12 +256,12 @@ def test_each_row_of_a_gradient_step_sees_its_own_weights(algorithm):
     original = getattr(actor, name)
 
     def compare(obs):
-        if actor.explicit_noise is None:  # the pass that has still to find its noise
+        if actor.perturbed_network.active is None:  # the pass that has still to find its noise
             return original(obs)
-        keys = actor.explicit_noise[0].keys
+        keys = actor.perturbed_network.active.keys
         twin = copied(actor).double()  # with batch normalisation in the same state
-        with th.no_grad(), twin.noisy.activate(None):
-            for layer in twin.noisy.layers:
+        with th.no_grad(), twin.perturbed_network.activate(None):
+            for layer in twin.perturbed_network.layers:
                 layer.forward = row_by_row(layer, keys)
             twin.__dict__.pop(name, None)
             expected = getattr(twin, name)(obs)

@@ -21,7 +21,7 @@ from sb3_flipout import policies
 from sb3_flipout.layers import FlipoutConv2d, FlipoutLayer, FlipoutLinear, effective_weight
 from sb3_flipout.noise import fold
 from sb3_flipout.policies import NoiseStateError
-from sb3_flipout.policies.actor_critic import FlipoutSACPolicy
+from sb3_flipout.policies.sac_td3 import FlipoutSACPolicy
 from sb3_flipout.registration import ALIASES
 
 every_algorithm = pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -48,7 +48,7 @@ STOCK = [
       for algorithm in (SAC, TD3, TQC) for share in (False, True) for perturb in ("policy", "all")),
     *((algorithm, "MultiInput", DICT, {}, dict(perturb="all")) for algorithm in (SAC, TD3)),
     *((algorithm, "Mlp", dict(use_sde=True, sde_sample_freq=4), {}, dict(perturb="all")) for algorithm in STOCHASTIC),
-    *((algorithm, "Mlp", dict(action_noise=noise), {}, dict(resample="episode", base_every=3))
+    *((algorithm, "Mlp", dict(action_noise=noise), {}, dict(resample="episode", base_every_steps=3))
       for algorithm in DETERMINISTIC for noise in (normal, ornstein_uhlenbeck)),
 ]  # fmt: skip
 
@@ -88,7 +88,7 @@ def test_noise_is_that_of_the_behaviour_by_default(algorithm, members, expected)
     ("algorithm", "noise"),
     # Keys that are held for an episode are drawn anew, as the environments are reset.
     [(algorithm, dict(resample="step")) for algorithm in ALGORITHMS]
-    + [(algorithm, dict(resample="step", perturb="all", base_every=5)) for algorithm in (SAC, TD3)],
+    + [(algorithm, dict(resample="step", perturb="all", base_every_steps=5)) for algorithm in (SAC, TD3)],
 )
 def test_noise_goes_on_after_save_and_load_as_if_uninterrupted(algorithm, noise, tmp_path):
     whole = learn(build(algorithm, noise=noise), 64)
@@ -107,14 +107,14 @@ def test_at_the_defaults_learning_goes_on_and_episodes_begin_anew(algorithm, tmp
     assert all(one.same(other) for one, other in zip(whole.learning, first.learning + second.learning, strict=True))
 
 
-@pytest.mark.parametrize("noise", [dict(base_every=5), dict(noise_sharing="shared", family="factorised", resample="step")])
+@pytest.mark.parametrize("noise", [dict(base_every_steps=5), dict(noise_sharing="shared", family="factorised", resample="step")])
 def test_a_loaded_model_samples_under_the_base_that_acted(noise, tmp_path):
     model = build(TD3, noise=noise)
     model.learn(36)
     model.save(tmp_path / "model")
     loaded = TD3.load(tmp_path / "model")
-    base = [layer.weight_base for layer in model.actor.noisy.layers]
-    assert all(th.equal(ours, layer.weight_base) for ours, layer in zip(base, loaded.actor.noisy.layers, strict=True))
+    base = [layer.bases()[1]["weight_base"] for layer in model.actor.perturbed_network.layers]
+    assert all(th.equal(ours, layer.bases()[1]["weight_base"]) for ours, layer in zip(base, loaded.actor.perturbed_network.layers, strict=True))
     obs = np.ones((3, 5), np.float32)
     np.testing.assert_array_equal(*(one.predict(obs, deterministic=False)[0] for one in (model, loaded)))
 
@@ -145,7 +145,7 @@ def test_parameters_carry_the_noise_to_another_model(algorithm):
     assert other.policy._keys.step == 12 and other.policy.learning.step == one.policy.learning.step > 0
     for a, b in zip(one.policy.parameters(), other.policy.parameters(), strict=True):
         assert th.equal(a, b)
-    assert th.equal(one.actor.noisy.layers[0].weight_base, other.actor.noisy.layers[0].weight_base)
+    assert th.equal(one.actor.perturbed_network.layers[0].bases()[1]["weight_base"], other.actor.perturbed_network.layers[0].bases()[1]["weight_base"])
     for deterministic in (True, False):
         actions = []
         for model in (one, other):
@@ -329,7 +329,7 @@ def test_dict_observations_need_the_policy_for_them(algorithm):
         ),
         (dict(target_noise="none"), ValueError, "target_noise must be one of 'independent', 'same', 'mean'"),
         (dict(members=1), ValueError, "members must be an integer >= 2"),
-        (dict(members=5, base_every=3), ValueError, "members=5 does not fit base_every=3"),
+        (dict(members=5, base_every_steps=3), ValueError, "members=5 does not fit base_every_steps=3"),
         (dict(members=5, noise_sharing="shared"), ValueError, "does not fit noise_sharing"),
         (dict(resample="never"), ValueError, "resample must be one of"),
     ],

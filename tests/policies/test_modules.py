@@ -61,7 +61,7 @@ def test_layers_of_one_policy_have_different_numbers():
         batch_size=8,
         policy_kwargs=dict(perturb="all", share_features_extractor=False),
     )
-    numbers = [layer.noise_index for layer in model.policy.network.layers]
+    numbers = [layer.noise_index for layer in model.policy.perturbed_network.layers]
     assert len(numbers) == 10 and len(set(numbers)) == 10
 
 
@@ -140,8 +140,8 @@ def test_init_noisynet_and_families_reach_the_layers():
 @pytest.mark.parametrize("algorithm", [PPO, DQN, SAC])
 def test_hidden_weights_need_an_lstm(algorithm):
     env = vector_env("box" if algorithm is SAC else "discrete")
-    with pytest.raises(ValueError, match=r'perturb="hidden" stands for .* of an LSTM, and Flipout\w+ has none. Use "policy"'):
-        algorithm("FlipoutMlpPolicy", env, policy_kwargs=dict(perturb="hidden"))
+    with pytest.raises(ValueError, match=r'layers="hidden" stands for .* of an LSTM, and Flipout\w+ has none. Use "policy"'):
+        algorithm("FlipoutMlpPolicy", env, policy_kwargs=dict(layers="hidden"))
 
 
 @pytest.mark.parametrize("name", ["members", "target_noise", "prior_scale", "noise_scale", "noise_ladder"])

@@ -16,7 +16,7 @@ from stable_baselines3.common.env_util import make_vec_env
 
 from sb3_flipout import perturbed
 from sb3_flipout.noise import FAMILIES, noise_of
-from sb3_flipout.rollout import KeyedBufferMixin
+from sb3_flipout.buffers import KeyedBufferMixin
 
 RATIO_TOLERANCE = 1e-5
 
@@ -140,7 +140,7 @@ def test_maskable_deterministic_prediction_is_the_mean_weights(untouched_rng):
         np.random.set_state(state)
     policy, env = model.policy, masked_env(n_envs=50)
     obs, masks = th.as_tensor(env.reset()), np.stack(env.env_method("action_masks"))
-    before = policy.get_extra_state()
+    before = policy.noise_state()
     with perturbed(policy, None), th.no_grad():
         expected = policy.get_distribution(obs, masks).mode()
     assert th.equal(policy._predict(obs, True, masks), expected)
@@ -149,7 +149,7 @@ def test_maskable_deterministic_prediction_is_the_mean_weights(untouched_rng):
     with th.no_grad():
         assert th.equal(policy(obs, True, masks)[0], expected)
         assert th.equal(policy(obs, action_masks=masks, deterministic=True)[0], expected)
-    assert policy.get_extra_state() == before
+    assert policy.noise_state() == before
 
 
 def test_maskable_positional_arguments_of_a_stochastic_step():
@@ -229,7 +229,7 @@ class UpdateRecorder(BaseCallback):
         policy.get_distribution, policy.predict_values = distribution, values
 
     def bases(self):
-        return [layer.base_key for layer in self.model.policy.network.layers]
+        return [layer.base_key for layer in self.model.policy.perturbed_network.layers]
 
     def actions(self, obs):
         """The actions of these transitions, found by their observations, which are all different."""

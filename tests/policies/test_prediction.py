@@ -28,11 +28,11 @@ def means(policy, noise):
 
 
 def test_deterministic_prediction_is_the_mean_weights_and_advances_nothing(model):
-    before = model.policy.get_extra_state()
+    before = model.policy.noise_state()
     first, second = (model.predict(OBS, deterministic=True)[0] for _ in range(2))
     np.testing.assert_array_equal(first, second)
     np.testing.assert_allclose(first, means(model.policy, None).clamp(-1, 1).numpy(), rtol=0, atol=1e-7)
-    assert model.policy.get_extra_state() == before
+    assert model.policy.noise_state() == before
 
 
 def test_stochastic_prediction_draws_a_fresh_key_per_row_from_its_own_stream(model):
@@ -41,7 +41,7 @@ def test_stochastic_prediction_draws_a_fresh_key_per_row_from_its_own_stream(mod
     original = policy.get_distribution
 
     def record(obs):
-        seen.append(policy.explicit_noise[0].keys)
+        seen.append(policy.perturbed_network.active.keys)
         return original(obs)
 
     policy.get_distribution = record
@@ -50,7 +50,7 @@ def test_stochastic_prediction_draws_a_fresh_key_per_row_from_its_own_stream(mod
     model.predict(OBS, deterministic=False)
     assert th.cat(seen).unique().numel() == 12
     assert policy._keys.step == steps
-    assert policy.get_extra_state()["evaluations"] == 2
+    assert policy.noise_state()["evaluations"] == 2
 
 
 def test_stochastic_prediction_follows_the_noise_scale(model):
@@ -86,11 +86,11 @@ def means_of_row(policy, keys):
 
 
 def test_forward_deterministic_as_the_export_recipes_call_it(model):
-    before = model.policy.get_extra_state()
+    before = model.policy.noise_state()
     with th.no_grad():
         actions, _, _ = model.policy(th.as_tensor(OBS), deterministic=True)
     assert th.equal(actions, means(model.policy, None))
-    assert model.policy.get_extra_state() == before
+    assert model.policy.noise_state() == before
 
 
 def test_missing_keys_in_training_mode_raise_and_behaviour_cloning_by_name_works(model):
@@ -122,8 +122,8 @@ def test_wrong_keys_leave_the_policy_as_it_was(model):
         perturbed(policy, th.zeros(3, dtype=th.int64, device="meta"))
     with pytest.raises(ValueError, match="keys for 4 rows"), perturbed(policy, th.arange(4)):
         policy.get_distribution(th.as_tensor(OBS))
-    assert policy.explicit_noise is None
-    assert all(layer._active is None for layer in policy.network.layers)
+    assert policy.perturbed_network.active is None
+    assert all(layer.row_view() is None for layer in policy.perturbed_network.layers)
 
 
 @pytest.mark.parametrize("scale, error", [(-0.1, ValueError), (float("nan"), ValueError), (float("inf"), ValueError),
@@ -186,5 +186,5 @@ def test_a_context_can_be_entered_again(model):
     context = perturbed(model.policy, th.arange(6))
     with context, context:
         pass
-    assert model.policy.explicit_noise is None
-    assert all(layer._active is None for layer in model.policy.network.layers)
+    assert model.policy.perturbed_network.active is None
+    assert all(layer.row_view() is None for layer in model.policy.perturbed_network.layers)

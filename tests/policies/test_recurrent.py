@@ -22,7 +22,7 @@ CASES: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "key-per-episode": ("Mlp", "discrete", "vector", dict(resample="episode")),
     "key-per-three-steps": ("Mlp", "discrete", "vector", dict(resample=3, family="factorised")),
     "two-layers-all": ("Mlp", "discrete", "vector", dict(n_lstm_layers=2, perturb="all")),
-    "hidden": ("Mlp", "discrete", "vector", dict(perturb="hidden")),
+    "hidden": ("Mlp", "discrete", "vector", dict(layers="hidden")),
     "shared-lstm": ("Mlp", "discrete", "vector", dict(shared_lstm=True, enable_critic_lstm=False)),
     "no-critic-lstm": ("Mlp", "discrete", "vector", dict(enable_critic_lstm=False)),
     "dict": ("MultiInput", "discrete", "dict", {}),
@@ -104,7 +104,7 @@ def test_lstms_are_perturbed_as_asked_for() -> None:
         policy = build("discrete", perturb=perturb).policy
         lstms = [name for name in ("lstm_actor", "lstm_critic") if isinstance(getattr(policy, name), FlipoutLSTM)]
         found[perturb] = lstms
-        assert len(policy.network.layers) > 0
+        assert len(policy.perturbed_network.layers) > 0
         assert all(type(getattr(policy, name)) is nn.LSTM for name in {"lstm_actor", "lstm_critic"} - set(lstms))
     both = ["lstm_actor", "lstm_critic"]
     assert found == dict(policy=both[:1], linear=[], heads=[], hidden=both[:1], all=both)
@@ -136,8 +136,8 @@ def test_a_loaded_model_acts_the_same_and_goes_on(tmp_path: Any) -> None:
 
 def test_mean_predictions_draw_nothing() -> None:
     policy = build("discrete").policy
-    before = policy.get_extra_state()
+    before = policy.noise_state()
     policy.predict(np.zeros((2, 5), np.float32), deterministic=True)
-    assert policy.get_extra_state() == before
+    assert policy.noise_state() == before
     policy.predict(np.zeros((2, 5), np.float32), deterministic=False)
-    assert policy.get_extra_state()["evaluations"] == before["evaluations"] + 1
+    assert policy.noise_state()["evaluations"] == before["evaluations"] + 1

@@ -61,7 +61,7 @@ def test_replay_of_every_choice_of_modules(perturb):
 
 def test_base_kept_over_several_rollouts():
     recorder, probe = NoiseRecorder(), ReplayProbe(8)
-    learn(PPO, "mlp-box", [recorder, probe], steps=6 * 48, policy_kwargs=dict(base_every=3))
+    learn(PPO, "mlp-box", [recorder, probe], steps=6 * 48, policy_kwargs=dict(base_every_rollouts=3))
     assert len(set(recorder.base_keys[:3])) == 1 and len(set(recorder.base_keys[3:])) == 1
     assert recorder.base_keys[0] != recorder.base_keys[3]
     assert probe.worst_ratio <= RATIO_TOLERANCE
@@ -69,7 +69,7 @@ def test_base_kept_over_several_rollouts():
 
 def test_base_never_redrawn():
     recorder = NoiseRecorder()
-    learn(PPO, "mlp-box", recorder, steps=6 * 48, policy_kwargs=dict(base_every=None))
+    learn(PPO, "mlp-box", recorder, steps=6 * 48, policy_kwargs=dict(base_every_rollouts=None))
     assert len(recorder.base_keys) == 6 and len(set(recorder.base_keys)) == 1
 
 
@@ -143,7 +143,7 @@ def test_noise_of_two_environments_is_uncorrelated():
             policy.begin_rollout()
         with th.no_grad(), policy.collecting(3):
             _, _, log_prob = policy(obs)
-            with policy.network.activate(noise_of(log_prob)):
+            with policy.perturbed_network.activate(noise_of(log_prob)):
                 rows.append(policy.get_distribution(obs).distribution.mean[:, 0])
     outputs = th.stack(rows)
     correlation = th.corrcoef(outputs.T)

@@ -44,7 +44,7 @@ def build(algorithm: type[BaseAlgorithm], buffer: str, policy: str = "Flipout", 
 
 @pytest.mark.parametrize(("algorithm", "buffer"), CASES)
 @pytest.mark.parametrize(
-    "noise", [{}, dict(resample="episode", base_every=4), dict(members=5, prior_scale=2.0, target_noise="same")]
+    "noise", [{}, dict(resample="episode", base_every_steps=4), dict(members=5, prior_scale=2.0, target_noise="same")]
 )
 def test_learns_under_fresh_noise(algorithm: type[BaseAlgorithm], buffer: str, noise: dict[str, Any]) -> None:
     model = build(algorithm, buffer, policy_kwargs=noise)

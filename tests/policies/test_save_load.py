@@ -25,7 +25,7 @@ def learn(model, rollouts=2, **kwargs):
     return recorder
 
 
-@pytest.mark.parametrize("noise", [{}, dict(resample="rollout", base_every=3), dict(resample=5), dict(base_every=None)])
+@pytest.mark.parametrize("noise", [{}, dict(resample="rollout", base_every_rollouts=3), dict(resample=5), dict(base_every_rollouts=None)])
 @pytest.mark.parametrize("algorithm", [PPO, A2C])
 def test_noise_stream_goes_on_as_if_uninterrupted(algorithm, noise, tmp_path):
     whole = learn(build(algorithm, **noise), 6)
@@ -36,7 +36,7 @@ def test_noise_stream_goes_on_as_if_uninterrupted(algorithm, noise, tmp_path):
     second = learn(loaded, 3, reset_num_timesteps=False)
     np.testing.assert_array_equal(whole.all_keys(), np.concatenate([first.all_keys(), second.all_keys()]))
     assert whole.base_keys == first.base_keys + second.base_keys
-    for one, other in zip(loaded.policy.network.layers, build(algorithm, **noise).policy.network.layers, strict=True):
+    for one, other in zip(loaded.policy.perturbed_network.layers, build(algorithm, **noise).policy.perturbed_network.layers, strict=True):
         assert one.noise_index == other.noise_index
 
 
@@ -45,8 +45,8 @@ def test_base_perturbation_is_restored_at_once(tmp_path):
     learn(model)
     model.save(tmp_path / "model")
     loaded = PPO.load(tmp_path / "model")
-    for one, other in zip(loaded.policy.network.layers, model.policy.network.layers, strict=True):
-        assert th.equal(one.weight_base, other.weight_base)
+    for one, other in zip(loaded.policy.perturbed_network.layers, model.policy.perturbed_network.layers, strict=True):
+        assert th.equal(one.bases()[1]["weight_base"], other.bases()[1]["weight_base"])
 
 
 def test_scale_is_saved_and_used(tmp_path):
@@ -146,7 +146,7 @@ def test_two_models_in_one_process_have_their_own_noise():
 def test_two_models_without_seeds_explore_by_different_noise():
     one, other = (PPO("FlipoutMlpPolicy", vector_env(), n_steps=8, batch_size=8) for _ in range(2))
     assert one.policy._noise_seed != other.policy._noise_seed
-    assert not th.equal(one.policy.action_net.weight_base, other.policy.action_net.weight_base)
+    assert not th.equal(one.policy.action_net.bases()[1]["weight_base"], other.policy.action_net.bases()[1]["weight_base"])
 
 
 @pytest.mark.parametrize("sigma_init, resample", [(np.float64(0.1), np.int64(3)), (np.float32(0.5), "step")])

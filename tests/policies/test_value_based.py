@@ -43,14 +43,14 @@ class Recorder(BaseCallback):
         def record_predict(observation, deterministic=True):
             if policy._acting_noise is not None:
                 self.acting.append(policy._acting_noise.keys.clone())
-                base = policy.online.noisy.layers[0].weight_base
+                base = policy.online.perturbed_network.layers[0].bases()[1]["weight_base"]
                 self.acting_bases.append(None if base is None else base.clone())
             return predict(observation, deterministic)
 
         def recording(role, activate):
             def record_activate(noise):
                 if policy.learning.active:
-                    base = nets[role].noisy.layers[0].weight_base
+                    base = nets[role].perturbed_network.layers[0].bases()[1]["weight_base"]
                     keys = None if noise is None else noise.keys.clone()
                     self.learning.append((policy.learning.step, role, keys, None if base is None else base.clone()))
                 return activate(noise)
@@ -59,7 +59,7 @@ class Recorder(BaseCallback):
 
         policy._predict = record_predict
         for role, net in enumerate(nets):
-            net.noisy.activate = recording(role, net.noisy.activate)
+            net.perturbed_network.activate = recording(role, net.perturbed_network.activate)
 
     def _on_step(self):
         self.dones.append(self.locals["dones"].copy())
@@ -77,7 +77,7 @@ def learn(model, steps=120, **kwargs):
     "noise",
     [dict(family=family) for family in FAMILIES]
     + [dict(target_noise="same"), dict(target_noise="mean"), dict(members=5), dict(members=5, prior_scale=2.0)]
-    + [dict(noise_sharing="shared"), dict(noise_sharing="independent"), dict(base_every=3), dict(init="noisynet")],
+    + [dict(noise_sharing="shared"), dict(noise_sharing="independent"), dict(base_every_steps=3), dict(init="noisynet")],
 )
 def test_runs_and_learns_sigma(algorithm, noise):
     model = build(algorithm, noise=noise)
@@ -158,12 +158,12 @@ def test_learning_noise_is_fresh_in_each_gradient_step(target_noise, family):
 
 
 def test_gradient_steps_leave_the_acting_base_alone():
-    recorder = learn(build(noise=dict(base_every=None)))
+    recorder = learn(build(noise=dict(base_every_steps=None)))
     assert all(th.equal(base, recorder.acting_bases[0]) for base in recorder.acting_bases)
 
 
 def test_acting_base_is_redrawn_every_so_many_steps():
-    bases = learn(build(n_envs=1, learning_starts=0, noise=dict(base_every=4)), 40).acting_bases
+    bases = learn(build(n_envs=1, learning_starts=0, noise=dict(base_every_steps=4)), 40).acting_bases
     for step in range(1, 40):
         assert th.equal(bases[step], bases[step - 1]) == (step % 4 != 0)
 
@@ -185,7 +185,7 @@ def test_action_is_greedy_under_each_environments_own_weights():
         actions, _ = model.policy.predict(obs)
     for env in range(3):
         x = th.as_tensor(obs[env])
-        layers = model.policy.q_net.noisy.layers
+        layers = model.policy.q_net.perturbed_network.layers
         for layer in layers:
             weight, bias = effective_weight(layer, keys[env])
             x = weight @ x + bias
@@ -204,7 +204,7 @@ def test_evaluation_changes_nothing_in_the_training_noise(deterministic):
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-@pytest.mark.parametrize("noise", [{}, dict(base_every=5), dict(members=4, prior_scale=1.0, resample="step")])
+@pytest.mark.parametrize("noise", [{}, dict(base_every_steps=5), dict(members=4, prior_scale=1.0, resample="step")])
 def test_noise_goes_on_after_save_and_load_as_if_uninterrupted(algorithm, noise, tmp_path):
     whole = learn(build(algorithm, noise=noise), 160)
     model = build(algorithm, noise=noise)
@@ -262,7 +262,7 @@ def test_member_values_are_those_of_each_members_own_network(algorithm, prior_sc
     assert values.shape == (5, 7, 4)
     online = model.policy.online
     for member in range(5):
-        with th.no_grad(), online.noisy.activate(_one_key(member, 7)):
+        with th.no_grad(), online.perturbed_network.activate(_one_key(member, 7)):
             single = online(obs)
         single = single.mean(dim=1) if single.dim() == 3 else single
         assert th.allclose(values[member], single, atol=1e-6)
@@ -338,7 +338,7 @@ def test_learning_noise_is_a_pure_function():
         (dict(members=1), "members must be an integer >= 2"),
         (dict(members=2.5), "members must be an integer >= 2"),
         (dict(members=5, noise_sharing="shared"), "does not fit noise_sharing"),
-        (dict(members=5, base_every=3), "does not fit base_every"),
+        (dict(members=5, base_every_steps=3), "does not fit base_every"),
         (dict(prior_scale=1.0), "needs members"),
         (dict(members=5, prior_scale=-1.0), "prior_scale must be a finite number >= 0"),
         (dict(members=5, prior_scale=float("nan")), "prior_scale must be a finite number >= 0"),
@@ -407,7 +407,7 @@ def test_bases_are_drawn_once_per_gradient_step_and_network(monkeypatch):
     draws = []
     redraw = FlipoutLayer.redraw
     monkeypatch.setattr(FlipoutLayer, "redraw", lambda layer, key: (draws.append(key), redraw(layer, key)))
-    model = build(learning_starts=0, gradient_steps=3, noise=dict(base_every=None))
+    model = build(learning_starts=0, gradient_steps=3, noise=dict(base_every_steps=None))
     draws.clear()
     model.learn(40)
     steps, layers = model.policy.learning.step, 3
