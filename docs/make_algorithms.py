@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from sb3_flipout.policies import FlipoutPolicyMixin, NoiseSettings
-from sb3_flipout.policies.sac_td3 import ActorNoise
+from sb3_flipout.policies import ActorSettings, FlipoutPolicyMixin, NoiseSettings, OnPolicySettings, ValueSettings
+from sb3_flipout.policies.sac_td3 import ActorMixin
 from sb3_flipout.registration import ALIASES
 
 PAGE = Path(__file__).parent / "algorithms.md"
@@ -23,6 +23,7 @@ class Facts(NamedTuple):
     all: str
     learning: str
     prediction: str
+    settings: type[NoiseSettings]
 
 
 _EXACTLY = "replayed exactly: log-probabilities, entropies and values"
@@ -31,17 +32,24 @@ _MEAN = "mean weights"
 
 #: By the name of the mixin; the first one among the bases of a policy class counts.
 FACTS: dict[str, Facts] = {
-    "RecurrentNoise": Facts(
+    "RecurrentMixin": Facts(
         "extractor, the actor's LSTM, hidden layers of the policy, action layer",
         "hidden layers of the values, the critic's LSTM, value layer",
         f"{_EXACTLY}, over whole sequences",
         _MEAN,
+        OnPolicySettings,
     ),
     "OnPolicyMixin": Facts(
-        "extractor, hidden layers of the policy, action layer", "hidden layers of the values, value layer", _EXACTLY, _MEAN
+        "extractor, hidden layers of the policy, action layer",
+        "hidden layers of the values, value layer",
+        _EXACTLY,
+        _MEAN,
+        OnPolicySettings,
     ),
-    "ValueMixin": Facts("the whole value network, and its target", "the same", _FRESH, f"{_MEAN}; with `members` their vote"),
-    "ActorNoise": Facts("the whole actor", "the critics", _FRESH, _MEAN),
+    "ValueMixin": Facts(
+        "the whole value network, and its target", "the same", _FRESH, f"{_MEAN}; with `members` their vote", ValueSettings
+    ),
+    "ActorMixin": Facts("the whole actor", "the critics", _FRESH, _MEAN, ActorSettings),
 }
 
 #: Algorithms that are left out, and why.
@@ -59,10 +67,10 @@ HEAD = """# Algorithms and policy names
 """
 
 NOTES = """
-"Perturbed" is what `perturb="policy"` means, the default. `"heads"` is the last layer of it, `"linear"` leaves convolutions
-and LSTMs out, `"hidden"` is the hidden-to-hidden weights of LSTMs alone. `"all"` adds what its column says. An extractor that
-is shared is perturbed once, and its noise then reaches all that is computed from it; only the critics of
-{critics} see its mean weights, unless `"all"` is asked for.
+"Perturbed" is what `perturb="policy"` means, the default. `"heads"` is the last layer of it, `"all"` adds what its
+column says. Of what is perturbed, `layers="linear"` leaves convolutions and LSTMs out, and `layers="hidden"` takes the
+hidden-to-hidden weights of LSTMs and GRUs alone. An extractor that is shared is perturbed once, and its noise then reaches all
+that is computed from it; only the critics of {critics} see its mean weights, unless `"all"` is asked for.
 
 Settings beside those of every policy ([settings](settings.md)):
 
@@ -80,9 +88,8 @@ def facts_of(policy_class: type[FlipoutPolicyMixin]) -> Facts:
 
 def own_settings(policy_class: type[FlipoutPolicyMixin]) -> list[str]:
     """Name the settings that not every policy has."""
-    settings: Any = getattr(policy_class, "settings_class", NoiseSettings)
     common = {field.name for field in fields(NoiseSettings)}
-    return [field.name for field in fields(settings) if field.name not in common]
+    return [field.name for field in fields(facts_of(policy_class).settings) if field.name not in common]
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -107,7 +114,7 @@ def page() -> str:
         settings.setdefault(tuple(own_settings(policy_class)), []).append(label(algorithm))
     for name, reason in REFUSED.items():
         rows.append([f"{name}\\*", "none", reason, "", "", ""])
-    actor_critics = [a for a, names in ALIASES.items() if issubclass(next(iter(names.values())), ActorNoise)]
+    actor_critics = [a for a, names in ALIASES.items() if issubclass(next(iter(names.values())), ActorMixin)]
     critics = ", ".join(label(algorithm) for algorithm in actor_critics)
     header = ["algorithm", "`policy`", "perturbed", 'more with `"all"`', "in the update", "`predict(deterministic=True)`"]
     further = [

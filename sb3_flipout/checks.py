@@ -55,7 +55,9 @@ def check_flag(name: str, value: Any) -> bool:
     :raises TypeError: If it is none
     """
     if not isinstance(value, (bool, np.bool_)):
-        raise TypeError(f"{name} must be True or False, got {value!r} of type {type(value).__name__}; pass {name}=True or =False.")
+        raise TypeError(
+            f"{name} must be True or False, got {value!r} of type {type(value).__name__}; pass {name}=True or =False."
+        )
     return bool(value)
 
 

@@ -102,7 +102,8 @@ def _set_parameters(original: Method, algorithm: Any, load_path_or_dict: Any, *a
         exact = args[0] if args else kwargs.get("exact_match", True)
         if others or exact:
             raise ValueError(
-                "these are the parameters of a policy without noise: it has no sigma, and its optimizer none for it. To take its "
+                "these are the parameters of a policy without noise: it has no sigma, and its optimizer none for it. To take "
+                "its "
                 'weights as mean weights and keep the sigma that is here: model.set_parameters({"policy": params["policy"]}, '
                 "exact_match=False)."
             )

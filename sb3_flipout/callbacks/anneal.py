@@ -11,6 +11,7 @@ from sb3_flipout.checks import check_choice, check_number
 from sb3_flipout.noise.ladder import geometric_ladder
 from sb3_flipout.noise.schedule import SHAPES
 
+
 class AnnealNoise(ScaleCallback):
     """
     Let the noise scale follow a schedule, by SB3's convention: a function of the progress of training that remains.

@@ -14,9 +14,9 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import EvalCallback
 
 from sb3_flipout.callbacks.common import flipout_policy
+from sb3_flipout.diagnostics import base_kept
 from sb3_flipout.diagnostics.lag import LAST, best_lags, excelling, mean_lags
 from sb3_flipout.diagnostics.statistics import has_members
-from sb3_flipout.diagnostics import base_kept
 from sb3_flipout.layers import perturbed, redraw
 from sb3_flipout.noise import EvaluationStream, RowNoise, Stream, fold
 

@@ -21,7 +21,8 @@ from sb3_flipout.diagnostics.weights import sigmas, signal_to_noise
 from sb3_flipout.layers import FlipoutLayer, perturbed
 from sb3_flipout.noise import RowNoise, fold, fold_in
 from sb3_flipout.noise.stream import restrict
-from sb3_flipout.policies.base import FlipoutPolicyMixin, n_rows
+from sb3_flipout.policies.base import FlipoutPolicyMixin
+from sb3_flipout.policies.observations import n_rows
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
@@ -81,7 +82,7 @@ def _quietly(policy: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _recorded(layers: Mapping[str, FlipoutLayer], into: dict[str, list[th.Tensor]]) -> Iterator[None]:
-    """Record the outputs of layers, as far as they are one tensor with one row each: not of recurrent layers, nor nested ones."""
+    """Record the outputs of layers, as far as they are one tensor with one row each: not of recurrent layers."""
 
     def hook(name: str) -> Any:
         def record(_layer: nn.Module, _inputs: Any, output: Any) -> None:

@@ -10,7 +10,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs
 from torch.distributions import Bernoulli, Categorical, Distribution, Normal
 from torch.nn import functional as F
 
-from sb3_flipout.policies.base import n_rows
+from sb3_flipout.policies.observations import n_rows
 
 
 class ActionView(NamedTuple):

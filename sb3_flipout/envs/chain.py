@@ -41,7 +41,7 @@ class Chain(gym.Env[NDArray[np.float32], np.int64]):
     :raises ValueError: If ``length`` is below 3.
     """
 
-    metadata = {"render_modes": []}  # noqa: RUF012 -- an instance attribute in gymnasium's declaration
+    metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012 - gymnasium declares it so
 
     #: Reward of pressing left in :math:`s_1`.
     left_reward = 0.001

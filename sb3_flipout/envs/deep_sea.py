@@ -43,7 +43,7 @@ class DeepSea(gym.Env[NDArray[np.float32], np.int64]):
     :raises ValueError: If an argument is out of its range.
     """
 
-    metadata = {"render_modes": []}  # noqa: RUF012 -- an instance attribute in gymnasium's declaration
+    metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012 - gymnasium declares it so
 
     def __init__(
         self,
@@ -54,7 +54,9 @@ class DeepSea(gym.Env[NDArray[np.float32], np.int64]):
         flatten: bool = True,
     ) -> None:
         self.size = check_integer("size", size, 2, hint="Pass for example size=10.")
-        self.unscaled_move_cost = check_number("unscaled_move_cost", unscaled_move_cost, hint="Pass for example unscaled_move_cost=0.01.")
+        self.unscaled_move_cost = check_number(
+            "unscaled_move_cost", unscaled_move_cost, hint="Pass for example unscaled_move_cost=0.01."
+        )
         self.deterministic = check_flag("deterministic", deterministic)
         self.flatten = check_flag("flatten", flatten)
         self._mapping: NDArray[np.int64] = _action_mapping(self.size, mapping_seed)

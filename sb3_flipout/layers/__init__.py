@@ -14,8 +14,9 @@ from sb3_flipout.layers.conv import (
 from sb3_flipout.layers.convert import perturb, restore
 from sb3_flipout.layers.derived import PERTURBED_CLASSES
 from sb3_flipout.layers.embedding import FlipoutEmbedding
+from sb3_flipout.layers.interface import attach, effective_weight, flipout_layers, network_of, perturbed, redraw
 from sb3_flipout.layers.linear import FlipoutLinear
-from sb3_flipout.layers.network import Ask, PerturbedNetwork, attach, effective_weight, network_of, perturbed, redraw
+from sb3_flipout.layers.network import Ask, PerturbedNetwork
 from sb3_flipout.layers.recurrent import FlipoutGRU, FlipoutGRUCell, FlipoutLSTM
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "RowView",
     "attach",
     "effective_weight",
+    "flipout_layers",
     "network_of",
     "perturb",
     "perturbed",

@@ -25,7 +25,8 @@ _SEPARATE = (Block("q_proj_weight", None, 0), Block("k_proj_weight", None, 1), B
 
 class FlipoutMultiheadAttention(FlipoutLayer, nn.MultiheadAttention):
     """
-    ``nn.MultiheadAttention`` whose every row can see its own perturbed projections: of queries, keys and values, and of outputs.
+    ``nn.MultiheadAttention`` whose every row can see its own perturbed projections: of queries, keys and values, and of
+    outputs.
 
     A row is a sequence of the batch. The output projection is a :class:`~sb3_flipout.layers.FlipoutLinear` of its own, so its
     noise has sigma of its own. Without active noise it runs ``nn.MultiheadAttention``'s own code.
@@ -100,9 +101,7 @@ class FlipoutMultiheadAttention(FlipoutLayer, nn.MultiheadAttention):
             )
         inputs = [x if self.batch_first else x.transpose(0, 1) for x in (query, key, value)]
         self._check_rows(inputs[0], len(view.noise))
-        heads = [
-            projected.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for projected in self._projections(inputs, view)
-        ]
+        heads = [_heads_apart(projected, self.num_heads) for projected in self._projections(inputs, view)]
         mask = self._mask(key_padding_mask, attn_mask, heads[0])
         attended, weights = self._attend(heads, mask, need_weights, average_attn_weights)
         if isinstance(self.out_proj, FlipoutLayer):
@@ -114,7 +113,8 @@ class FlipoutMultiheadAttention(FlipoutLayer, nn.MultiheadAttention):
         if x.dim() != 3 or x.is_nested or not self.row_layout.fits(x.shape[0], rows):
             raise ValueError(
                 f"FlipoutMultiheadAttention got {'nested ' if x.is_nested else ''}queries of shape {tuple(x.shape)} (batch "
-                f"first) and keys for {rows} rows; it needs one sequence per row. If the network folds something else into the "
+                f"first) and keys for {rows} rows; it needs one sequence per row. If the network folds something else into "
+                f"the "
                 "batch, leave the module out with skip=."
             )
 
@@ -127,13 +127,10 @@ class FlipoutMultiheadAttention(FlipoutLayer, nn.MultiheadAttention):
         else:
             parts = [(block, slice(None)) for block in self.blocks]
         return [
-            self._project(x, block, rows, bias, view)
-            for x, (block, rows), bias in zip(inputs, parts, biases, strict=True)
+            self._project(x, block, rows, bias, view) for x, (block, rows), bias in zip(inputs, parts, biases, strict=True)
         ]
 
-    def _project(
-        self, x: th.Tensor, block: Block, out: slice, bias: th.Tensor | None, view: RowView
-    ) -> th.Tensor:
+    def _project(self, x: th.Tensor, block: Block, out: slice, bias: th.Tensor | None, view: RowView) -> th.Tensor:
         """One projection of (N, L, in), by the output rows ``out`` of a block."""
         size, spread = len(x), self.row_layout.spread
         weight = block.means(self)[0][out]
@@ -153,7 +150,7 @@ class FlipoutMultiheadAttention(FlipoutLayer, nn.MultiheadAttention):
         found = None
         if pairs is not None:
             found = _as_numbers(pairs, queries.dtype)
-            found = found if found.dim() == 2 else found.unflatten(0, (len(queries), self.num_heads))
+            found = found if found.dim() == 2 else found.view(len(queries), self.num_heads, *found.shape[1:])
         if padding is not None:
             ignored = _as_numbers(padding, queries.dtype)[:, None, None]
             found = ignored if found is None else found + ignored
@@ -175,6 +172,11 @@ def _part(value: th.Tensor | None, out: slice, dim: int = 1) -> th.Tensor | None
     if value is None or not value.dim():
         return value
     return value[out] if dim == 0 else value[:, out]
+
+
+def _heads_apart(x: th.Tensor, heads: int) -> th.Tensor:
+    """(N, L, E) -> (N, heads, L, E / heads)."""
+    return x.reshape(*x.shape[:2], heads, -1).transpose(1, 2)
 
 
 def _as_numbers(mask: th.Tensor, dtype: th.dtype) -> th.Tensor:

@@ -7,25 +7,19 @@ parent computes, with the very same code; with active noise each row sees its ow
 from __future__ import annotations
 
 import math
-from abc import ABC
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch as th
 from torch import nn
 
-from sb3_flipout.layers import functional
-from sb3_flipout.layers.block import Block, MaybePair, Pair
+from sb3_flipout.layers.block import Block, MaybePair
 from sb3_flipout.layers.config import LayerNoise
 from sb3_flipout.layers.row_layout import FIRST, RowLayout
+from sb3_flipout.layers.weights import PerturbedWeights
 from sb3_flipout.noise.bases import base_draws
 from sb3_flipout.noise.keys import fold
 from sb3_flipout.noise.rows import RowNoise
-from sb3_flipout.noise.signs import LayerVectors, factors, salts
-from sb3_flipout.noise.tables import FactorKind
-
-if TYPE_CHECKING:
-    from sb3_flipout.layers.network import PerturbedNetwork
 
 Bases = tuple[int, dict[str, th.Tensor]]  # base key, and draws by name
 
@@ -43,12 +37,24 @@ class RowView(NamedTuple):
     vectors: tuple[th.Tensor, ...]
 
 
-class FlipoutLayer(nn.Module, ABC):
+class Network(Protocol):
+    """What a layer knows of the network that it belongs to: :class:`~sb3_flipout.layers.network.PerturbedNetwork`."""
+
+    def view(self, slot: int, layer: FlipoutLayer) -> RowView | None:
+        """Say what the rows of one layer see."""
+
+    def note(self, output: th.Tensor) -> None:
+        """Remember what the rows saw, where autograd may ask for the pass again."""
+
+
+class FlipoutLayer(PerturbedWeights):
     """
     Mixin of all perturbed layers; stands before the torch.nn class in their bases.
 
-    Parameters beside the parent's: one named ``<name>_sigma`` for each perturbed weight and bias. Nothing keeps sigma positive,
-    and 0 is exactly the plain layer. Where the base is symmetric about 0 (all families but ``factorised``) sigma's sign changes
+    Parameters beside the parent's: one named ``<name>_sigma`` for each perturbed weight and bias. Nothing keeps sigma
+    positive,
+    and 0 is exactly the plain layer. Where the base is symmetric about 0 (all families but ``factorised``) sigma's sign
+    changes
     no law; with ``factorised``, where the factors alone are the noise, one flipped sign changes how weights go together.
     """
 
@@ -57,17 +63,12 @@ class FlipoutLayer(nn.Module, ABC):
     #: The torch.nn class whose weights these are.
     PLAIN: ClassVar[type[nn.Module]]
 
-    noise_config: LayerNoise
     noise_on: str = "all"
-    noise_index: int | None
-    noise_scaled: bool = True  # whether the noise scale multiplies the layer's noise
     row_layout: RowLayout = FIRST
     base_key: int
     keeps_base: bool = False  # whether base draws are part of the state_dict: those of an ensemble are as much as weights
-    blocks: tuple[Block, ...] = (Block(),)  # the perturbed ones
-    quiet_blocks: tuple[Block, ...] = ()  # those that noise_on= leaves alone
     _base_draws: dict[str, th.Tensor]
-    _network: PerturbedNetwork | None = None
+    _network: Network | None = None
     _slot: int = -1
 
     # ---- construction -------------------------------------------------------------------------------------------
@@ -132,13 +133,13 @@ class FlipoutLayer(nn.Module, ABC):
     # ---- the network that it belongs to ---------------------------------------------------------------------------
 
     @property
-    def network(self) -> PerturbedNetwork | None:
+    def network(self) -> Network | None:
         """The network that says what the rows of this layer see; ``None`` until it is first perturbed."""
         return self._network
 
-    def join(self, network: PerturbedNetwork, slot: int) -> None:
+    def join(self, network: Network, slot: int) -> None:
         """
-        Become part of a network; only :func:`~sb3_flipout.layers.network.attach` and copies of networks call this.
+        Become part of a network; only :func:`~sb3_flipout.layers.interface.attach` and copies of networks call this.
 
         :param network: The network
         :param slot: Place among its layers
@@ -167,20 +168,6 @@ class FlipoutLayer(nn.Module, ABC):
 
     # ---- weights and base draws -----------------------------------------------------------------------------------
 
-    @property
-    def like(self) -> th.Tensor:
-        """A mean weight, to tell the layer's floating-point type and device."""
-        weight: th.Tensor = getattr(self, self.blocks[0].weight)
-        return weight
-
-    def means(self) -> list[th.Tensor]:
-        """
-        List the mean weights and biases that are perturbed.
-
-        :return: The layer's own tensors, each weight before its bias
-        """
-        return [mean for block in self.blocks for mean in block.means(self) if mean is not None]
-
     def redraw(self, base_key: int) -> None:
         """
         Draw the base perturbation, a pure function of the base key and the layer's number.
@@ -189,7 +176,7 @@ class FlipoutLayer(nn.Module, ABC):
 
         :param base_key: Key of the base, any integer
         """
-        draws = {}
+        draws: dict[str, th.Tensor] = {}
         for block, pair in zip(self.blocks, self._draw_bases(base_key), strict=True):
             names = (block.weight_base, block.bias_base)
             draws |= {name: draw for name, draw in zip(names, pair, strict=True) if name is not None and draw is not None}
@@ -263,7 +250,7 @@ class FlipoutLayer(nn.Module, ABC):
 
         :return: Attributes
         """
-        state = dict(super().__getstate__())  # type: ignore[arg-type]
+        state: dict[str, Any] = dict(super().__getstate__())  # type: ignore[no-untyped-call]
         for name in ("_base_draws", "_network", "_slot"):
             state.pop(name, None)
         return state
@@ -289,117 +276,8 @@ class FlipoutLayer(nn.Module, ABC):
         derived_from = vars(type(self)).get("DERIVED_FROM")
         if derived_from is None:
             return super().__reduce_ex__(protocol)
-        from sb3_flipout.layers.derived import empty_derived  # the table of classes stands on this file
-
-        return empty_derived, derived_from, self.__getstate__()
-
-    # ---- perturbations -------------------------------------------------------------------------------------------
-
-    def deltas(
-        self, weight_eps: th.Tensor | None = None, bias_eps: th.Tensor | None = None, block: Block | None = None
-    ) -> Pair:
-        """
-        Compute the base perturbation, which moves with sigma (and the means), so it is never stored.
-
-        :param weight_eps: Draw to use instead of the base
-        :param bias_eps: The same for the bias
-        :param block: Which weight; ``None`` for the first
-        :return: Perturbation of weight and bias, before row factors and noise scale
-        """
-        spec, block = self.noise_config.spec, block or self.blocks[0]
-        weight, bias = block.means(self)
-        weight_sigma, bias_sigma = block.sigmas(self)
-        weight_base, bias_base = self.base_of(block)
-        delta_weight = functional.delta(weight, weight_sigma, weight_base if weight_eps is None else weight_eps, spec.relative)
-        delta_weight = self._unpruned(delta_weight, block.weight)
-        if bias is None:
-            return delta_weight, None
-        bias_sigma = weight_sigma if spec.sigma == "per_layer" else bias_sigma
-        delta_bias = functional.delta(bias, bias_sigma, bias_base if bias_eps is None else bias_eps, spec.relative)
-        return delta_weight, self._unpruned(delta_bias, block.bias)
-
-    def _unpruned(self, delta: th.Tensor, name: str | None) -> th.Tensor:
-        """Without noise where ``torch.nn.utils.prune`` has taken the weight away."""
-        mask = self._buffers.get(f"{name}_mask")
-        return delta if mask is None else delta * mask
-
-    def vectors(self) -> LayerVectors:
-        """
-        Say which row factors the layer needs: none when one draw is shared, or when each row has its own.
-
-        :return: Number of the layer, law and lengths of its factor vectors
-        """
-        blocks = self.blocks if self._by_factors() else ()
-        sizes = tuple(size for block in blocks for size in self._sizes(block))
-        return LayerVectors(self.noise_index or 0, self.noise_config.spec.factor, sizes, self.noise_scaled)
-
-    def _by_factors(self) -> bool:
-        """Whether factors tell rows apart: with a factorised family also where each row's noise is independent of others'."""
-        sharing = self.noise_config.noise_sharing
-        return sharing == "flipout" or (sharing == "independent" and self.noise_config.spec.row_draw is None)
-
-    def row_weights(self, keys: th.Tensor, scale: th.Tensor, block: Block | None = None) -> Pair:
-        """
-        Materialise the weights that each row sees, in memory N times that of the layer.
-
-        :param keys: Noise keys, shape (N,)
-        :param scale: Noise scales, shape (N,)
-        :param block: Which weight; ``None`` for the first
-        :return: Weights, shape (N, O, ...), and biases, shape (N, O)
-        """
-        block = block or self.blocks[0]
-        weight, bias = block.means(self)
-        delta_weight, delta_bias = self._row_deltas(block, keys)
-        c = scale.to(weight.dtype)
-        weight = weight + c.view(-1, *[1] * weight.dim()) * delta_weight
-        return weight, None if bias is None or delta_bias is None else bias + c[:, None] * delta_bias
-
-    def _row_deltas(self, block: Block, keys: th.Tensor) -> Pair:
-        if self.noise_config.noise_sharing == "shared":
-            delta_weight, delta_bias = self.deltas(block=block)
-            return delta_weight[None], None if delta_bias is None else delta_bias[None]
-        if not self._by_factors():
-            weight, bias = block.means(self)
-            first = 2 * block.number + 2
-            bias_eps = None if bias is None else self._row_draw(keys, first + 1, bias.shape)
-            return self.deltas(self._row_draw(keys, first, weight.shape), bias_eps, block)
-        delta_weight, delta_bias = self.deltas(block=block)
-        s, r = self._factors(block, keys)
-        return delta_weight * self._outer(r, s, block), None if delta_bias is None else delta_bias * r
-
-    def _factors(self, block: Block, keys: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
-        """Factors over inputs, shape (N, in), and over outputs, shape (N, out), without noise scale."""
-        (size_in, size_out), kind = self._sizes(block), self.noise_config.spec.factor
-        return self._hash(keys, 2 * block.number, size_in, kind), self._hash(keys, 2 * block.number + 1, size_out, kind)
-
-    def _hash(self, keys: th.Tensor, vector: int, n: int, kind: FactorKind) -> th.Tensor:
-        word_salts = salts(self.noise_index or 0, vector, n, kind).to(keys.device)
-        return factors(keys, word_salts, kind, self.like.dtype)[:, :n]
-
-    def _row_draw(self, keys: th.Tensor, vector: int, shape: th.Size) -> th.Tensor:
-        kind = self.noise_config.spec.row_draw
-        assert kind is not None, "families without a draw per row are told apart by factors"
-        return self._hash(keys, vector, shape.numel(), kind).view(len(keys), *shape)
-
-    # What a layer says that is no matrix product: where inputs and outputs lie in its weights.
-
-    def fan_in(self, block: Block) -> int:
-        """
-        Count the inputs that one output adds up.
-
-        :param block: Which weight
-        :return: Number of inputs
-        """
-        return functional.fan_in(block.means(self)[0])
-
-    def _sizes(self, block: Block) -> tuple[int, int]:
-        """Count input and output units or channels."""
-        weight = block.means(self)[0]
-        return weight.shape[1], weight.shape[0]
-
-    def _outer(self, r: th.Tensor, s: th.Tensor, block: Block) -> th.Tensor:
-        """What each row multiplies the base perturbation by: (N, out) and (N, in) -> (N, *weight.shape)."""
-        return r[:, :, None] * s[:, None, :]
+        make_empty, plain = derived_from
+        return make_empty, (plain,), self.__getstate__()
 
     def extra_repr(self) -> str:
         """

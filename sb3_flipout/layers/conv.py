@@ -56,10 +56,10 @@ class _Conv(_Channels):
         :raises ValueError: If noise is active for another number of rows
         """
         view = self.row_view()
-        return super().forward(input) if view is None else self.forward_rows(input, view)  # type: ignore[no-any-return]
+        return super().forward(input) if view is None else self.forward_rows(input, view)
 
     def _op(self, x: th.Tensor, weight: th.Tensor, bias: th.Tensor | None) -> th.Tensor:
-        found: th.Tensor = self._conv_forward(x, weight, bias)  # type: ignore[operator]
+        found: th.Tensor = self._conv_forward(x, weight, bias)
         return found
 
     def _outer(self, r: th.Tensor, s: th.Tensor, block: Block) -> th.Tensor:
@@ -83,7 +83,7 @@ class _ConvTransposed(_Channels, _ConvTransposeNd):
         """
         view = self.row_view()
         if view is None:
-            return super().forward(input, output_size)  # type: ignore[no-any-return]
+            return super().forward(input, output_size)
         if output_size is not None:
             raise ValueError(
                 f"{type(self).__name__} cannot serve output_size={output_size!r} under noise; set output_padding instead."
@@ -91,7 +91,7 @@ class _ConvTransposed(_Channels, _ConvTransposeNd):
         return self.forward_rows(input, view)
 
     def _op(self, x: th.Tensor, weight: th.Tensor, bias: th.Tensor | None) -> th.Tensor:
-        apply = (nn.functional.conv_transpose1d, nn.functional.conv_transpose2d, nn.functional.conv_transpose3d)
+        apply: Any = (nn.functional.conv_transpose1d, nn.functional.conv_transpose2d, nn.functional.conv_transpose3d)
         found: th.Tensor = apply[len(self.kernel_size) - 1](
             x, weight, bias, self.stride, self.padding, self.output_padding, self.groups, self.dilation
         )

@@ -5,16 +5,17 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Literal, NamedTuple, TypeVar, get_args
+from typing import Literal, NamedTuple, TypeGuard, TypeVar, get_args
 
 from torch import nn
-from typing_extensions import TypeGuard, Unpack
+from typing_extensions import Unpack
 
 from sb3_flipout.checks import check_choice, check_flag, check_integer, did_you_mean
 from sb3_flipout.layers.base import FlipoutLayer, drawn_base_key
 from sb3_flipout.layers.config import LayerNoise, NoiseKwargs, layer_noise
 from sb3_flipout.layers.derived import BYPASSING_PARENTS, PERTURBED_CLASSES, perturbed_class, plain_class, why_plain
-from sb3_flipout.layers.network import without
+from sb3_flipout.layers.interface import without
+from sb3_flipout.layers.weights import PerturbedWeights
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -69,7 +70,9 @@ def perturb(
     names = dict(module.named_modules())
     key = None if base_key is None else check_integer("base_key", base_key)
     config = layer_noise(noise)
-    wanted = Wanted(check_choice("layers", layers, LAYERS), checked_patterns(skip, names), check_flag("perturb_frozen", perturb_frozen))
+    wanted = Wanted(
+        check_choice("layers", layers, LAYERS), checked_patterns(skip, names), check_flag("perturb_frozen", perturb_frozen)
+    )
     left = perturb_named(names, config, wanted, lambda: drawn_base_key() if key is None else key)
     warn_of_plain(left)
     return module
@@ -146,7 +149,9 @@ def _sorted_out(names: Mapping[str, nn.Module], wanted: Wanted) -> tuple[list[_C
             continue
         noise_on, reason = _noise_on(layer, wanted.layers), None
         if noise_on is not None:
-            reason = "is frozen; perturb_frozen=True perturbs it" if _is_frozen(layer) and not wanted.frozen else why_plain(layer)
+            reason = (
+                "is frozen; perturb_frozen=True perturbs it" if _is_frozen(layer) and not wanted.frozen else why_plain(layer)
+            )
         elif wanted.layers == "all" and name and _has_weights(layer):
             reason = why_plain(layer)
         if reason is not None:
@@ -245,7 +250,8 @@ def _check_present(layer: FlipoutLayer, config: LayerNoise, layers: str) -> None
     asked = _noise_on(layer, layers) or layer.noise_on
     if asked != layer.noise_on:
         raise ValueError(
-            f"a {type(layer).__name__} is already perturbed with noise_on={layer.noise_on!r}, not {asked!r}; call restore first."
+            f"a {type(layer).__name__} is already perturbed with noise_on={layer.noise_on!r}, not {asked!r}; call restore "
+            f"first."
         )
 
 
@@ -267,7 +273,7 @@ def restore(module: M) -> M:
             for name in names:
                 book.pop(name, None)
         # What the mixin says it has, and nothing that the plain class says too.
-        for name in FlipoutLayer.__annotations__:
+        for name in (*PerturbedWeights.__annotations__, *FlipoutLayer.__annotations__):
             layer.__dict__.pop(name, None)
     for parent in module.modules():
         plain = plain_class(parent)

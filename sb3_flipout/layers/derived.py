@@ -88,7 +88,11 @@ def _known_base(kind: type[nn.Module]) -> type[nn.Module] | None:
 
 def _derived(kind: type[nn.Module], flipout: type[FlipoutLayer]) -> type[FlipoutLayer]:
     if kind not in _DERIVED:
-        members = {"DERIVED_FROM": (kind,), "__module__": __name__, "__doc__": f"{kind.__name__} with perturbed weights."}
+        members = {
+            "DERIVED_FROM": (empty_derived, kind),
+            "__module__": __name__,
+            "__doc__": f"{kind.__name__} with perturbed weights.",
+        }
         _DERIVED[kind] = type(f"Flipout{kind.__name__}", (flipout, kind), members)
     return _DERIVED[kind]
 
@@ -116,7 +120,7 @@ def plain_class(layer: nn.Module) -> type[nn.Module] | None:
     kind = type(layer)
     derived_from = vars(kind).get("DERIVED_FROM")
     if derived_from is not None:
-        plain: type[nn.Module] = derived_from[0]
+        plain: type[nn.Module] = derived_from[1]
         return plain
     if kind in PERTURBED_CLASSES.values():
         assert isinstance(layer, FlipoutLayer), "the table holds perturbed classes"

@@ -68,7 +68,8 @@ class FlipoutEmbedding(FlipoutLayer, nn.Embedding):
         if not input.dim() or not self.row_layout.fits(input.shape[0], len(view.noise)):
             raise ValueError(
                 f"FlipoutEmbedding got indices of shape {tuple(input.shape)} and keys for {len(view.noise)} rows; the first "
-                "dimension must be the rows of the batch. If the network folds others into it, leave the module out with skip=."
+                "dimension must be the rows of the batch. If the network folds others into it, leave the module out with "
+                "skip=."
             )
         return self.noted(super().forward(input) + self._noise(input, view))
 
@@ -134,5 +135,3 @@ class FlipoutEmbedding(FlipoutLayer, nn.Embedding):
         :return: 1
         """
         return 1
-
-

@@ -40,8 +40,9 @@ def note(output: th.Tensor, owner: object, seen: Any) -> None:
     :param owner: The network whose noise it is
     :param seen: What its rows saw
     """
-    if output.grad_fn is not None:
-        output.grad_fn.metadata[_MARK] = (*output.grad_fn.metadata.get(_MARK, ()), (owner, seen))
+    node: Any = output.grad_fn
+    if node is not None:
+        node.metadata[_MARK] = (*node.metadata.get(_MARK, ()), (owner, seen))
 
 
 def look_up(owner: object) -> Any:
@@ -60,13 +61,14 @@ def look_up(owner: object) -> Any:
             "a perturbed layer runs again in the backward pass of torch.utils.checkpoint(..., use_reentrant=True), where it "
             "cannot be told which noise it had. Use use_reentrant=False, or leave the module out with skip=."
         )
-    waiting, known = [node], set()
+    waiting: list[Any] = [node]
+    known: set[Any] = set()
     while waiting:
-        node = waiting.pop(0)
-        for noted_owner, seen in node.metadata.get(_MARK, ()):
+        nearest = waiting.pop(0)
+        for noted_owner, seen in nearest.metadata.get(_MARK, ()):
             if noted_owner is owner:
                 return seen
-        for following, _ in node.next_functions:
+        for following, _ in nearest.next_functions:
             if following is not None and following not in known:
                 known.add(following)
                 waiting.append(following)

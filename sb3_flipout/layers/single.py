@@ -10,7 +10,8 @@ from sb3_flipout.layers import functional
 from sb3_flipout.layers.base import FlipoutLayer, RowView
 
 _REMEDY = (
-    "The rows of a batch must be the first dimension of what a perturbed layer gets. If the network folds others into it, leave "
+    "The rows of a batch must be the first dimension of what a perturbed layer gets. If the network folds others into it, "
+    "leave "
     'the module out: perturb(net, skip=["its.name"]), or policy_kwargs=dict(skip=["its.name"]).'
 )
 
@@ -46,9 +47,7 @@ class OneWeightLayer(FlipoutLayer):
     def _spread(self, vector: th.Tensor, x: th.Tensor) -> th.Tensor:
         return self.row_layout.spread(vector.to(self.weight.dtype), x.shape[self.row_layout.dim])
 
-    def _with_own_rows(
-        self, x: th.Tensor, view: RowView, scale: th.Tensor
-    ) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
+    def _with_own_rows(self, x: th.Tensor, view: RowView, scale: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
         """Inputs and the weights of each of their rows, under noise that every row draws for itself."""
         keys, size = view.noise.keys, x.shape[self.row_layout.dim]
         weight, bias = self.row_weights(self.row_layout.spread(keys, size), self.row_layout.spread(scale, size))
@@ -57,7 +56,9 @@ class OneWeightLayer(FlipoutLayer):
     def _check_rows(self, x: th.Tensor, rows: int) -> None:
         dim = self.row_layout.dim
         if x.dim() < max(self._least_dims, dim + 1) or not self.row_layout.fits(x.shape[dim], rows):
-            raise ValueError(f"{type(self).__name__} got an input of shape {tuple(x.shape)} and keys for {rows} rows. {_REMEDY}")
+            raise ValueError(
+                f"{type(self).__name__} got an input of shape {tuple(x.shape)} and keys for {rows} rows. {_REMEDY}"
+            )
 
     # What a kind of layer has to say: its op, and where the units lie in its inputs and outputs.
     _least_dims: int = 2

@@ -2,13 +2,15 @@
 
 :func:`with_noise` hangs row noise on a tensor or a dictionary of tensors, :func:`noise_of` reads it back. What users do to
 observations on the way from the buffer to the policy keeps it as far as rows stay rows: slicing takes the noise of the slice,
-arithmetic, casts and reshapes behind the first dimension keep it, ``torch.cat`` joins it. Whatever else gives a plain tensor that
+arithmetic, casts and reshapes behind the first dimension keep it, ``torch.cat`` joins it. Whatever else gives a plain
+tensor that
 remembers which operation lost the noise, so that the error in the update can say so.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from itertools import pairwise
 from typing import Any
 
 import torch as th
@@ -234,7 +236,7 @@ def _after_split(further: tuple[Any, ...], kwargs: dict[str, Any], noise: RowNoi
     starts = [0]
     for part in parts:
         starts.append(starts[-1] + len(part))
-    return [noise[start:stop] for start, stop in zip(starts, starts[1:], strict=False)]
+    return [noise[start:stop] for start, stop in pairwise(starts)]
 
 
 def _after_index(data: th.Tensor, index: Index, noise: RowNoise, result: th.Tensor) -> RowNoise | None:

@@ -15,6 +15,7 @@ import torch as th
 from sb3_flipout.noise.keys import FINALISER, GOLDEN, fold, fold_in, mix, signed
 from sb3_flipout.noise.tables import FactorKind, factor_table
 
+
 @dataclass(frozen=True)
 class _Cut:
     """How words become factors: the integer type a word is viewed as, and how many factors come from one word."""

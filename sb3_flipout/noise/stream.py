@@ -30,7 +30,7 @@ def check_resample(resample: Any) -> str | int:
     :return: A word, or a number of steps, as a plain Python value
     :raises ValueError: If it is neither one of the words nor a positive number of steps
     """
-    if isinstance(resample, Integral) and not isinstance(resample, bool) and resample >= 1:
+    if isinstance(resample, Integral) and not isinstance(resample, bool) and int(resample) >= 1:
         return int(resample)
     return check_choice("resample", resample, RESAMPLE_WORDS, "A whole number >= 1 is a number of steps.")
 

@@ -16,7 +16,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
-from sb3_flipout.policies.base import FlipoutPolicyMixin, NoiseStateError
+from sb3_flipout.policies.base import FlipoutPolicyMixin
 from sb3_flipout.policies.dqn import FlipoutDQNCnnPolicy, FlipoutDQNMultiInputPolicy, FlipoutDQNPolicy
 from sb3_flipout.policies.legacy import register_moved_modules
 from sb3_flipout.policies.on_policy import (
@@ -33,6 +33,7 @@ from sb3_flipout.policies.sac_td3 import (
     FlipoutTD3Policy,
 )
 from sb3_flipout.policies.settings import ActorSettings, LearningSettings, NoiseSettings, OnPolicySettings, ValueSettings
+from sb3_flipout.policies.state import NoiseStateError
 
 __all__ = [
     "ActorSettings",

@@ -1,39 +1,29 @@
-"""What all flipout policies share: their settings, their noise, and which noise a forward pass sees.
-
-The noise of a policy is a pure function of a few numbers: a seed, and how many collection steps, rollouts (or gradient steps)
-and evaluation calls there have been. They are no weights: ``state_dict`` has tensors only. The algorithm saves them beside its
-own data (:mod:`sb3_flipout.hooks`), so a resumed training continues its noise, and copied weights bring none.
-"""
+"""What all flipout policies share: which layers are perturbed, which noise a forward pass sees, and what they are told."""
 
 from __future__ import annotations
 
-import hashlib
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict
 from inspect import signature
 from typing import Any, TypeVar
 
 import numpy as np
 import torch as th
-from gymnasium import spaces
 from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.torch_layers import FlattenExtractor, NatureCNN
 from stable_baselines3.common.type_aliases import Schedule
 from torch import nn
 
-from sb3_flipout.checks import check_integer, check_number
 from sb3_flipout.layers import FlipoutLayer, PerturbedNetwork
 from sb3_flipout.layers.convert import Wanted, checked_patterns, perturb_named, warn_of_plain
-from sb3_flipout.noise import EvaluationStream, KeyStream, NoiseOwner, RowNoise, Scales, Stream, fold, noise_of
+from sb3_flipout.noise import RowNoise, Scales, noise_of
 from sb3_flipout.noise.carried import lost_by
-from sb3_flipout.noise.ladder import checked_ladder
 from sb3_flipout.policies.guard import VisitGuard
-from sb3_flipout.policies.legacy import translated_settings, with_bases
+from sb3_flipout.policies.observations import n_rows
 from sb3_flipout.policies.plain import plain_copy
 from sb3_flipout.policies.rows import give_layouts
 from sb3_flipout.policies.settings import NoiseSettings
+from sb3_flipout.policies.state import NoiseState
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -46,10 +36,6 @@ def eager(function: F) -> F:
     :return: The same, for torch.compile to leave alone
     """
     return th.compiler.disable(function)  # type: ignore[no-untyped-call]
-
-
-class NoiseStateError(RuntimeError, ValueError):
-    """A saved noise state does not fit the policy. A ``RuntimeError`` too, since SB3's ``load`` takes others for its own."""
 
 
 class RunMarks:
@@ -67,26 +53,17 @@ class RunMarks:
         return RunMarks, ()
 
 
-class FlipoutPolicyMixin(BasePolicy):
+class FlipoutPolicyMixin(NoiseState):
     """Mixin of all flipout policies; stands before SB3's policy class in their bases."""
 
-    noise_settings: NoiseSettings
     #: The network of the layers that act; what rows see is said there and nowhere else.
     perturbed_network: PerturbedNetwork
 
     def _init_noise(self, settings: NoiseSettings) -> None:
         """Set the noise up; called in the constructor, after SB3 has built the stock policy."""
-        self.noise_settings = settings
-        self.noise_owner = NoiseOwner()
         self.marks = RunMarks()
         self.guard = VisitGuard()
-        self._noise_seed = _seed_of_torch()
-        members = self.members
-        self._keys = KeyStream(fold(self._noise_seed, Stream.COLLECTION), settings.resample, members, self.noise_owner)
-        self._evaluation = EvaluationStream(fold(self._noise_seed, Stream.EVALUATION), 0, members, self.noise_owner)
-        self._noise_scale = 1.0
-        self._schedule_factor = settings.factor_at(0.0)
-        self._noise_ladder: tuple[float, ...] | None = None
+        self._init_state(settings)
         checked_patterns(settings.skip, [name for name, _ in self.named_modules()])
 
     def _perturb(self, modules: Sequence[nn.Module], quietly: bool = False) -> None:
@@ -117,10 +94,6 @@ class FlipoutPolicyMixin(BasePolicy):
         names = {layer: name for name, layer in self.named_modules() if isinstance(layer, FlipoutLayer)}
         give_layouts({names[layer]: layer for layer in network.layers if layer in names}, run, self)
 
-    def _base_key(self, draw: int) -> int:
-        """Key of a draw of the base, by its number."""
-        return fold(self._noise_seed, Stream.BASE, draw)
-
     def _make_optimizer(self, parameters: Iterable[nn.Parameter], lr_schedule: Schedule) -> th.optim.Optimizer:
         """
         Make SB3's optimizer over parameters that include sigma.
@@ -139,71 +112,6 @@ class FlipoutPolicyMixin(BasePolicy):
         ):
             kwargs["fused"] = True
         return self.optimizer_class(parameters, lr=lr_schedule(1), **kwargs)  # type: ignore[call-arg]
-
-    # ---- what the user sets -------------------------------------------------------------------------------------
-
-    @property
-    def noise_scale(self) -> float:
-        """Noise scale c, the number that multiplies every perturbation; 0 gives mean weights. Saved with the model."""
-        return self._noise_scale
-
-    @noise_scale.setter
-    def noise_scale(self, scale: float) -> None:
-        self._noise_scale = check_number("noise_scale", scale, hint="Use 0.0 to switch the noise off.")
-
-    @property
-    def noise_ladder(self) -> tuple[float, ...] | None:
-        """What multiplies the noise scale in each training environment; ``None`` for no ladder. Saved with the model."""
-        return self._noise_ladder
-
-    @noise_ladder.setter
-    def noise_ladder(self, ladder: tuple[float, ...] | None) -> None:
-        self._noise_ladder = checked_ladder(ladder)
-
-    @property
-    def members(self) -> int | None:
-        """Number of members of the implicit ensemble; ``None`` where there is none."""
-        members: int | None = getattr(self.noise_settings, "members", None)
-        return members
-
-    @property
-    def redraws_base(self) -> bool:
-        """Whether the base perturbation that acts is redrawn in training."""
-        settings: Any = self.noise_settings
-        every = [getattr(settings, name, None) for name in ("base_every_rollouts", "base_every_steps")]
-        return any(period is not None for period in every)
-
-    @property
-    def effective_scale(self) -> float:
-        """What perturbations are multiplied by now: the noise scale, times what the schedule has left of it."""
-        return self._noise_scale * self._schedule_factor
-
-    def follow_schedule(self, progress: float) -> None:
-        """
-        Let the noise fall as the setting ``schedule`` says; the algorithm tells the progress.
-
-        :param progress: Share of training that is done
-        """
-        self._schedule_factor = self.noise_settings.factor_at(progress)
-
-    def leave_schedule(self) -> None:
-        """Let a callback steer the noise scale: until the next training, the setting ``schedule`` has no effect."""
-        self._schedule_factor = 1.0
-
-    def reseed_noise(self, seed: int) -> None:
-        """
-        Explore by other noise from now on; counters go on. The base changes when it is next redrawn. Members stay who they
-        are: their base is a weight.
-
-        :param seed: Seed, any integer
-        :raises TypeError: If it is no integer
-        """
-        self._set_noise_seed(fold(0, check_integer("seed", seed)))
-
-    def _set_noise_seed(self, seed: int) -> None:
-        self._noise_seed = seed
-        self._keys.restart(self._keys.step, fold(seed, Stream.COLLECTION))
-        self._evaluation.seed = fold(seed, Stream.EVALUATION)
 
     # ---- which noise a forward pass sees ------------------------------------------------------------------------
 
@@ -237,9 +145,12 @@ class FlipoutPolicyMixin(BasePolicy):
         else:
             cause = "it never had any"
         raise ValueError(
-            f"a batch reached {type(self).__name__} in an update without its noise keys, so its noise cannot be replayed: {cause}. "
-            "Batches of the rollout buffer carry them on their observations. A buffer with a `get` of its own hangs them on by "
-            "sb3_flipout.noise.with_noise(observations, self.row_noise(batch_inds)); an operation that changes rows hands them on "
+            f"a batch reached {type(self).__name__} in an update without its noise keys, so its noise cannot be replayed: "
+            f"{cause}. "
+            "Batches of the rollout buffer carry them on their observations. A buffer with a `get` of its own hangs them on "
+            "by "
+            "sb3_flipout.noise.with_noise(observations, self.row_noise(batch_inds)); an operation that changes rows hands "
+            "them on "
             "by with_noise(result, noise_of(observations)[rows]). To learn by mean weights, write "
             "`with sb3_flipout.perturbed(policy, None):` around the call."
         )
@@ -304,74 +215,7 @@ class FlipoutPolicyMixin(BasePolicy):
             if first:
                 self.marks.told.discard(what)
 
-    # ---- save and load ------------------------------------------------------------------------------------------
-
-    def noise_state(self) -> dict[str, Any]:
-        """
-        Take what a resumed training has to know, as plain values; the algorithm saves it with the model.
-
-        :return: Settings, seed, counters, noise scale and ladder
-        """
-        return {
-            "settings": asdict(self.noise_settings),
-            "seed": self._noise_seed,
-            "steps": self._keys.step,
-            "evaluations": self._evaluation.calls,
-            "noise_scale": self._noise_scale,
-            "schedule_factor": self._schedule_factor,
-            "noise_ladder": self._noise_ladder,
-        }
-
-    def set_noise_state(self, state: Mapping[str, Any]) -> None:
-        """
-        Continue from a saved noise state.
-
-        :param state: What :meth:`noise_state` gave
-        :raises NoiseStateError: If the weights saved with it mean something else under the settings of this policy
-        """
-        differing = self.noise_settings.unlike(state["settings"])
-        if differing:
-            raise NoiseStateError(
-                f"the saved weights do not fit the noise settings of this policy ({'; '.join(differing)}). Load it with the saved "
-                'settings: Algorithm.load(path, custom_objects={"policy_kwargs": dict(...)}), or leave policy_kwargs out.'
-            )
-        self._noise_seed = int(state["seed"])
-        self._keys.restart(int(state["steps"]), fold(self._noise_seed, Stream.COLLECTION))
-        self._evaluation.seed, self._evaluation.calls = fold(self._noise_seed, Stream.EVALUATION), int(state["evaluations"])
-        ladder = state.get("noise_ladder")
-        self.noise_scale, self.noise_ladder = state["noise_scale"], None if ladder is None else tuple(ladder)
-        self._schedule_factor = float(state.get("schedule_factor", 1.0))
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """
-        Load weights; noise is none of them.
-
-        :param state_dict: What ``state_dict`` gave, of this policy or of one that 0.1.0 saved
-        :param strict: Whether all names must match
-        :param assign: Whether to keep the given tensors instead of copying them
-        :return: Missing and unexpected keys, as torch gives them
-        :raises NoiseStateError: If the weights are those of a policy without noise, and ``strict`` is True
-        """
-        state_dict = self._from_0_1_0(dict(state_dict))
-        own_sigma = [name for name in self.state_dict() if name.endswith("_sigma")]
-        if strict and own_sigma and not any(name.endswith("_sigma") for name in state_dict):
-            raise NoiseStateError(
-                "the weights are those of a policy without noise: they have no sigma. To take them as mean weights and keep the "
-                'sigma that is here: model.set_parameters({"policy": weights}, exact_match=False), or '
-                "policy.load_state_dict(weights, strict=False)."
-            )
-        return super().load_state_dict(state_dict, strict, assign)
-
-    def _from_0_1_0(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """Take the noise state out of weights that version 0.1.0 saved, and continue from it."""
-        saved = state_dict.pop("_extra_state", None)
-        if saved is None:
-            return state_dict
-        self.set_noise_state({**saved, "settings": translated_settings(saved["settings"])})
-        return state_dict if self.members is None else with_bases(self, state_dict, int(saved["seed"]))
-
-    def _get_constructor_parameters(self) -> dict[str, Any]:
-        return {**super()._get_constructor_parameters(), **asdict(self.noise_settings)}
+    # ---- comparison with a plain policy ------------------------------------------------------------------------------
 
     def to_plain_policy(self) -> BasePolicy:
         """
@@ -382,7 +226,7 @@ class FlipoutPolicyMixin(BasePolicy):
         :return: Stock policy on the same device; its optimizer is new
         :raises ValueError: If it would not act as the mean weights do: a subclass changes what the stock class computes
         """
-        return plain_copy(self)
+        return plain_copy(self, FlipoutPolicyMixin)
 
     def mean_outputs(self, obs: Any) -> list[th.Tensor]:
         """
@@ -405,43 +249,3 @@ class FlipoutPolicyMixin(BasePolicy):
         :param obs: Observations, as tensors
         :return: Everything that it computes of them
         """
-
-
-def _seed_of_torch() -> int:
-    """
-    Seed the noise by the state of torch's generator: read, not drawn, so that it stays as stock SB3 leaves it.
-
-    The state counts as well as the seed, so that two models made one after the other explore by different noise.
-    """
-    state = hashlib.blake2b(th.get_rng_state().numpy().tobytes(), digest_size=8)
-    return fold(th.initial_seed(), int.from_bytes(state.digest(), "little"))
-
-
-def n_rows(obs: Any) -> int:
-    """
-    Count the rows of a batch of observations.
-
-    :param obs: Tensor, or dictionary of tensors
-    :return: Size of the first dimension
-    """
-    return len(next(iter(obs.values()))) if isinstance(obs, dict) else len(obs)
-
-
-def check_extractor(observation_space: spaces.Space[Any], policy_class: type, kwargs: Mapping[str, Any]) -> None:
-    """
-    Refuse dictionary observations for extractors of single ones; SB3 does so for its own policy names only.
-
-    :param observation_space: Observation space
-    :param policy_class: Policy class, whose constructor says which features extractor is the default
-    :param kwargs: Keyword arguments of the policy
-    :raises ValueError: If the space and the extractor do not fit
-    """
-    constructors = (vars(base)["__init__"] for base in policy_class.__mro__ if "__init__" in vars(base))
-    defaults = (signature(constructor).parameters.get("features_extractor_class") for constructor in constructors)
-    default = next(parameter.default for parameter in defaults if parameter is not None)
-    extractor = kwargs.get("features_extractor_class", default)
-    if isinstance(observation_space, spaces.Dict) and extractor in (FlattenExtractor, NatureCNN):
-        raise ValueError(
-            'the observation space is a Dict, which needs "FlipoutMultiInputPolicy" (or a features_extractor_class of your '
-            f"own), got a policy with {extractor.__name__}."
-        )

@@ -40,8 +40,9 @@ from stable_baselines3.common.type_aliases import Schedule
 from torch import nn
 
 from sb3_flipout.layers import FlipoutLSTM
-from sb3_flipout.policies.base import FlipoutPolicyMixin, n_rows
+from sb3_flipout.policies.base import FlipoutPolicyMixin
 from sb3_flipout.policies.dqn import ValueMixin
+from sb3_flipout.policies.observations import n_rows
 from sb3_flipout.policies.on_policy import ACTOR_CRITIC_ALIASES, OnPolicyMixin
 from sb3_flipout.policies.sac_td3 import ActorMixin
 

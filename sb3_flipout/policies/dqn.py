@@ -1,4 +1,4 @@
-"""Policies for DQN (QRDQN stands on them): explore by weight noise alone, or by an implicit ensemble whose members have priors."""
+"""Policies for DQN (QRDQN stands on them): explore by weight noise, or by an implicit ensemble whose members have priors."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ from torch import nn
 from sb3_flipout.layers import attach
 from sb3_flipout.layers.config import Init
 from sb3_flipout.layers.convert import Layers
-from sb3_flipout.layers.network import flipout_layers
+from sb3_flipout.layers.interface import flipout_layers
 from sb3_flipout.noise import RowNoise, Stream, fold
 from sb3_flipout.noise.families import FamilyName, NoiseSharing
 from sb3_flipout.noise.schedule import Schedule as NoiseSchedule
 from sb3_flipout.noise.stream import Resample
-from sb3_flipout.policies.base import FlipoutPolicyMixin, n_rows
+from sb3_flipout.policies.base import FlipoutPolicyMixin
 from sb3_flipout.policies.learning import LearningValueNetwork, LearnsUnderNoise, Role, learns_under_noise
+from sb3_flipout.policies.observations import n_rows
 from sb3_flipout.policies.off_policy import OffPolicyMixin
 from sb3_flipout.policies.prior import Prior
 from sb3_flipout.policies.settings import Perturb, TargetNoise, ValueSettings
@@ -33,7 +34,8 @@ class ValueMixin(OffPolicyMixin):
     """
     Mixin that gives a value-based policy its noise.
 
-    A network of your own (dueling heads, action masks) is given as SB3 has it: a policy whose ``make_q_net`` returns it. Put the
+    A network of your own (dueling heads, action masks) is given as SB3 has it: a policy whose ``make_q_net`` returns it.
+    Put the
     flipout class before that policy, ``class Mine(FlipoutDQNPolicy, MyPolicy)``, or override ``make_q_net`` in a subclass.
 
     :param observation_space: Observation space

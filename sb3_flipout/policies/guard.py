@@ -51,9 +51,7 @@ class VisitGuard:
             self.collected, network.visited = network.visited or None, None
 
     @contextmanager
-    def update(
-        self, policy: nn.Module, network: PerturbedNetwork, acting: nn.Module | None = None
-    ) -> Iterator[None]:
+    def update(self, policy: nn.Module, network: PerturbedNetwork, acting: nn.Module | None = None) -> Iterator[None]:
         """
         Note what is called in a batch of an update, and compare it with what was called in collection.
 
@@ -84,8 +82,10 @@ class VisitGuard:
         differing = [names.get(id(network.layers[slot]), "?") for slot in sorted(self.collected ^ seen)]
         if differing:
             raise ValueError(
-                f"the perturbed layers {', '.join(differing)} were called in the first collection or in the first update, and not "
-                f"in both, so the update would learn under other weights than those that acted. {_REMEDY.format(names=differing)}"
+                f"the perturbed layers {', '.join(differing)} were called in the first collection or in the first update, "
+                f"and not "
+                f"in both, so the update would learn under other weights than those that acted. "
+                f"{_REMEDY.format(names=differing)}"
             )
         self._silent = {
             names.get(id(network.layers[slot]), "?"): network.layers[slot] for slot in sorted(expected - self.collected)
@@ -105,7 +105,8 @@ class VisitGuard:
             )
         if silent:
             warnings.warn(
-                f"the perturbed layers {', '.join(silent)} are never called: nothing explores through them. To say that this is "
+                f"the perturbed layers {', '.join(silent)} are never called: nothing explores through them. To say that this "
+                f"is "
                 f"as it should be, leave them out: policy_kwargs=dict(skip={sorted(silent)!r}).",
                 stacklevel=2,
             )

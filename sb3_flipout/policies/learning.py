@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import IntEnum
-from functools import cache
 from typing import Any
 
 import torch as th
@@ -22,7 +21,7 @@ from sb3_flipout.layers import PerturbedNetwork
 from sb3_flipout.noise import RowNoise, Stream, fold, fold_in
 from sb3_flipout.noise.carried import without_noise
 from sb3_flipout.noise.stream import restrict
-from sb3_flipout.policies.base import n_rows
+from sb3_flipout.policies.observations import n_rows
 from sb3_flipout.policies.prior import Prior
 from sb3_flipout.policies.settings import LearningSettings
 
@@ -109,9 +108,7 @@ class LearnsUnderNoise(BaseModel):
     is_perturbed: bool = True  # or it only shares layers with one that is, and sees their mean weights
     guarded: Callable[[], Any] | None = None  # the policy's guard against layers that are not called
 
-    def join_noise(
-        self, network: PerturbedNetwork, learning: LearningNoise, role: Role, is_perturbed: bool = True
-    ) -> None:
+    def join_noise(self, network: PerturbedNetwork, learning: LearningNoise, role: Role, is_perturbed: bool = True) -> None:
         """
         Learn under noise from now on.
 
@@ -145,7 +142,8 @@ class LearnsUnderNoise(BaseModel):
 class LearningValueNetwork(LearnsUnderNoise, BasePolicy):
     """Mixin of a value network that learns under noise, and adds its members' prior."""
 
-    # Held as a function's argument would be, so that the prior is no part of this network's parameters: it is neither trained nor
+    # Held as a function's argument would be, so that the prior is no part of this network's parameters: it is neither
+    # trained nor
     # copied by polyak.
     prior: tuple[Prior, float] | None = None
 
@@ -229,20 +227,27 @@ class LearningStochasticActor(_LearningActor):
             return super().get_action_dist_params(obs)  # type: ignore[misc]
 
 
-@cache
-def _derived(mixin: type[LearnsUnderNoise], plain: type[nn.Module]) -> type[nn.Module]:
+# Classes made at run time, so that networks of one kind have one class.
+_DERIVED: dict[tuple[type, type], Any] = {}
+
+
+def _derived(mixin: type[LearnsUnderNoise], plain: type[nn.Module]) -> Any:
+    if (mixin, plain) in _DERIVED:
+        return _DERIVED[mixin, plain]
     members = {"DERIVED_FROM": (mixin, plain), "__module__": __name__, "__doc__": f"{plain.__name__} that learns under noise."}
-    return type(f"Flipout{plain.__name__}", (mixin, plain), {**members, "__reduce_ex__": _reduce})
+    _DERIVED[mixin, plain] = type(f"Flipout{plain.__name__}", (mixin, plain), {**members, "__reduce_ex__": _reduce})
+    return _DERIVED[mixin, plain]
 
 
 def _reduce(net: nn.Module, protocol: Any) -> Any:
     """Pickle by the classes that the class was derived from, since it is made at run time."""
-    return _empty, type(net).DERIVED_FROM, net.__getstate__()  # type: ignore[attr-defined]
+    return _empty, type(net).DERIVED_FROM, net.__getstate__()  # type: ignore[attr-defined, no-untyped-call]
 
 
 def _empty(mixin: type[LearnsUnderNoise], plain: type[nn.Module]) -> nn.Module:
     derived = _derived(mixin, plain)
-    return derived.__new__(derived)
+    empty: nn.Module = derived.__new__(derived)
+    return empty
 
 
 def learns_under_noise(net: nn.Module, mixin: type[LearnsUnderNoise]) -> Any:

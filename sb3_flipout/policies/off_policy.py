@@ -18,9 +18,11 @@ from torch import nn
 
 from sb3_flipout.layers import Ask, PerturbedNetwork
 from sb3_flipout.noise import RowNoise
-from sb3_flipout.policies.base import FlipoutPolicyMixin, check_extractor
+from sb3_flipout.policies.arguments import settings_from
+from sb3_flipout.policies.base import FlipoutPolicyMixin
 from sb3_flipout.policies.learning import LearningNoise, LearnsUnderNoise
-from sb3_flipout.policies.settings import LearningSettings, settings_from
+from sb3_flipout.policies.observations import check_extractor
+from sb3_flipout.policies.settings import LearningSettings
 
 
 class OffPolicyMixin(FlipoutPolicyMixin):
@@ -29,8 +31,13 @@ class OffPolicyMixin(FlipoutPolicyMixin):
     noise_settings: LearningSettings
 
     def _init_off_policy(
-        self, kind: type[LearningSettings], noise: dict[str, Any], spaces: tuple[Any, Any], lr_schedule: Schedule,
-        args: tuple[Any, ...], kwargs: dict[str, Any],
+        self,
+        kind: type[LearningSettings],
+        noise: dict[str, Any],
+        spaces: tuple[Any, Any],
+        lr_schedule: Schedule,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> None:
         """Check settings, let SB3 build the stock policy, and give it its noise: what constructors have in common."""
         settings = settings_from(kind, noise | kwargs, _KNOWN)

@@ -1,16 +1,10 @@
-"""Policies for PPO and A2C (TRPO, MaskablePPO and RecurrentPPO stand on them): explore under row noise, and replay it exactly.
-
-One transition's noise: :meth:`OnPolicyMixin.forward` draws keys, acts under them and hangs them on the log-probabilities;
-the rollout buffer stores them and hands them back on the observations; :meth:`OnPolicyMixin.evaluate_actions` activates
-them again. Values are replayed with the same keys; bootstrap values, asked for without keys, use mean weights.
-"""
+"""Policies for PPO and A2C (TRPO and others stand on them): explore under row noise, and replay it exactly."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import Any, ClassVar, Literal
+from contextlib import contextmanager, nullcontext
+from typing import Any, Literal
 
 import torch as th
 from gymnasium import spaces
@@ -23,20 +17,20 @@ from torch import nn
 from sb3_flipout.layers import Ask, attach
 from sb3_flipout.layers.config import Init
 from sb3_flipout.layers.convert import Layers
-from sb3_flipout.layers.network import flipout_layers
-from sb3_flipout.noise.carried import without_noise
+from sb3_flipout.layers.interface import flipout_layers
 from sb3_flipout.noise.families import FamilyName, NoiseSharing
-from sb3_flipout.noise.rows import RowNoise
 from sb3_flipout.noise.schedule import Schedule as NoiseSchedule
 from sb3_flipout.noise.stream import Resample
-from sb3_flipout.policies.base import FlipoutPolicyMixin, check_extractor, n_rows
-from sb3_flipout.policies.settings import OnPolicySettings, Perturb, settings_from
+from sb3_flipout.policies.arguments import settings_from
+from sb3_flipout.policies.base import FlipoutPolicyMixin
+from sb3_flipout.policies.observations import check_extractor
+from sb3_flipout.policies.passes import OnPolicyPasses
+from sb3_flipout.policies.settings import OnPolicySettings, Perturb
 
 
-class OnPolicyMixin(FlipoutPolicyMixin):
+class OnPolicyMixin(OnPolicyPasses):
     """
-    Mixin that gives an actor-critic policy its noise. What an algorithm hands over beside the observations, such as action
-    masks or hidden states, passes through to the policy class behind it.
+    Mixin that gives an actor-critic policy its settings and its noise, and learns from the algorithm when rollouts start.
 
     :param observation_space: Observation space
     :param action_space: Action space
@@ -68,8 +62,6 @@ class OnPolicyMixin(FlipoutPolicyMixin):
     mlp_extractor: Any
     action_net: Any
     noise_settings: OnPolicySettings
-    #: Where ``deterministic`` stands among the arguments of ``forward`` and ``_predict`` after the observations.
-    deterministic_at: ClassVar[int] = 0
 
     def __init__(
         self,
@@ -81,7 +73,7 @@ class OnPolicyMixin(FlipoutPolicyMixin):
         sigma_init: float | None = None,
         learn_sigma: bool = True,
         resample: Resample | int = "step",
-        base_every_rollouts: int | None | Literal["default"] = "default",
+        base_every_rollouts: int | Literal["default"] | None = "default",
         noise_sharing: NoiseSharing = "flipout",
         perturb: Perturb = "policy",
         layers: Layers = "all",
@@ -93,10 +85,22 @@ class OnPolicyMixin(FlipoutPolicyMixin):
         schedule_fraction: float | None = None,
         **kwargs: Any,
     ) -> None:
-        noise = dict(family=family, sigma_init=sigma_init, learn_sigma=learn_sigma, resample=resample)
-        noise |= dict(base_every_rollouts=base_every_rollouts, noise_sharing=noise_sharing, perturb=perturb, layers=layers)
-        noise |= dict(skip=skip, perturb_frozen=perturb_frozen, init=init)
-        noise |= dict(schedule=schedule, schedule_end=schedule_end, schedule_fraction=schedule_fraction)
+        noise: dict[str, Any] = {
+            "family": family,
+            "sigma_init": sigma_init,
+            "learn_sigma": learn_sigma,
+            "resample": resample,
+            "base_every_rollouts": base_every_rollouts,
+            "noise_sharing": noise_sharing,
+            "perturb": perturb,
+            "layers": layers,
+            "skip": skip,
+            "perturb_frozen": perturb_frozen,
+            "init": init,
+            "schedule": schedule,
+            "schedule_end": schedule_end,
+            "schedule_fraction": schedule_fraction,
+        }
         settings = settings_from(OnPolicySettings, noise | kwargs, _KNOWN)
         check_extractor(observation_space, type(self), kwargs)
         super().__init__(observation_space, action_space, lr_schedule, *args, **kwargs)
@@ -121,7 +125,7 @@ class OnPolicyMixin(FlipoutPolicyMixin):
 
     def begin_rollout(self) -> None:
         """Tell that a rollout starts: the base is redrawn if it is time, and holds until the update after it is done."""
-        every = self.noise_settings.base_every_rollouts
+        every = self.noise_settings.rollouts_per_base
         if every is not None and self._rollouts % every == 0:
             self.perturbed_network.redraw(self._base_key(self._rollouts // every))
         self._rollouts += 1
@@ -172,135 +176,6 @@ class OnPolicyMixin(FlipoutPolicyMixin):
         marks = self.__dict__.get("marks")  # SB3 asks for parameters before there are any
         return marks is not None and marks.updates
 
-    # ---- forward passes -----------------------------------------------------------------------------------------
-
-    def forward(self, obs: Any, *args: Any, **kwargs: Any) -> Any:
-        """
-        Act in the environments: the collection step of a rollout, one row per environment.
-
-        The noise of the rows hangs on the returned log-probabilities as their attribute ``row_noise``. It is that of training
-        in the algorithm's own step, once per step; everybody else's comes from the stream of evaluation, so that training does
-        not notice. With ``deterministic`` the actions are the most likely ones under the mean weights, and nothing is drawn.
-
-        :param obs: Observations, shape (n_envs, ...)
-        :param args: Further arguments of SB3's policy
-        :param kwargs: The same by name
-        :return: Actions, values, log-probabilities, and what else SB3's policy returns
-        """
-        with self._acting(obs, self._is_deterministic(args, kwargs), self._takes_step()):
-            outputs = super().forward(without_noise(obs), *args, **kwargs)
-            self._hang_noise(outputs[2])
-        return outputs
-
-    def evaluate_actions(self, obs: Any, actions: th.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """
-        Evaluate actions under the noise that the observations carry: the update. Outside an update, observations without
-        noise are looked at under the mean weights.
-
-        :param obs: Observations of N transitions, carrying their noise
-        :param actions: Actions of these transitions
-        :param args: Further arguments of SB3's policy
-        :param kwargs: The same by name
-        :return: Values, log-probabilities and entropies
-        :raises ValueError: During an update, if the observations carry no noise
-        """
-        self._warn_of_unregistered(obs)
-        with self._replaying(obs):
-            return super().evaluate_actions(without_noise(obs), actions, *args, **kwargs)  # type: ignore[misc]
-
-    def get_distribution(self, obs: Any, *args: Any, **kwargs: Any) -> Any:
-        """
-        Compute the action distribution under the noise that the observations carry, else under the mean weights.
-
-        :param obs: Observations
-        :param args: Further arguments of SB3's policy
-        :param kwargs: The same by name
-        :return: Action distribution, and what else SB3's policy returns
-        :raises ValueError: During an update, if the observations carry no noise
-        """
-        with self._replaying(obs):
-            return super().get_distribution(without_noise(obs), *args, **kwargs)  # type: ignore[misc]
-
-    def predict_values(self, obs: Any, *args: Any, **kwargs: Any) -> Any:
-        """
-        Compute values under the noise that the observations carry, else under the mean weights (bootstrapping).
-
-        :param obs: Observations
-        :param args: Further arguments of SB3's policy
-        :param kwargs: The same by name
-        :return: Values, shape (N, 1)
-        :raises ValueError: During an update, if the observations carry no noise
-        """
-        with self._replaying(obs):
-            return super().predict_values(without_noise(obs), *args, **kwargs)  # type: ignore[misc]
-
-    def extract_features(self, obs: Any, *args: Any, **kwargs: Any) -> Any:
-        """
-        Extract features under the noise that is active or that the observations carry, else under the mean weights.
-
-        :param obs: Observations
-        :param args: Further arguments of SB3's policy
-        :param kwargs: The same by name
-        :return: Features
-        :raises ValueError: During an update, if the observations carry no noise
-        """
-        with self._replaying(obs):
-            return super().extract_features(without_noise(obs), *args, **kwargs)  # type: ignore[misc]
-
-    def _predict(self, observation: Any, *args: Any, **kwargs: Any) -> Any:
-        with self._acting(observation, self._is_deterministic(args, kwargs), takes_step=False):
-            return super()._predict(without_noise(observation), *args, **kwargs)  # type: ignore[safe-super]
-
-    def _is_deterministic(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        at = self.deterministic_at
-        return bool(args[at] if len(args) > at else kwargs.get("deterministic", False))
-
-    def _takes_step(self) -> bool:
-        """Whether a forward pass now is the algorithm's own step: the first one after the last step was told to be over."""
-        takes = self.marks.collects and self.marks.step_due
-        self.marks.step_due = False
-        return takes
-
-    def _acting(self, obs: Any, deterministic: bool, takes_step: bool) -> AbstractContextManager[None]:
-        """Activate the noise of a step of collection or prediction, unless somebody has said what the rows see."""
-        if self._said():
-            return nullcontext()
-        if takes_step and not deterministic:
-            return self.perturbed_network.activate(self._collection_noise(n_rows(obs)))
-        return self.perturbed_network.activate(self._prediction_noise(obs, deterministic))
-
-    @contextmanager
-    def _replaying(self, obs: Any) -> Iterator[None]:
-        """Activate the noise that a batch brings with it, unless somebody has said what the rows see."""
-        with ExitStack() as stack:
-            if not self._said():
-                noise = self._own_noise(obs)
-                self._check_brought(obs, noise)
-                stack.enter_context(self.perturbed_network.activate(noise))
-                if noise is not None and self.marks.updates:
-                    stack.enter_context(self.guard.update(self, self.perturbed_network))
-            yield
-
-    def _hang_noise(self, log_prob: th.Tensor) -> None:
-        """Let the log-probabilities of a step carry the noise that it was made under."""
-        active = self.perturbed_network.active
-        noise = active if isinstance(active, RowNoise) else None
-        log_prob.row_noise = noise  # type: ignore[attr-defined]
-        self.marks.acted_unmarked = noise is not None and not self.marks.collects
-
-    def _warn_of_unregistered(self, obs: Any) -> None:
-        """Say that an algorithm that nobody has registered loses the noise: it acts under it and learns without."""
-        unmarked = self.marks.acted_unmarked
-        learns = self.training and th.is_grad_enabled() and not self.marks.updates and not self._said()
-        if unmarked and learns and self._own_noise(obs) is None and "unregistered" not in self.marks.warned:
-            self.marks.warned.add("unregistered")
-            warnings.warn(
-                f"{type(self).__name__} has acted under weight noise and is now evaluated for learning without it. If this is an "
-                "algorithm of your own, call sb3_flipout.register(YourAlgorithm) before you make the model: its rollouts then "
-                "carry their noise to the update. Else call policy.set_training_mode(False) first.",
-                stacklevel=3,
-            )
-
     # ---- save, load, compare ------------------------------------------------------------------------------------
 
     def noise_state(self) -> dict[str, Any]:
@@ -320,7 +195,7 @@ class OnPolicyMixin(FlipoutPolicyMixin):
         """
         super().set_noise_state(state)
         self._rollouts = int(state["rollouts"])
-        every = self.noise_settings.base_every_rollouts
+        every = self.noise_settings.rollouts_per_base
         self.perturbed_network.redraw(self._base_key(0 if every is None else max(self._rollouts - 1, 0) // every))
 
     @staticmethod

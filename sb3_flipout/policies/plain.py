@@ -4,30 +4,25 @@ from __future__ import annotations
 
 import copy
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch as th
-
 from stable_baselines3.common.policies import BasePolicy
-
-if TYPE_CHECKING:
-    from sb3_flipout.policies.base import FlipoutPolicyMixin
 
 _COMPARED = 16  # observations
 
 
-def plain_copy(policy: FlipoutPolicyMixin) -> BasePolicy:
+def plain_copy(policy: Any, mixin: type) -> BasePolicy:
     """
     Make SB3's own policy with the mean weights.
 
     :param policy: Flipout policy
+    :param mixin: What makes a class a flipout policy
     :return: Policy of the first class behind the mixins that is none of them: SB3's, or the user's own plain one
     :raises ValueError: If it does not compute what the mean weights compute
     """
-    from sb3_flipout.policies.base import FlipoutPolicyMixin  # which has this function as a method
-
-    plain_class: Any = next(base for base in type(policy).__mro__ if not issubclass(base, FlipoutPolicyMixin))
+    plain_class: Any = next(base for base in type(policy).__mro__ if not issubclass(base, mixin))
     noise_names = {field.name for field in fields(policy.noise_settings)}
     arguments = {name: value for name, value in policy._get_constructor_parameters().items() if name not in noise_names}
     own = policy.state_dict()
@@ -47,7 +42,8 @@ def plain_copy(policy: FlipoutPolicyMixin) -> BasePolicy:
 
 def _refusal(policy: Any, plain_class: type) -> str:
     return (
-        f"{type(policy).__name__} computes something else than {plain_class.__name__}, from which a plain policy would be made. "
+        f"{type(policy).__name__} computes something else than {plain_class.__name__}, from which a plain policy would be "
+        f"made. "
         "Write what you change as a plain policy of your own, and put the flipout class before it: "
         f"class {type(policy).__name__}(sb3_flipout.policies.{_nearest(policy)}, YourPlainPolicy). Then that is the plain one."
     )
@@ -57,7 +53,7 @@ def _nearest(policy: Any) -> str:
     return next(base.__name__ for base in type(policy).__mro__ if base.__module__.startswith("sb3_flipout."))
 
 
-def _agree(policy: FlipoutPolicyMixin, plain: BasePolicy) -> bool:
+def _agree(policy: Any, plain: BasePolicy) -> bool:
     """Whether two policies say the same about observations of their space."""
     space = copy.deepcopy(policy.observation_space)
     space.seed(0)

@@ -8,7 +8,7 @@ import torch as th
 from torch import nn
 
 from sb3_flipout.layers import attach, perturb
-from sb3_flipout.layers.network import flipout_layers
+from sb3_flipout.layers.interface import flipout_layers
 from sb3_flipout.noise import RowNoise
 
 # The layers of the prior are numbered from here, apart from those of the learned network: the same keys give them other signs.
@@ -91,5 +91,5 @@ class Prior(nn.Module):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         """Load the unit too, and ask for it again."""
-        super()._load_from_state_dict(*args, **kwargs)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(*args, **kwargs)
         self._known = False

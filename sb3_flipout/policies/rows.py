@@ -37,8 +37,10 @@ def give_layouts(layers: Mapping[str, FlipoutLayer], run: Callable[[Any], Any], 
     for name, layout in found.items():
         if layout is None:
             raise ValueError(
-                f"{name} ({type(layers[name]).__name__}) gets an input in which it cannot be told which entry belongs to which "
-                "row of the batch: it mixes rows, or is the same for all of them. So no row could have weights of its own there. "
+                f"{name} ({type(layers[name]).__name__}) gets an input in which it cannot be told which entry belongs to "
+                f"which "
+                "row of the batch: it mixes rows, or is the same for all of them. So no row could have weights of its own "
+                "there. "
                 f"Leave the module out: policy_kwargs=dict(skip=[{name!r}])."
             )
         layers[name].row_layout = layout
@@ -50,16 +52,16 @@ def _found(layers: Mapping[str, FlipoutLayer], run: Callable[[Any], Any], policy
     space.seed(0)
     found: dict[str, Any] = {}
     for _ in range(_TRIES):
-        rows = [space.sample() for _ in range(2 * PROBED_ROWS)]
+        rows, others = ([space.sample() for _ in range(PROBED_ROWS)] for _ in range(2))
+
+        def changed(batch: list[Any], row: int, others: list[Any] = others) -> list[Any]:
+            return [*batch[:row], others[row], *batch[row + 1 :]]
+
         try:
             new = find_layouts(
-                layers,
-                lambda batch: run(policy.obs_to_tensor(_stacked(batch))[0]),
-                rows[:PROBED_ROWS],
-                lambda batch, row: [*batch[:row], rows[PROBED_ROWS + row], *batch[row + 1 :]],
-                _batch_dimension,
+                layers, lambda batch: run(policy.obs_to_tensor(_stacked(batch))[0]), rows, changed, _batch_dimension
             )
-        except Exception:  # noqa: BLE001 - a network that cannot take such a batch is taken as it is: rows first
+        except Exception:  # a network that cannot take such a batch is taken as it is: rows first
             return {}
         found = {name: new.get(name) or found.get(name) for name in {**found, **new}}
         if all(layout is not None for layout in found.values()):

@@ -21,7 +21,7 @@ from torch import nn
 from sb3_flipout.layers import FlipoutLayer, attach
 from sb3_flipout.layers.config import Init
 from sb3_flipout.layers.convert import Layers
-from sb3_flipout.layers.network import flipout_layers
+from sb3_flipout.layers.interface import flipout_layers
 from sb3_flipout.noise.families import FamilyName, NoiseSharing
 from sb3_flipout.noise.schedule import Schedule as NoiseSchedule
 from sb3_flipout.noise.stream import Resample
@@ -42,7 +42,8 @@ class ActorMixin(OffPolicyMixin):
     """
     Mixin that gives an off-policy actor-critic its noise.
 
-    Networks of your own are given as SB3 has them: a policy whose ``make_actor`` and ``make_critic`` return them. Put the flipout
+    Networks of your own are given as SB3 has them: a policy whose ``make_actor`` and ``make_critic`` return them. Put the
+    flipout
     class before that policy, ``class Mine(FlipoutSACPolicy, MyPolicy)``, or override these methods in a subclass.
 
     :param observation_space: Observation space
@@ -173,7 +174,11 @@ class ActorMixin(OffPolicyMixin):
                 layer.__class__ = type(model)
                 assert isinstance(layer, FlipoutLayer), "that is what its class says now"
                 layer.init_noise(model.noise_config, model.base_key, model.noise_index, model.noise_on)
-            elif type(model) is not type(layer) and issubclass(type(model), type(layer)) and not isinstance(model, LearnsUnderNoise):
+            elif (
+                type(model) is not type(layer)
+                and issubclass(type(model), type(layer))
+                and not isinstance(model, LearnsUnderNoise)
+            ):
                 layer.__class__ = type(model)  # a parent that goes round its children
 
     def _keep_members(self) -> None:

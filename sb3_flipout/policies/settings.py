@@ -1,16 +1,16 @@
 """The noise settings of a policy: what the user writes into ``policy_kwargs``.
 
 One table per kind of policy, as a frozen dataclass; the constructors of policies have the same names and types, so that an
-editor shows them, and hand them over by :func:`settings_from`.
+editor shows them, and hand them over by :func:`~sb3_flipout.policies.arguments.settings_from`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Literal, TypeVar, get_args
+from typing import Any, ClassVar, Literal, get_args
 
-from sb3_flipout.checks import check_choice, check_flag, check_integer, check_number, did_you_mean
+from sb3_flipout.checks import check_choice, check_flag, check_integer, check_number
 from sb3_flipout.layers import LayerNoise
 from sb3_flipout.layers.convert import LAYERS
 from sb3_flipout.noise.schedule import SCHEDULES, scheduled_factor
@@ -20,8 +20,6 @@ Perturb = Literal["policy", "heads", "all"]
 TargetNoise = Literal["independent", "same", "mean"]
 PERTURB_CHOICES: tuple[str, ...] = get_args(Perturb)
 TARGET_NOISE_CHOICES: tuple[str, ...] = get_args(TargetNoise)
-
-S = TypeVar("S", bound="NoiseSettings")
 
 
 @dataclass(frozen=True)
@@ -145,7 +143,7 @@ class OnPolicySettings(NoiseSettings):
         start of each rollout
     """
 
-    base_every_rollouts: int | None | Literal["default"] = "default"
+    base_every_rollouts: int | Literal["default"] | None = "default"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -159,6 +157,13 @@ class OnPolicySettings(NoiseSettings):
                 'perturbation, which must hold from a rollout to the end of its update. Use resample="rollout", or '
                 'noise_sharing="flipout", whose rows differ by their keys.'
             )
+
+    @property
+    def rollouts_per_base(self) -> int | None:
+        """How often the base perturbation is redrawn, in rollouts; ``None`` for never."""
+        every = self.base_every_rollouts
+        assert every != "default", "replaced by a number when the settings are made"
+        return every
 
 
 @dataclass(frozen=True)
@@ -270,7 +275,8 @@ def _checked_period(name: str, every: Any, noise: LayerNoise) -> int | None:
     number = check_integer(name, every, 1, hint="Use None for never.")
     if not noise.draws_base:
         raise ValueError(
-            f"{name}={number} has no effect with family={noise.family!r} and noise_sharing={noise.noise_sharing!r}, where rows "
+            f"{name}={number} has no effect with family={noise.family!r} and noise_sharing={noise.noise_sharing!r}, where "
+            f"rows "
             f"share no base draw. Leave {name} out."
         )
     return number
@@ -283,38 +289,3 @@ _MOVED = {"linear": 'perturb="policy", layers="linear"', "hidden": 'perturb="pol
 def _moved_hint(name: str, value: Any) -> str:
     known = isinstance(value, str) and value in _MOVED
     return f"Which kinds of layer is a setting of its own: {_MOVED[value]}." if known else ""
-
-
-#: What looks like a setting of any policy and is none of it.
-_ELSEWHERE = {
-    "noise_scale": "is set on the policy: sb3_flipout.flipout_policy(model).noise_scale = ...",
-    "noise_ladder": "is set on the policy: sb3_flipout.flipout_policy(model).noise_ladder = (...)",
-    "members": "is for algorithms with a replay buffer",
-    "target_noise": "is for algorithms with a replay buffer",
-    "prior_scale": "is for DQN and QRDQN",
-    "base_every": "is base_every_rollouts for PPO and its kin, base_every_steps for algorithms with a replay buffer",
-    "base_every_rollouts": "is for PPO and its kin; algorithms with a replay buffer have base_every_steps",
-    "base_every_steps": "is for algorithms with a replay buffer; PPO and its kin have base_every_rollouts",
-}
-
-
-def settings_from(kind: type[S], kwargs: dict[str, Any], known: Sequence[str]) -> S:
-    """
-    Take the noise settings out of the keyword arguments of a policy.
-
-    :param kind: Table of settings
-    :param kwargs: Keyword arguments; those that are settings are taken out
-    :param known: Names of the arguments of SB3's policy, for suggestions
-    :return: The settings, checked
-    :raises TypeError: If an argument is no setting of this policy, or a value has a wrong type
-    :raises ValueError: If a value is unknown, out of range or unfit
-    """
-    names = [field.name for field in fields(kind)]
-    given = {name: kwargs.pop(name) for name in names if name in kwargs}
-    for name, value in kwargs.items():
-        if name in _ELSEWHERE:
-            raise TypeError(f"policy_kwargs={{{name!r}: {value!r}}} is no setting of this policy: {name} {_ELSEWHERE[name]}.")
-        near = did_you_mean(name, names)
-        if near and name not in known:
-            raise TypeError(f"policy_kwargs={{{name!r}: {value!r}}} is no argument of this policy.{near}")
-    return kind(**given)

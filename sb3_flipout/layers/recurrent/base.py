@@ -15,7 +15,7 @@ from sb3_flipout.checks import check_choice
 from sb3_flipout.layers.base import FlipoutLayer, RowView
 from sb3_flipout.layers.block import Block
 from sb3_flipout.layers.config import NoiseKwargs, layer_noise
-from sb3_flipout.layers.recurrent.sequences import (
+from sb3_flipout.layers.recurrent._sequences import (
     Packed,
     Padded,
     PerturbedProjection,
@@ -122,14 +122,14 @@ class RecurrentLayer(FlipoutLayer, nn.RNNBase):
             return found
         states = None if hx is None else self._as_tuple(hx)
         if isinstance(input, PackedSequence):
-            output, after = self._forward_packed(input, states, view)
-        elif input.dim() != 2:
+            packed, after = self._forward_packed(input, states, view)
+            return packed, self._as_given(after)
+        if input.dim() != 2:
             output, after = self._forward_padded(input, states, None, self.batch_first, view)
-        else:
-            single = None if states is None else tuple(state.unsqueeze(1) for state in states)
-            output, after = self._forward_padded(input.unsqueeze(1), single, None, False, view)
-            output, after = output.squeeze(1), tuple(state.squeeze(1) for state in after)
-        return output, self._as_given(after)
+            return output, self._as_given(after)
+        single = None if states is None else tuple(state.unsqueeze(1) for state in states)
+        output, after = self._forward_padded(input.unsqueeze(1), single, None, False, view)
+        return output.squeeze(1), self._as_given(tuple(state.squeeze(1) for state in after))
 
     def _audible(self) -> RowView | None:
         """
@@ -156,7 +156,7 @@ class RecurrentLayer(FlipoutLayer, nn.RNNBase):
             raise ValueError(f"input must have 2 or 3 dimensions, got shape {tuple(input.shape)}.")
         x = input.transpose(0, 1) if batch_first else input
         states = self._zero_state(x, x.shape[1]) if states is None else states
-        self.check_forward_args(x.transpose(0, 1) if self.batch_first else x, self._as_given(states), None)  # type: ignore[arg-type]
+        self.check_forward_args(x.transpose(0, 1) if self.batch_first else x, self._as_given(states), None)
         view = self._folded(view, x.shape[1])
         steps = Padded(type(self).__name__, x.shape[0], x.shape[1], len(view.noise), batch_first)
         kept = None if starts is None else (1.0 - starts.to(x.dtype)).unsqueeze(2).unbind(0)
@@ -169,7 +169,7 @@ class RecurrentLayer(FlipoutLayer, nn.RNNBase):
             states = self._zero_state(x, int(sizes[0]))
         elif order is not None:
             states = tuple(state.index_select(1, order) for state in states)
-        self.check_forward_args(x, self._as_given(states), sizes)  # type: ignore[arg-type]
+        self.check_forward_args(x, self._as_given(states), sizes)
         steps = Packed(type(self).__name__, sizes.tolist(), order, len(view.noise))
         output, after = self._layers(x, states, steps, None, view)
         if back is not None:

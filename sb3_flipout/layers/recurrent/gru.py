@@ -13,8 +13,8 @@ from sb3_flipout.layers import functional
 from sb3_flipout.layers.base import FlipoutLayer, RowView
 from sb3_flipout.layers.block import Block
 from sb3_flipout.layers.config import NoiseKwargs, layer_noise
+from sb3_flipout.layers.recurrent._sequences import Projection, Steps
 from sb3_flipout.layers.recurrent.base import RecurrentLayer, States
-from sb3_flipout.layers.recurrent.sequences import Projection, Steps
 
 
 class FlipoutGRU(RecurrentLayer, nn.GRU):
@@ -94,7 +94,7 @@ class FlipoutGRUCell(FlipoutLayer, nn.GRUCell):
             )
         h = input.new_zeros(len(input), self.hidden_size) if hx is None else hx
         parts = [self._project(x, block, view) for x, block in zip((input, h), self.blocks, strict=True)]
-        return self.noted(functional.gru_step(*parts, h))
+        return self.noted(functional.gru_step(parts[0], parts[1], h))
 
     def _project(self, x: th.Tensor, block: Block, view: RowView) -> th.Tensor:
         mean, spread = block.means(self), self.row_layout.spread

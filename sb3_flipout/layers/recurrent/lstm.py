@@ -9,8 +9,8 @@ import torch as th
 from torch import nn
 
 from sb3_flipout.layers import functional
+from sb3_flipout.layers.recurrent._sequences import Projection, Steps
 from sb3_flipout.layers.recurrent.base import RecurrentLayer, States
-from sb3_flipout.layers.recurrent.sequences import Projection, Steps
 
 State = tuple[th.Tensor, th.Tensor]
 

@@ -1,4 +1,4 @@
-"""What the rows of a recurrent layer see at each step: where sequences lie, padded or packed, and one weight under the active noise."""
+"""Sequences that a recurrent layer runs over, and products with the weights of one of its projections, rows told apart."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Protocol
 
 import torch as th
 from torch import nn
+from typing_extensions import override
 
 from sb3_flipout.layers import functional
 from sb3_flipout.layers.block import Pair
@@ -48,19 +49,22 @@ class Steps(Protocol):
         """Spread what rows have over single steps, without a copy."""
 
 
-class Padded:
+class Padded(Steps):
     """Sequences of one length T, as (T, N, ...)."""
 
     def __init__(self, layer: str, steps: int, sequences: int, rows: int, batch_first: bool) -> None:
         check_rows(layer, rows, sequences, steps * sequences, f"{sequences} sequences of {steps} steps")
         self.steps, self.sequences, self.held, self.batch_first = steps, sequences, rows == sequences, batch_first
 
+    @override
     def split(self, x: th.Tensor) -> Sequence[th.Tensor]:
         return x.unbind(0)
 
+    @override
     def join(self, steps: Sequence[th.Tensor]) -> th.Tensor:
         return th.stack(list(steps))
 
+    @override
     def whole(self, rows: th.Tensor) -> th.Tensor:
         if self.held:
             return rows
@@ -68,26 +72,31 @@ class Padded:
             return rows.view(self.sequences, self.steps, *rows.shape[1:]).transpose(0, 1)
         return rows.view(self.steps, self.sequences, *rows.shape[1:])
 
+    @override
     def each(self, rows: th.Tensor) -> Sequence[th.Tensor]:
         return [rows] * self.steps if self.held else self.whole(rows).unbind(0)
 
 
-class Packed:
+class Packed(Steps):
     """Sequences of several lengths, one after the other step by step, as (elements, ...); the longest come first."""
 
     def __init__(self, layer: str, sizes: Sequence[int], order: th.Tensor | None, rows: int) -> None:
         check_rows(layer, rows, sizes[0], sum(sizes), f"{sizes[0]} packed sequences of {sum(sizes)} steps in all")
         self.sizes, self.held, self.order = list(sizes), rows == sizes[0], order
 
+    @override
     def split(self, x: th.Tensor) -> Sequence[th.Tensor]:
         return x.split(self.sizes)  # type: ignore[no-untyped-call]
 
+    @override
     def join(self, steps: Sequence[th.Tensor]) -> th.Tensor:
         return th.cat(list(steps))
 
+    @override
     def whole(self, rows: th.Tensor) -> th.Tensor:
         return self.join(self.each(rows)) if self.held else rows
 
+    @override
     def each(self, rows: th.Tensor) -> Sequence[th.Tensor]:
         if not self.held:
             return self.split(rows)
@@ -129,12 +138,14 @@ class PerturbedProjection(Projection):
         self._s = None if s is None else steps.each(s)
         self._r = steps.each(r)
 
+    @override
     def whole(self, x: th.Tensor, bias: th.Tensor | None) -> th.Tensor:
         mean, r = (self.weight, self._with(bias)), self.steps.whole(self.r)
         if self.s is None:
             return functional.shared(linear, x, mean, self.deltas, r)
         return functional.flipout(linear, x, mean, self.deltas, self.steps.whole(self.s), r)
 
+    @override
     def step(self, gates: th.Tensor, h: th.Tensor, t: int) -> th.Tensor:
         signed = h if self._s is None else h * self._s[t]
         return th.addcmul(super().step(gates, h, t), linear(signed, *self.deltas), self._r[t])
@@ -149,13 +160,16 @@ class RowProjection(Projection):
         self._weights = steps.each(weights[0])
         self._biases = None if weights[1] is None else steps.each(weights[1])
 
+    @override
     def whole(self, x: th.Tensor, bias: th.Tensor | None) -> th.Tensor:
         assert bias is None, "the other weight of the layer is drawn per row too"
         return self.steps.join([self._apply(x_t, t) for t, x_t in enumerate(self.steps.split(x))])
 
+    @override
     def step(self, gates: th.Tensor, h: th.Tensor, t: int) -> th.Tensor:
         return gates + self._apply(h, t)
 
+    @override
     def alone(self, h: th.Tensor, t: int) -> th.Tensor:
         return self._apply(h, t)
 

@@ -8,7 +8,7 @@ import numpy as np
 import oracle
 import pytest
 import torch as th
-from actor_critic_cases import ALGORITHMS, DETERMINISTIC, STOCHASTIC, build, layers_of, learn, networks
+from sac_td3_cases import ALGORITHMS, DETERMINISTIC, STOCHASTIC, build, layers_of, learn, networks
 from helpers import vector_env
 from sb3_contrib import TQC, CrossQ
 from stable_baselines3 import DDPG, DQN, SAC, TD3

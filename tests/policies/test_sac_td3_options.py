@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch as th
-from actor_critic_cases import ALGORITHMS, DETERMINISTIC, STOCHASTIC, build, interrupted, layers_of, learn
+from sac_td3_cases import ALGORITHMS, DETERMINISTIC, STOCHASTIC, build, interrupted, layers_of, learn
 from helpers import vector_env
 from sb3_contrib import ARS, TQC, CrossQ
 from stable_baselines3 import DDPG, DQN, PPO, SAC, TD3

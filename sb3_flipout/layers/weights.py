@@ -1,0 +1,157 @@
+"""What a perturbed layer's rows see, written down: perturbations, factors, and whole weights row by row.
+
+Nothing here knows of networks, switches or draws that come and go: all is a function of the means, sigma, the base draws and
+keys. It is what the fast passes of the layers are held to.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch as th
+from torch import nn
+
+from sb3_flipout.layers import functional
+from sb3_flipout.layers.block import Block, MaybePair, Pair
+from sb3_flipout.layers.config import LayerNoise
+from sb3_flipout.noise.signs import LayerVectors, factors, salts
+from sb3_flipout.noise.tables import FactorKind
+
+
+class PerturbedWeights(nn.Module, ABC):
+    """Mixin of layers whose weights are means and perturbations."""
+
+    noise_config: LayerNoise
+    noise_index: int | None
+    noise_scaled: bool = True  # whether the noise scale multiplies the layer's noise
+    blocks: tuple[Block, ...] = (Block(),)  # the perturbed ones
+    quiet_blocks: tuple[Block, ...] = ()  # those that noise_on= leaves alone
+
+    @abstractmethod
+    def base_of(self, block: Block) -> MaybePair:
+        """
+        Look up the base draws of a weight and its bias.
+
+        :param block: Which weight
+        :return: Draws; ``None`` where the family has none
+        """
+
+    @property
+    def like(self) -> th.Tensor:
+        """A mean weight, to tell the layer's floating-point type and device."""
+        weight: th.Tensor = getattr(self, self.blocks[0].weight)
+        return weight
+
+    def means(self) -> list[th.Tensor]:
+        """
+        List the mean weights and biases that are perturbed.
+
+        :return: The layer's own tensors, each weight before its bias
+        """
+        return [mean for block in self.blocks for mean in block.means(self) if mean is not None]
+
+    def deltas(
+        self, weight_eps: th.Tensor | None = None, bias_eps: th.Tensor | None = None, block: Block | None = None
+    ) -> Pair:
+        """
+        Compute the base perturbation, which moves with sigma (and the means), so it is never stored.
+
+        :param weight_eps: Draw to use instead of the base
+        :param bias_eps: The same for the bias
+        :param block: Which weight; ``None`` for the first
+        :return: Perturbation of weight and bias, before row factors and noise scale
+        """
+        spec, block = self.noise_config.spec, block or self.blocks[0]
+        weight, bias = block.means(self)
+        weight_sigma, bias_sigma = block.sigmas(self)
+        weight_base, bias_base = self.base_of(block)
+        delta_weight = functional.delta(weight, weight_sigma, weight_base if weight_eps is None else weight_eps, spec.relative)
+        delta_weight = self._unpruned(delta_weight, block.weight)
+        if bias is None:
+            return delta_weight, None
+        bias_sigma = weight_sigma if spec.sigma == "per_layer" else bias_sigma
+        delta_bias = functional.delta(bias, bias_sigma, bias_base if bias_eps is None else bias_eps, spec.relative)
+        return delta_weight, self._unpruned(delta_bias, block.bias)
+
+    def _unpruned(self, delta: th.Tensor, name: str | None) -> th.Tensor:
+        """Without noise where ``torch.nn.utils.prune`` has taken the weight away."""
+        mask = self._buffers.get(f"{name}_mask")
+        return delta if mask is None else delta * mask
+
+    def vectors(self) -> LayerVectors:
+        """
+        Say which row factors the layer needs: none when one draw is shared, or when each row has its own.
+
+        :return: Number of the layer, law and lengths of its factor vectors
+        """
+        blocks = self.blocks if self._by_factors() else ()
+        sizes = tuple(size for block in blocks for size in self._sizes(block))
+        return LayerVectors(self.noise_index or 0, self.noise_config.spec.factor, sizes, self.noise_scaled)
+
+    def _by_factors(self) -> bool:
+        """Whether factors tell rows apart: with a factorised family also where each row's noise is independent of others'."""
+        sharing = self.noise_config.noise_sharing
+        return sharing == "flipout" or (sharing == "independent" and self.noise_config.spec.row_draw is None)
+
+    def row_weights(self, keys: th.Tensor, scale: th.Tensor, block: Block | None = None) -> Pair:
+        """
+        Materialise the weights that each row sees, in memory N times that of the layer.
+
+        :param keys: Noise keys, shape (N,)
+        :param scale: Noise scales, shape (N,)
+        :param block: Which weight; ``None`` for the first
+        :return: Weights, shape (N, O, ...), and biases, shape (N, O)
+        """
+        block = block or self.blocks[0]
+        weight, bias = block.means(self)
+        delta_weight, delta_bias = self._row_deltas(block, keys)
+        c = scale.to(weight.dtype)
+        weight = weight + c.view(-1, *[1] * weight.dim()) * delta_weight
+        return weight, None if bias is None or delta_bias is None else bias + c[:, None] * delta_bias
+
+    def _row_deltas(self, block: Block, keys: th.Tensor) -> Pair:
+        if self.noise_config.noise_sharing == "shared":
+            delta_weight, delta_bias = self.deltas(block=block)
+            return delta_weight[None], None if delta_bias is None else delta_bias[None]
+        if not self._by_factors():
+            weight, bias = block.means(self)
+            first = 2 * block.number + 2
+            bias_eps = None if bias is None else self._row_draw(keys, first + 1, bias.shape)
+            return self.deltas(self._row_draw(keys, first, weight.shape), bias_eps, block)
+        delta_weight, delta_bias = self.deltas(block=block)
+        s, r = self._factors(block, keys)
+        return delta_weight * self._outer(r, s, block), None if delta_bias is None else delta_bias * r
+
+    def _factors(self, block: Block, keys: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+        """Factors over inputs, shape (N, in), and over outputs, shape (N, out), without noise scale."""
+        (size_in, size_out), kind = self._sizes(block), self.noise_config.spec.factor
+        return self._hash(keys, 2 * block.number, size_in, kind), self._hash(keys, 2 * block.number + 1, size_out, kind)
+
+    def _hash(self, keys: th.Tensor, vector: int, n: int, kind: FactorKind) -> th.Tensor:
+        word_salts = salts(self.noise_index or 0, vector, n, kind).to(keys.device)
+        return factors(keys, word_salts, kind, self.like.dtype)[:, :n]
+
+    def _row_draw(self, keys: th.Tensor, vector: int, shape: th.Size) -> th.Tensor:
+        kind = self.noise_config.spec.row_draw
+        assert kind is not None, "families without a draw per row are told apart by factors"
+        return self._hash(keys, vector, shape.numel(), kind).view(len(keys), *shape)
+
+    # What a layer says that is no matrix product: where inputs and outputs lie in its weights.
+
+    def fan_in(self, block: Block) -> int:
+        """
+        Count the inputs that one output adds up.
+
+        :param block: Which weight
+        :return: Number of inputs
+        """
+        return functional.fan_in(block.means(self)[0])
+
+    def _sizes(self, block: Block) -> tuple[int, int]:
+        """Count input and output units or channels."""
+        weight = block.means(self)[0]
+        return weight.shape[1], weight.shape[0]
+
+    def _outer(self, r: th.Tensor, s: th.Tensor, block: Block) -> th.Tensor:
+        """What each row multiplies the base perturbation by: (N, out) and (N, in) -> (N, *weight.shape)."""
+        return r[:, :, None] * s[:, None, :]

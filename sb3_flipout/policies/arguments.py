@@ -1,0 +1,46 @@
+"""From the keyword arguments of a policy to its table of settings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any, TypeVar
+
+from sb3_flipout.checks import did_you_mean
+from sb3_flipout.policies.settings import NoiseSettings
+
+S = TypeVar("S", bound=NoiseSettings)
+
+#: What looks like a setting of any policy and is none of it.
+_ELSEWHERE = {
+    "noise_scale": "is set on the policy: sb3_flipout.flipout_policy(model).noise_scale = ...",
+    "noise_ladder": "is set on the policy: sb3_flipout.flipout_policy(model).noise_ladder = (...)",
+    "members": "is for algorithms with a replay buffer",
+    "target_noise": "is for algorithms with a replay buffer",
+    "prior_scale": "is for DQN and QRDQN",
+    "base_every": "is base_every_rollouts for PPO and its kin, base_every_steps for algorithms with a replay buffer",
+    "base_every_rollouts": "is for PPO and its kin; algorithms with a replay buffer have base_every_steps",
+    "base_every_steps": "is for algorithms with a replay buffer; PPO and its kin have base_every_rollouts",
+}
+
+
+def settings_from(kind: type[S], kwargs: dict[str, Any], known: Sequence[str]) -> S:
+    """
+    Take the noise settings out of the keyword arguments of a policy.
+
+    :param kind: Table of settings
+    :param kwargs: Keyword arguments; those that are settings are taken out
+    :param known: Names of the arguments of SB3's policy, for suggestions
+    :return: The settings, checked
+    :raises TypeError: If an argument is no setting of this policy, or a value has a wrong type
+    :raises ValueError: If a value is unknown, out of range or unfit
+    """
+    names = [field.name for field in fields(kind)]
+    given = {name: kwargs.pop(name) for name in names if name in kwargs}
+    for name, value in kwargs.items():
+        if name in _ELSEWHERE:
+            raise TypeError(f"policy_kwargs={{{name!r}: {value!r}}} is no setting of this policy: {name} {_ELSEWHERE[name]}.")
+        near = did_you_mean(name, names)
+        if near and name not in known:
+            raise TypeError(f"policy_kwargs={{{name!r}: {value!r}}} is no argument of this policy.{near}")
+    return kind(**given)

@@ -1,0 +1,40 @@
+"""Batches of observations, and the extractors that fit them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from inspect import signature
+from typing import Any
+
+from gymnasium import spaces
+from stable_baselines3.common.torch_layers import FlattenExtractor, NatureCNN
+
+
+def n_rows(obs: Any) -> int:
+    """
+    Count the rows of a batch of observations.
+
+    :param obs: Tensor, or dictionary of tensors
+    :return: Size of the first dimension
+    """
+    return len(next(iter(obs.values()))) if isinstance(obs, dict) else len(obs)
+
+
+def check_extractor(observation_space: spaces.Space[Any], policy_class: type, kwargs: Mapping[str, Any]) -> None:
+    """
+    Refuse dictionary observations for extractors of single ones; SB3 does so for its own policy names only.
+
+    :param observation_space: Observation space
+    :param policy_class: Policy class, whose constructor says which features extractor is the default
+    :param kwargs: Keyword arguments of the policy
+    :raises ValueError: If the space and the extractor do not fit
+    """
+    constructors = (vars(base)["__init__"] for base in policy_class.__mro__ if "__init__" in vars(base))
+    defaults = (signature(constructor).parameters.get("features_extractor_class") for constructor in constructors)
+    default = next(parameter.default for parameter in defaults if parameter is not None)
+    extractor = kwargs.get("features_extractor_class", default)
+    if isinstance(observation_space, spaces.Dict) and extractor in (FlattenExtractor, NatureCNN):
+        raise ValueError(
+            'the observation space is a Dict, which needs "FlipoutMultiInputPolicy" (or a features_extractor_class of your '
+            f"own), got a policy with {extractor.__name__}."
+        )

@@ -1,0 +1,158 @@
+"""The forward passes of policies that learn from rollouts: which noise each sees.
+
+One transition's noise: :meth:`OnPolicyPasses.forward` draws keys, acts under them and hangs them on the log-probabilities;
+the rollout buffer stores them and hands them back on the observations; :meth:`OnPolicyPasses.evaluate_actions` activates
+them again. Values are replayed with the same keys; bootstrap values, asked for without keys, use mean weights.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any, ClassVar
+
+import torch as th
+
+from sb3_flipout.noise.carried import without_noise
+from sb3_flipout.noise.rows import RowNoise
+from sb3_flipout.policies.base import FlipoutPolicyMixin
+from sb3_flipout.policies.observations import n_rows
+
+
+class OnPolicyPasses(FlipoutPolicyMixin):
+    """
+    Mixin that says what the forward passes of an actor-critic policy see. What an algorithm hands over beside the
+    observations, such as action masks or hidden states, passes through to the policy class behind it.
+    """
+
+    #: Where ``deterministic`` stands among the arguments of ``forward`` and ``_predict`` after the observations.
+    deterministic_at: ClassVar[int] = 0
+
+    def forward(self, obs: Any, *args: Any, **kwargs: Any) -> Any:
+        """
+        Act in the environments: the collection step of a rollout, one row per environment.
+
+        The noise of the rows hangs on the returned log-probabilities as their attribute ``row_noise``. It is that of training
+        in the algorithm's own step, once per step; everybody else's comes from the stream of evaluation, so that training does
+        not notice. With ``deterministic`` the actions are the most likely ones under the mean weights, and nothing is drawn.
+
+        :param obs: Observations, shape (n_envs, ...)
+        :param args: Further arguments of SB3's policy
+        :param kwargs: The same by name
+        :return: Actions, values, log-probabilities, and what else SB3's policy returns
+        """
+        with self._acting(obs, self._is_deterministic(args, kwargs), self._takes_step()):
+            outputs = super().forward(without_noise(obs), *args, **kwargs)
+            self._hang_noise(outputs[2])
+        return outputs
+
+    def evaluate_actions(self, obs: Any, actions: th.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """
+        Evaluate actions under the noise that the observations carry: the update. Outside an update, observations without
+        noise are looked at under the mean weights.
+
+        :param obs: Observations of N transitions, carrying their noise
+        :param actions: Actions of these transitions
+        :param args: Further arguments of SB3's policy
+        :param kwargs: The same by name
+        :return: Values, log-probabilities and entropies
+        :raises ValueError: During an update, if the observations carry no noise
+        """
+        self._warn_of_unregistered(obs)
+        with self._replaying(obs):
+            return super().evaluate_actions(without_noise(obs), actions, *args, **kwargs)  # type: ignore[misc]
+
+    def get_distribution(self, obs: Any, *args: Any, **kwargs: Any) -> Any:
+        """
+        Compute the action distribution under the noise that the observations carry, else under the mean weights.
+
+        :param obs: Observations
+        :param args: Further arguments of SB3's policy
+        :param kwargs: The same by name
+        :return: Action distribution, and what else SB3's policy returns
+        :raises ValueError: During an update, if the observations carry no noise
+        """
+        with self._replaying(obs):
+            return super().get_distribution(without_noise(obs), *args, **kwargs)  # type: ignore[misc]
+
+    def predict_values(self, obs: Any, *args: Any, **kwargs: Any) -> Any:
+        """
+        Compute values under the noise that the observations carry, else under the mean weights (bootstrapping).
+
+        :param obs: Observations
+        :param args: Further arguments of SB3's policy
+        :param kwargs: The same by name
+        :return: Values, shape (N, 1)
+        :raises ValueError: During an update, if the observations carry no noise
+        """
+        with self._replaying(obs):
+            return super().predict_values(without_noise(obs), *args, **kwargs)  # type: ignore[misc]
+
+    def extract_features(self, obs: Any, *args: Any, **kwargs: Any) -> Any:
+        """
+        Extract features under the noise that is active or that the observations carry, else under the mean weights.
+
+        :param obs: Observations
+        :param args: Further arguments of SB3's policy
+        :param kwargs: The same by name
+        :return: Features
+        :raises ValueError: During an update, if the observations carry no noise
+        """
+        with self._replaying(obs):
+            return super().extract_features(without_noise(obs), *args, **kwargs)
+
+    def _predict(self, observation: Any, *args: Any, **kwargs: Any) -> Any:
+        with self._acting(observation, self._is_deterministic(args, kwargs), takes_step=False):
+            return super()._predict(without_noise(observation), *args, **kwargs)  # type: ignore[safe-super]
+
+    def _is_deterministic(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        at = self.deterministic_at
+        return bool(args[at] if len(args) > at else kwargs.get("deterministic", False))
+
+    def _takes_step(self) -> bool:
+        """Whether a forward pass now is the algorithm's own step: the first one after the last step was told to be over."""
+        takes = self.marks.collects and self.marks.step_due
+        self.marks.step_due = False
+        return takes
+
+    def _acting(self, obs: Any, deterministic: bool, takes_step: bool) -> AbstractContextManager[None]:
+        """Activate the noise of a step of collection or prediction, unless somebody has said what the rows see."""
+        if self._said():
+            return nullcontext()
+        if takes_step and not deterministic:
+            return self.perturbed_network.activate(self._collection_noise(n_rows(obs)))
+        return self.perturbed_network.activate(self._prediction_noise(obs, deterministic))
+
+    @contextmanager
+    def _replaying(self, obs: Any) -> Iterator[None]:
+        """Activate the noise that a batch brings with it, unless somebody has said what the rows see."""
+        with ExitStack() as stack:
+            if not self._said():
+                noise = self._own_noise(obs)
+                self._check_brought(obs, noise)
+                stack.enter_context(self.perturbed_network.activate(noise))
+                if noise is not None and self.marks.updates:
+                    stack.enter_context(self.guard.update(self, self.perturbed_network))
+            yield
+
+    def _hang_noise(self, log_prob: th.Tensor) -> None:
+        """Let the log-probabilities of a step carry the noise that it was made under."""
+        active = self.perturbed_network.active
+        noise = active if isinstance(active, RowNoise) else None
+        log_prob.row_noise = noise  # type: ignore[attr-defined]
+        self.marks.acted_unmarked = noise is not None and not self.marks.collects
+
+    def _warn_of_unregistered(self, obs: Any) -> None:
+        """Say that an algorithm that nobody has registered loses the noise: it acts under it and learns without."""
+        unmarked = self.marks.acted_unmarked
+        learns = self.training and th.is_grad_enabled() and not self.marks.updates and not self._said()
+        if unmarked and learns and self._own_noise(obs) is None and "unregistered" not in self.marks.warned:
+            self.marks.warned.add("unregistered")
+            warnings.warn(
+                f"{type(self).__name__} has acted under weight noise and is now evaluated for learning without it. If this "
+                f"is an "
+                "algorithm of your own, call sb3_flipout.register(YourAlgorithm) before you make the model: its rollouts then "
+                "carry their noise to the update. Else call policy.set_training_mode(False) first.",
+                stacklevel=3,
+            )
