@@ -55,7 +55,7 @@ ARMS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "members-independent-target": _weight_noise(**{**_MEMBERS, "target_noise": "independent"}),
     "members-fixed-sigma": _weight_noise(**_MEMBERS, learn_sigma=False),
     # No end of keys, and so no prior. The target noise stays that of `members`: with the default one, this would be
-    # flipout-episode again, whose base_every is None too.
+    # flipout-episode again, whose base_every_steps is None too.
     "unbounded": _weight_noise(resample="episode", base_every_steps=None, target_noise="same"),
 }
 

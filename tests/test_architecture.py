@@ -185,7 +185,7 @@ def test_cycles_are_noticed() -> None:
     found = cycle({"a": {"b"}, "b": {"c"}, "c": {"b"}})
     assert found is not None and found[0] == found[-1]
     assert all(pair in {("b", "c"), ("c", "b")} for pair in pairwise(found))
-    assert "noise.keys" in edges(MODULES["noise.rows"]) and "layers.functional" in edges(MODULES["layers.weights"])
+    assert "noise.keys" in edges(MODULES["noise.signs"]) and "layers.functional" in edges(MODULES["layers.weights"])
 
 
 @every_file

@@ -12,9 +12,9 @@ from sb3_contrib.common.recurrent.buffers import RecurrentDictRolloutBuffer, Rec
 from sb3_contrib.common.recurrent.type_aliases import RNNStates
 from stable_baselines3.common.buffers import RolloutBuffer
 
-from sb3_flipout.noise import RowNoise, fold_in, noise_of
 from sb3_flipout.buffers import KeyedBufferMixin, keyed, store_noise
 from sb3_flipout.hooks import _setup_model
+from sb3_flipout.noise import RowNoise, fold_in, noise_of
 
 N_STEPS, N_ENVS, HIDDEN = 13, 3, 4
 BOX = spaces.Box(-np.inf, np.inf, (2,))

@@ -42,7 +42,7 @@ def test_model_loads_and_has_learned(demo: tuple[Path, str]) -> None:
     path = demo[0] / "demo_output" / "atari" / "flipout_dqn_pong.zip"
     model = DQN.load(path, device="cpu", custom_objects={"buffer_size": 1})
     assert isinstance(model.policy, FlipoutPolicyMixin)
-    assert model.policy.noise_settings.perturb == "linear"
+    assert (model.policy.noise_settings.perturb, model.policy.noise_settings.layers) == ("policy", "linear")
     assert model.num_timesteps == 1200
     assert model.policy.learning.step == 2 * (1200 - 1000) // 8
     assert model.exploration_rate == 0.0

@@ -108,7 +108,11 @@ def test_the_network_stays_as_it_was() -> None:
     perturbed_outputs(layer, data[0], 2)
     with pytest.raises(RuntimeError, match="boom"):
         gradient_variance(layer, lambda network, batch: _boom(), data, 4)
-    assert before is not None and layer.bases()[1]["weight_base"] is not None and th.equal(layer.bases()[1]["weight_base"], before)
+    assert (
+        before is not None
+        and layer.bases()[1]["weight_base"] is not None
+        and th.equal(layer.bases()[1]["weight_base"], before)
+    )
     assert layer.base_key == 17 and all(parameter.grad is None for parameter in layer.parameters())
     assert th.equal(th.get_rng_state(), generator_before)
 

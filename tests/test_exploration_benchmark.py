@@ -155,7 +155,7 @@ def test_every_arm_trains_with_what_the_table_says(tiny, arm, n_envs):
     assert noisy is (arm != "epsilon") and (model.exploration_rate > 0) is (arm == "epsilon")
     if noisy:
         s = model.policy.noise_settings
-        assert s.base_every is None and s.perturb == "policy" and s.sigma_init is None
+        assert s.base_every_steps is None and s.perturb == "policy" and s.sigma_init is None
         found = (s.family, s.noise_sharing, s.resample, s.members, s.prior_scale, s.target_noise, s.learn_sigma)
         assert found == EXPECTED[arm]
 

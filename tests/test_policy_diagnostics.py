@@ -81,11 +81,13 @@ def test_families_with_another_sigma() -> None:
 def test_bases_are_bound_again_and_not_drawn() -> None:
     layer = layer_of("fc", "gaussian")
     redraw(layer, 0)  # which numbers it
-    layer.bind((99, [th.ones(5, 6), th.ones(5)]))
+    layer.bind((99, {"weight_base": th.ones(5, 6), "bias_base": th.ones(5)}))
     with base_kept(layer):
         redraw(layer, 3)
         assert not th.equal(layer.bases()[1]["weight_base"], th.ones(5, 6))
-    assert th.equal(layer.bases()[1]["weight_base"], th.ones(5, 6)) and th.equal(layer.bases()[1]["bias_base"], th.ones(5)) and layer.base_key == 99
+    base_key, bases = layer.bases()
+    assert base_key == layer.base_key == 99
+    assert th.equal(bases["weight_base"], th.ones(5, 6)) and th.equal(bases["bias_base"], th.ones(5))
 
 
 # ---- outputs --------------------------------------------------------------------------------------------------------
@@ -165,6 +167,18 @@ def test_divergence_by_hand() -> None:
     expected = 0.5 * math.log(2) + 0.5 * math.log(2 / 3)
     assert divergence([Categorical(probs=p)], [Categorical(probs=q)]) == pytest.approx(expected)
     assert divergence([Categorical(probs=p)] * 2, [Categorical(probs=q)] * 2) == pytest.approx(2 * expected)
+
+
+def test_divergence_of_probabilities_that_round_to_nothing_is_finite() -> None:
+    # 200 nats are more than float32 has for a probability: 0.5 log(0.5) + 0.5 (log(0.5) + 200).
+    even, sure = th.zeros(1, 1, 2), th.tensor([[[200.0, 0.0]]])
+    expected = 100 - math.log(2)
+    assert divergence([Categorical(logits=even)], [Categorical(logits=sure)]) == pytest.approx(expected)
+    assert divergence([Bernoulli(logits=even[..., :1])], [Bernoulli(logits=sure[..., :1])]) == pytest.approx(expected)
+    # What has no chance at all adds nothing in the reference, and is infinitely far in the other.
+    never = th.tensor([[[0.0, -math.inf]]])
+    assert divergence([Categorical(logits=never)], [Categorical(logits=even)]) == pytest.approx(math.log(2))
+    assert divergence([Categorical(logits=even)], [Categorical(logits=never)]) == math.inf
 
 
 def test_pairs_that_disagree_are_counted() -> None:

@@ -1,6 +1,7 @@
 """Names on the stock classes: added, refused, taken back."""
 
 import pickle
+import re
 import subprocess
 import sys
 from typing import ClassVar
@@ -14,11 +15,14 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 
 import sb3_flipout
 import sb3_flipout.policies
+from sb3_flipout.buffers import KeyedBufferMixin, keyed
 from sb3_flipout.policies import FlipoutActorCriticPolicy
 from sb3_flipout.registration import ALIASES
-from sb3_flipout.buffers import KeyedBufferMixin, keyed
 
-METHODS = ("_setup_model", "collect_rollouts", "train", "_update_info_buffer", "_setup_learn")
+METHODS = (
+    *("_setup_model", "save", "load", "set_random_seed", "set_parameters"),
+    *("collect_rollouts", "train", "_update_info_buffer", "_setup_learn", "_sample_action"),
+)
 
 
 @pytest.fixture(autouse=True)
@@ -107,8 +111,9 @@ class OwnAlgorithm(OnPolicyAlgorithm):
 
 
 def test_own_algorithm_needs_registration_and_is_told_so():
-    with pytest.raises(ValueError, match=r"register\(YourAlgorithm\)"):
-        OwnAlgorithm(FlipoutActorCriticPolicy, "CartPole-v1").learn(8)
+    with pytest.warns(UserWarning, match=r"now evaluated for learning without it.*register\(YourAlgorithm\)") as told:
+        OwnAlgorithm(FlipoutActorCriticPolicy, "CartPole-v1").learn(32)
+    assert len(told) == 1
     with pytest.raises(ValueError, match="known are PPO, A2C"):
         sb3_flipout.register(OwnAlgorithm)
     try:
@@ -196,23 +201,55 @@ def test_unfit_buffer_class_is_refused_with_the_remedy(bad):
 
 
 @pytest.mark.parametrize(
-    "kwargs, message",
+    "kwargs, error, message",
     [
-        (dict(family="gausian"), "family must be one of 'gaussian', 'factorised'"),
-        (dict(noise_sharing="batch"), "noise_sharing must be one of 'flipout', 'shared', 'independent'"),
-        (dict(resample="never"), 'resample must be one of "step", "episode", "rollout" or a number'),
-        (dict(resample=0), "resample must be one of"),
-        (dict(sigma_init=-0.1), "sigma_init must be finite and >= 0"),
-        (dict(sigma_init=float("nan")), "sigma_init must be finite and >= 0"),
-        (dict(family="dropconnect", sigma_init=0.1), "does not fit family='dropconnect'"),
-        (dict(noise_sharing="shared"), 'Use resample="rollout"'),
-        (dict(perturb="value"), "perturb must be one of 'policy', 'heads', 'linear', 'hidden', 'all'"),
-        (dict(base_every_rollouts=0), "base_every must be an integer >= 1"),
-        (dict(init="zeros"), "init must be one of 'keep', 'noisynet'"),
+        (
+            dict(family="gausian"),
+            ValueError,
+            'family must be one of "gaussian", "factorised", "multiplicative", "dropconnect", "isotropic", got \'gausian\'. '
+            "Did you mean 'gaussian'?",
+        ),
+        (
+            dict(noise_sharing="batch"),
+            ValueError,
+            'noise_sharing must be one of "flipout", "shared", "independent", got \'batch\'.',
+        ),
+        (
+            dict(resample="never"),
+            ValueError,
+            'resample must be one of "step", "episode", "rollout", got \'never\'. A whole number >= 1 is a number of steps.',
+        ),
+        (dict(resample=0), ValueError, 'resample must be one of "step", "episode", "rollout", got 0.'),
+        (dict(sigma_init=-0.1), ValueError, "sigma_init must be a finite number >= 0, got -0.1. Use 0.0 for no perturbation"),
+        (dict(sigma_init=float("nan")), ValueError, "sigma_init must be a finite number >= 0, got nan."),
+        (dict(sigma_init="0.1"), TypeError, "sigma_init must be a number >= 0, got '0.1' of type str."),
+        (dict(family="dropconnect", sigma_init=0.1), ValueError, "sigma_init=0.1 does not fit family='dropconnect'"),
+        (dict(noise_sharing="shared"), ValueError, 'Use resample="rollout"'),
+        (dict(perturb="value"), ValueError, 'perturb must be one of "policy", "heads", "all", got \'value\'.'),
+        (
+            dict(perturb="linear"),
+            ValueError,
+            'got \'linear\'. Which kinds of layer is a setting of its own: perturb="policy", layers="linear".',
+        ),
+        (dict(layers="conv"), ValueError, 'layers must be one of "all", "linear", "hidden", got \'conv\'.'),
+        (
+            dict(learn_sigma="False"),
+            TypeError,
+            "learn_sigma must be True or False, got 'False' of type str; pass learn_sigma=True or =False.",
+        ),
+        (dict(base_every_rollouts=0), ValueError, "base_every_rollouts must be an integer >= 1, got 0. Use None for never."),
+        (dict(base_every_rollouts=1.5), TypeError, "base_every_rollouts must be an integer >= 1, got 1.5 of type float."),
+        (
+            dict(base_every_rollouts=2, family="factorised"),
+            ValueError,
+            "base_every_rollouts=2 has no effect with family='factorised' and noise_sharing='flipout', where rows share no base "
+            "draw. Leave base_every_rollouts out.",
+        ),
+        (dict(init="zeros"), ValueError, 'init must be one of "keep", "noisynet", got \'zeros\'.'),
     ],
 )
-def test_bad_settings_are_refused(kwargs, message):
-    with pytest.raises(ValueError, match=message.replace("(", r"\(").replace("[", r"\[")):
+def test_bad_settings_are_refused(kwargs, error, message):
+    with pytest.raises(error, match=re.escape(message)):
         PPO("FlipoutMlpPolicy", "CartPole-v1", policy_kwargs=kwargs)
 
 

@@ -6,98 +6,226 @@ import importlib.util
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from inspect import signature
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
+import numpy as np
 import pytest
 import rl_zoo3.import_envs  # noqa: F401  (registers environments without velocities)
 import torch as th
 import yaml
-from sb3_contrib import TRPO, RecurrentPPO
-from stable_baselines3 import A2C, PPO
+from gymnasium import spaces
+from rl_zoo3.utils import get_class_by_name, get_wrapper_class
+from sb3_contrib import QRDQN, TQC, TRPO, CrossQ, RecurrentPPO
+from stable_baselines3 import A2C, DDPG, DQN, PPO, SAC, TD3
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.env_util import make_vec_env
-from stable_baselines3.common.envs import FakeImageEnv
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.sb2_compat.rmsprop_tf_like import RMSpropTFLike
 from stable_baselines3.common.vec_env import VecEnv
 
+from sb3_flipout.envs import minatar
 from sb3_flipout.policies import FlipoutPolicyMixin
+from sb3_flipout.policies.extractors import MinAtarCNN
 
 REPOSITORY = Path(__file__).parent.parent
-ALGORITHMS: dict[str, type[BaseAlgorithm]] = {"ppo": PPO, "a2c": A2C, "trpo": TRPO, "ppo_lstm": RecurrentPPO}
-CONFIGS = {name: yaml.safe_load((REPOSITORY / "zoo_configs" / f"{name}.yml").read_text()) for name in ALGORITHMS}
-CASES = [(algorithm, env) for algorithm, config in CONFIGS.items() for env in config]
-NAMES = {"th": th, "nn": th.nn, "RMSpropTFLike": RMSpropTFLike}  # what RL Zoo lets policy_kwargs use
+FOLDER = REPOSITORY / "zoo_configs"
+
+# ---- the table: what each file is about, and what weight noise takes the place of ------------------------------------
+
+NOISE = {"family", "sigma_init", "learn_sigma", "resample", "perturb"}  # what every file writes out
+GSDE_POLICY = frozenset({"log_std_init", "use_expln"})
+NO_EPSILON = {"exploration_initial_eps": 0.0, "exploration_final_eps": 0.0}
+MINATAR = [f"MinAtar/{game}-v1" for game in ("Breakout", "Asterix", "Freeway", "Seaquest", "SpaceInvaders")]
+
+CLASSIC = {"CartPole-v1", "Acrobot-v1", "Pendulum-v1"}
+CONTINUOUS = {"Pendulum-v1", "MountainCarContinuous-v0", "LunarLanderContinuous-v3"}
+DISCRETE = {"CartPole-v1", "MountainCar-v0", "LunarLander-v3", "Acrobot-v1", "atari", *MINATAR}
 
 
-def policy_kwargs(algorithm: str, env: str) -> dict[str, Any]:
-    kwargs: dict[str, Any] = eval(CONFIGS[algorithm][env]["policy_kwargs"], dict(NAMES))
+@dataclass(frozen=True)
+class Zoo:
+    """What one file holds, and what of RL Zoo's file is not in it as it was."""
+
+    algorithm: type[BaseAlgorithm]
+    envs: set[str]
+    left_out: frozenset[str] = frozenset()  # of the arguments of the algorithm
+    left_out_of_policy: frozenset[str] = frozenset()  # of policy_kwargs
+    changed: Mapping[str, Any] = field(default_factory=dict)  # whatever RL Zoo has there
+    acts: bool = False  # whether the policy has an actor that learns from replayed transitions
+
+    @property
+    def replays(self) -> bool:
+        return issubclass(self.algorithm, OffPolicyAlgorithm)
+
+    @property
+    def stated(self) -> set[str]:
+        """Noise settings that each of its policy_kwargs writes out."""
+        return NOISE | ({"target_noise"} if self.replays else set())
+
+
+def actor(algorithm: type[BaseAlgorithm], left_out: set[str], of_policy: frozenset[str] = frozenset()) -> Zoo:
+    return Zoo(algorithm, CONTINUOUS, frozenset(left_out), of_policy, acts=True)
+
+
+ZOO: dict[str, Zoo] = {
+    "ppo": Zoo(PPO, CLASSIC | {"atari"}),
+    "a2c": Zoo(A2C, CLASSIC | {"atari"}),
+    "trpo": Zoo(TRPO, CLASSIC),  # RL Zoo has no settings for Atari
+    "ppo_lstm": Zoo(RecurrentPPO, {"CartPoleNoVel-v1", "Acrobot-v1", "PendulumNoVel-v1", "atari"}),
+    "sac": actor(SAC, {"use_sde"}, GSDE_POLICY),
+    "tqc": actor(TQC, {"use_sde"}, GSDE_POLICY),
+    "crossq": actor(CrossQ, {"use_sde"}, GSDE_POLICY),
+    "td3": actor(TD3, {"noise_type", "noise_std"}),
+    "ddpg": actor(DDPG, {"noise_type", "noise_std"}),
+    "dqn": Zoo(DQN, DISCRETE, changed=NO_EPSILON),
+    "qrdqn": Zoo(QRDQN, DISCRETE, changed=NO_EPSILON),
+}
+ACTORS = [name for name, zoo in ZOO.items() if zoo.acts]
+VALUES = [name for name, zoo in ZOO.items() if zoo.changed == NO_EPSILON]
+CONFIGS = {name: yaml.safe_load((FOLDER / f"{name}.yml").read_text()) for name in ZOO}
+CASES = [(name, env) for name, config in CONFIGS.items() for env in config]
+
+# What RL Zoo lets policy_kwargs use.
+NAMES = {"th": th, "nn": th.nn, "RMSpropTFLike": RMSpropTFLike, "get_class_by_name": get_class_by_name}
+
+# Written out, since LunarLander needs Box2D to be made, and images and games are behind wrappers.
+SPACES: dict[str, tuple[spaces.Box, spaces.Space[Any]]] = {
+    "LunarLander-v3": (spaces.Box(-1, 1, (8,)), spaces.Discrete(4)),
+    "LunarLanderContinuous-v3": (spaces.Box(-1, 1, (8,)), spaces.Box(-1, 1, (2,))),
+    "atari": (spaces.Box(0, 255, (4, 84, 84), np.uint8), spaces.Discrete(6)),
+    # Behind ChannelsFirst; the channels differ.
+    "MinAtar/Breakout-v1": (spaces.Box(0, 1, (4, 10, 10)), spaces.Discrete(3)),
+    "MinAtar/Asterix-v1": (spaces.Box(0, 1, (4, 10, 10)), spaces.Discrete(5)),
+    "MinAtar/Freeway-v1": (spaces.Box(0, 1, (7, 10, 10)), spaces.Discrete(3)),
+    "MinAtar/Seaquest-v1": (spaces.Box(0, 1, (10, 10, 10)), spaces.Discrete(6)),
+    "MinAtar/SpaceInvaders-v1": (spaces.Box(0, 1, (6, 10, 10)), spaces.Discrete(4)),
+}
+
+
+class SpacesOnly(gym.Env):
+    """Has the spaces of an environment, and cannot be played."""
+
+    def __init__(self, env: str) -> None:
+        self.observation_space, self.action_space = SPACES[env]
+
+
+def environment(name: str, env: str) -> VecEnv:
+    n_envs = CONFIGS[name][env].get("n_envs", 1)
+    return make_vec_env((lambda: SpacesOnly(env)) if env in SPACES else env, n_envs=n_envs)
+
+
+def read_kwargs(config: Mapping[str, Any]) -> dict[str, Any]:
+    kwargs: dict[str, Any] = eval(config.get("policy_kwargs", "dict()"), dict(NAMES))
     return kwargs
 
 
-def tiny_env(env: str, n_envs: int) -> VecEnv:
-    if env != "atari":
-        return make_vec_env(env, n_envs=n_envs)
-    return make_vec_env(lambda: FakeImageEnv(84, 84, n_channels=4, channel_first=True, discrete=True), n_envs=n_envs)
+def policy_kwargs(name: str, env: str) -> dict[str, Any]:
+    return read_kwargs(CONFIGS[name][env])
 
 
-def test_configurations_are_there() -> None:
-    assert set(CONFIGS) == set(ALGORITHMS)
-    for algorithm, config in CONFIGS.items():
-        needs_memory = "NoVel" if algorithm == "ppo_lstm" else ""
-        assert {f"CartPole{needs_memory}-v1", "Acrobot-v1", f"Pendulum{needs_memory}-v1"} <= set(config)
-        assert ("atari" in config) == (algorithm != "trpo")  # RL Zoo has none for it
+def policy_class(name: str, env: str) -> type[Any]:
+    return ZOO[name].algorithm.policy_aliases[CONFIGS[name][env]["policy"]]
 
 
-@pytest.mark.parametrize("algorithm", CONFIGS)
-def test_header_gives_the_command(algorithm: str) -> None:
-    header = (REPOSITORY / "zoo_configs" / f"{algorithm}.yml").read_text()
-    path, first = f"zoo_configs/{algorithm}.yml", next(iter(CONFIGS[algorithm]))
-    assert f"--algo {algorithm} --env {first} --conf-file {path} --gym-packages sb3_flipout\n" in header
+# ---- the files ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("algorithm", "env"), CASES)
-def test_policy_is_registered_and_takes_its_settings(algorithm: str, env: str) -> None:
-    config, algorithm_class = CONFIGS[algorithm][env], ALGORITHMS[algorithm]
-    policy_class = algorithm_class.policy_aliases[config["policy"]]
-    assert issubclass(policy_class, FlipoutPolicyMixin)
-
-    known = set(signature(algorithm_class).parameters) - {
-        "learning_rate",
-        "clip_range",
-        "policy_kwargs",
-    }  # strings that RL Zoo reads
-    settings = {name: value for name, value in config.items() if name in known}
-    model = algorithm_class(
-        env=tiny_env(env, config["n_envs"]), policy_kwargs=policy_kwargs(algorithm, env), device="cpu", **settings
-    )
-    assert type(model.policy) is policy_class
-    for name, value in policy_kwargs(algorithm, env).items():
-        if hasattr(model.policy.noise_settings, name):
-            assert getattr(model.policy.noise_settings, name) == value
-    assert {"family", "sigma_init", "resample"} <= set(policy_kwargs(algorithm, env))  # the noise is stated
+def test_every_file_is_in_the_table() -> None:
+    assert {path.stem for path in FOLDER.iterdir()} == set(ZOO)
+    assert {path.suffix for path in FOLDER.iterdir()} == {".yml"}
 
 
-@pytest.mark.parametrize(("algorithm", "env"), CASES)
-def test_differs_from_rl_zoo_only_as_stated(algorithm: str, env: str) -> None:
-    spec = importlib.util.find_spec("rl_zoo3")
+@pytest.mark.parametrize("name", ZOO)
+def test_environments(name: str) -> None:
+    assert set(CONFIGS[name]) == ZOO[name].envs
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_header_gives_the_commands(name: str) -> None:
+    path, first = f"zoo_configs/{name}.yml", next(iter(CONFIGS[name]))
+    header = (REPOSITORY / path).read_text()
+    assert f"rl_zoo3.train --algo {name} --env {first} --conf-file {path} --gym-packages sb3_flipout\n" in header
+    assert f"rl_zoo3.enjoy --algo {name} --env {first} --folder logs --no-render\n" in header
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_minatar_commands_are_there(name: str) -> None:
+    path = f"zoo_configs/{name}.yml"
+    text = (REPOSITORY / path).read_text().replace(" \\\n#    ", "")
+    packages = "--gym-packages sb3_flipout.envs.minatar\n"
+    assert f"rl_zoo3.train --algo {name} --env MinAtar/Breakout-v1 --conf-file {path} {packages}" in text
+    assert f"rl_zoo3.enjoy --algo {name} --env MinAtar/Breakout-v1 --folder logs --no-render {packages}" in text
+
+
+@pytest.mark.parametrize(("name", "env"), CASES)
+def test_policy_is_registered_and_takes_its_settings(name: str, env: str) -> None:
+    zoo, config, stated = ZOO[name], CONFIGS[name][env], policy_kwargs(name, env)
+    assert issubclass(policy_class(name, env), FlipoutPolicyMixin)
+
+    # Of strings RL Zoo makes schedules; of the buffer only a small one is made.
+    known = set(signature(zoo.algorithm).parameters) - {"learning_rate", "clip_range", "policy_kwargs"}
+    settings = {key: value for key, value in config.items() if key in known} | ({"buffer_size": 100} if zoo.replays else {})
+    model: Any = zoo.algorithm(env=environment(name, env), policy_kwargs=stated, device="cpu", **settings)
+    assert type(model.policy) is policy_class(name, env)
+    noise = {key: value for key, value in stated.items() if hasattr(model.policy.noise_settings, key)}
+    assert zoo.stated <= set(noise)
+    for key, value in noise.items():
+        assert getattr(model.policy.noise_settings, key) == value
+
+    if zoo.acts:
+        assert model.action_noise is None
+        assert not model.use_sde
+        assert noise["resample"] == "episode"
+    if name in VALUES:
+        assert model.exploration_initial_eps == model.exploration_final_eps == 0.0
+        assert model.exploration_fraction > 0  # SB3 divides by it
+
+
+@pytest.mark.parametrize(("name", "env"), [case for case in CASES if case[1] not in MINATAR])  # of which RL Zoo has none
+def test_differs_from_rl_zoo_only_as_stated(name: str, env: str) -> None:
+    spec, zoo, changed = importlib.util.find_spec("rl_zoo3"), ZOO[name], dict(ZOO[name].changed)
     assert spec is not None
     assert spec.origin is not None
-    stock = yaml.safe_load((Path(spec.origin).parent / "hyperparams" / f"{algorithm}.yml").read_text())[env]
-    ours = dict(CONFIGS[algorithm][env])
-    if env == "atari":
-        assert (stock.pop("ent_coef"), ours.pop("ent_coef")) == (0.01, 0.0)
+    stock = yaml.safe_load((Path(spec.origin).parent / "hyperparams" / f"{name}.yml").read_text())[env]
+    ours = dict(CONFIGS[name][env])
+    if env == "atari" and not zoo.replays:
+        assert stock["ent_coef"] == 0.01
+        changed["ent_coef"] = 0.0
     assert ours.pop("policy") == "Flipout" + stock.pop("policy")
-    kwargs, stock_kwargs = (eval(config.pop("policy_kwargs", "dict()"), dict(NAMES)) for config in (ours, stock))
-    assert stock_kwargs.items() <= kwargs.items()
-    assert ours == stock
+    kwargs, stock_kwargs = read_kwargs(ours), read_kwargs(stock)
+    for config in (ours, stock):
+        config.pop("policy_kwargs", None)
+    assert ours == {key: value for key, value in stock.items() if key not in zoo.left_out} | changed
+
+    noise = {key for key in kwargs if key not in stock_kwargs}
+    assert noise == zoo.stated | ({"layers"} if env == "atari" and name in VALUES else set())
+    assert {key: value for key, value in kwargs.items() if key not in noise} == {
+        key: value for key, value in stock_kwargs.items() if key not in zoo.left_out_of_policy
+    }
+
+
+@pytest.mark.parametrize("env", MINATAR)
+@pytest.mark.parametrize("name", VALUES)
+def test_minatar_games_get_these_spaces(name: str, env: str) -> None:
+    config = CONFIGS[name][env]
+    assert config == CONFIGS[name][MINATAR[0]]
+    wrap = get_wrapper_class(config)
+    assert wrap is not None
+    game = wrap(gym.spec(env).make(**config["env_kwargs"]))
+    assert (game.observation_space, game.action_space.n) == (SPACES[env][0], SPACES[env][1].n)
+    assert isinstance(game, minatar.ChannelsFirst)
+    assert game.spec.max_episode_steps == 5000
 
 
 # ---- the commands ---------------------------------------------------------------------------------------------------
 
 
-def zoo(module: str, *arguments: str) -> str:
+def zoo_command(module: str, *arguments: str) -> str:
     """Run one of RL Zoo's commands in the repository and give what it printed."""
     result = subprocess.run(
         [sys.executable, "-m", f"rl_zoo3.{module}", *arguments, "--num-threads", "1", "--device", "cpu"],
@@ -112,28 +240,43 @@ def zoo(module: str, *arguments: str) -> str:
     return result.stdout
 
 
-def train(algorithm: str, env: str, steps: int, folder: Path, *arguments: str) -> BaseAlgorithm:
+def package(env: str) -> str:
+    return "sb3_flipout.envs.minatar" if env in MINATAR else "sb3_flipout"
+
+
+def train(name: str, env: str, steps: int, folder: Path, *arguments: str) -> BaseAlgorithm:
     """Train by the command of the header, shortened, and load what it saved."""
-    command = [
-        "--algo",
-        algorithm,
-        "--env",
-        env,
-        "--conf-file",
-        f"zoo_configs/{algorithm}.yml",
-        "--gym-packages",
-        "sb3_flipout",
-    ]
-    zoo("train", *command, "-n", str(steps), "-f", str(folder), "--seed", "1", *arguments)
-    model = ALGORITHMS[algorithm].load(folder / algorithm / f"{env}_1" / f"{env}.zip", device="cpu")
+    command = ["--algo", name, "--env", env, "--conf-file", f"zoo_configs/{name}.yml", "--gym-packages", package(env)]
+    zoo_command("train", *command, "-n", str(steps), "-f", str(folder), "--seed", "1", *arguments)
+    file, zoo = env.replace("/", "-"), ZOO[name]
+    # The buffer is not in the zip, and would be made anew.
+    small = {"custom_objects": {"buffer_size": 1}} if zoo.replays else {}
+    model: Any = zoo.algorithm.load(folder / name / f"{file}_1" / f"{file}.zip", device="cpu", **small)
     assert isinstance(model.policy, FlipoutPolicyMixin)
     assert model.num_timesteps >= steps
+    if zoo.replays:
+        assert model.policy.learning.step > 0  # gradient steps were taken
     return model
+
+
+def assert_stated_noise(model: Any, name: str, env: str) -> None:
+    """Look for what the file says in a model that RL Zoo has saved."""
+    assert type(model.policy) is policy_class(name, env)
+    stated = policy_kwargs(name, env)
+    for key in ZOO[name].stated | (stated.keys() & {"layers"}):
+        assert getattr(model.policy.noise_settings, key) == stated[key]
+    if name in VALUES:
+        assert model.exploration_rate == 0.0
+
+
+def play(name: str, env: str, steps: int, folder: Path, *arguments: str) -> str:
+    command = ["--algo", name, "--env", env, "--folder", str(folder), "--no-render", "-n", str(steps)]
+    return zoo_command("enjoy", *command, *arguments)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("algorithm", "env", "steps"),
+    ("name", "env", "steps"),
     [
         ("ppo", "CartPole-v1", 1024),
         ("a2c", "CartPole-v1", 800),
@@ -144,17 +287,25 @@ def train(algorithm: str, env: str, steps: int, folder: Path, *arguments: str) -
         ("trpo", "Acrobot-v1", 4096),
         ("ppo_lstm", "CartPoleNoVel-v1", 512),
         ("ppo_lstm", "PendulumNoVel-v1", 4096),
+        # Gradient steps in the last 300 of them; CrossQ's critics are wide.
+        ("sac", "Pendulum-v1", 2000),
+        ("td3", "Pendulum-v1", 2000),
+        ("ddpg", "Pendulum-v1", 2000),
+        ("tqc", "Pendulum-v1", 2000),
+        ("crossq", "Pendulum-v1", 400),
+        ("dqn", "CartPole-v1", 1536),
+        ("qrdqn", "CartPole-v1", 1536),
     ],
 )
-def test_train_then_enjoy(algorithm: str, env: str, steps: int, tmp_path: Path) -> None:
-    model = train(algorithm, env, steps, tmp_path)
-    noise = model.policy.noise_settings
-    stated = policy_kwargs(algorithm, env)
-    assert (noise.family, noise.sigma_init, noise.resample) == (stated["family"], stated["sigma_init"], stated["resample"])
+def test_train_then_enjoy(name: str, env: str, steps: int, tmp_path: Path) -> None:
+    late = ["--hyperparams", f"learning_starts:{steps - 300}"] if ZOO[name].acts else []
+    model = train(name, env, steps, tmp_path, *late)
+    assert_stated_noise(model, name, env)
+    if name == "qrdqn":
+        assert model.policy.n_quantiles == policy_kwargs(name, env)["n_quantiles"]
 
-    play = ["--algo", algorithm, "--env", env, "--folder", str(tmp_path), "--no-render", "-n", "600"]
     rewards = [
-        [line for line in zoo("enjoy", *play, *packages).splitlines() if line.startswith("Mean reward")]
+        [line for line in play(name, env, 600, tmp_path, *packages).splitlines() if line.startswith("Mean reward")]
         for packages in ([], ["--gym-packages", "sb3_flipout"])  # the saved policy imports the plugin by itself
     ]
     assert len(rewards[0]) == 1
@@ -162,18 +313,60 @@ def test_train_then_enjoy(algorithm: str, env: str, steps: int, tmp_path: Path) 
 
 
 @pytest.mark.slow
-def test_noise_from_the_command_line(tmp_path: Path) -> None:
-    override = "policy_kwargs:dict(family='factorised', sigma_init=0.3)"
-    model = train("ppo", "CartPole-v1", 256, tmp_path, "--hyperparams", override)
-    assert model.policy.noise_settings.family == "factorised"
-    assert model.policy.noise_settings.sigma_init == 0.3
+@pytest.mark.parametrize("name", ACTORS)
+def test_mountain_car(name: str, tmp_path: Path) -> None:
+    env = "MountainCarContinuous-v0"
+    assert_stated_noise(train(name, env, 256, tmp_path), name, env)
+
+
+ENSEMBLE = {"members": 5, "prior_scale": 1.0}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("algorithm", [algorithm for algorithm, env in CASES if env == "atari"])
-def test_atari(algorithm: str, tmp_path: Path) -> None:
-    small = ["n_envs:2", "n_steps:64", *(["batch_size:64", "n_epochs:1"] if algorithm.startswith("ppo") else [])]
-    model = train(algorithm, "PongNoFrameskip-v4", 256, tmp_path, "--hyperparams", *small)
-    assert type(model.policy) is ALGORITHMS[algorithm].policy_aliases[CONFIGS[algorithm]["atari"]["policy"]]
-    assert model.policy.noise_settings.sigma_init == policy_kwargs(algorithm, "atari")["sigma_init"]
+@pytest.mark.parametrize(
+    ("name", "env", "steps", "others", "noise", "arguments"),
+    [
+        ("ppo", "CartPole-v1", 256, "", {"family": "factorised", "sigma_init": 0.3}, []),
+        (
+            "ddpg",
+            "Pendulum-v1",
+            400,
+            "net_arch=[16]",
+            {"family": "isotropic", "sigma_init": 0.2, "resample": "episode"},
+            ["learning_starts:100"],
+        ),
+        ("dqn", "CartPole-v1", 1280, "net_arch=[16], resample='episode'", ENSEMBLE, []),
+        ("qrdqn", "CartPole-v1", 1280, "net_arch=[16], resample='episode'", ENSEMBLE, []),
+    ],
+)
+def test_noise_from_the_command_line(
+    name: str, env: str, steps: int, others: str, noise: dict[str, Any], arguments: list[str], tmp_path: Path
+) -> None:
+    written = ", ".join(filter(None, [others, *(f"{key}={value!r}" for key, value in noise.items())]))
+    model = train(name, env, steps, tmp_path, "--hyperparams", f"policy_kwargs:dict({written})", *arguments)
+    assert {key: getattr(model.policy.noise_settings, key) for key in noise} == noise
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name, env in CASES if env == "atari"])
+def test_atari(name: str, tmp_path: Path) -> None:
+    of_ppo = ["batch_size:64", "n_epochs:1"] if name.startswith("ppo") else []
+    small, steps = ["n_envs:2", "n_steps:64", *of_ppo], 256
+    if ZOO[name].replays:
+        small, steps = ["learning_starts:100", "buffer_size:1000"], 200
+    model = train(name, "PongNoFrameskip-v4", steps, tmp_path, "--hyperparams", *small)
+    assert_stated_noise(model, name, "atari")
     assert model.observation_space.shape == (4, 84, 84)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", VALUES)
+def test_minatar(name: str, tmp_path: Path) -> None:
+    env = "MinAtar/Breakout-v1"
+    small = ["--hyperparams", "learning_starts:100", "buffer_size:1000"]
+    limit = ["--eval-env-kwargs", "max_episode_steps:50", "disable_env_checker:True"]
+    model = train(name, env, 400, tmp_path, *small, "--eval-freq", "200", "--eval-episodes", "2", *limit)
+    assert_stated_noise(model, name, env)
+    assert isinstance(model.policy.online.features_extractor, MinAtarCNN)
+    assert model.observation_space.shape == (4, 10, 10)
+    assert "Mean reward" in play(name, env, 300, tmp_path, "--gym-packages", package(env))

@@ -7,11 +7,13 @@ beginning of that of a ``Bernoulli`` or ``Normal``, whose further dimension is t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch as th
 from torch.distributions import Bernoulli, Categorical, Distribution, Normal, kl_divergence
+from torch.nn import functional as F
 
 
 class EntropySplit(NamedTuple):
@@ -65,6 +67,20 @@ def entropy_split(components: Sequence[Distribution]) -> EntropySplit:
     return EntropySplit(float(total), float(action), float(total - action))
 
 
+def _log_probs(given: Any) -> th.Tensor:
+    """Logarithms of the probabilities of a discrete component, choices last."""
+    return F.logsigmoid(th.stack([given.logits, -given.logits], dim=-1)) if isinstance(given, Bernoulli) else given.logits
+
+
+def _kl(own: Any, given: Any) -> th.Tensor:
+    """By logarithms: torch calls the divergence infinite where a probability is so small that it is rounded to 0."""
+    if isinstance(own, Normal):
+        return kl_divergence(own, given)
+    log_own = _log_probs(own)
+    terms = log_own.exp() * (log_own - _log_probs(given))
+    return terms.masked_fill(log_own == -math.inf, 0.0).sum(-1)
+
+
 def divergence(reference: Sequence[Distribution], components: Sequence[Distribution]) -> float:
     r"""
     Compute :math:`\mathbb E_k D_{\mathrm{KL}}(\pi \,\|\, \pi_k)`, averaged over rows, in nats.
@@ -74,7 +90,7 @@ def divergence(reference: Sequence[Distribution], components: Sequence[Distribut
     :return: Mean divergence
     """
     pairs = zip(reference, components, strict=True)
-    return float(sum((_per_row(kl_divergence(own, given), 2).mean() for own, given in pairs), th.zeros(())))
+    return float(sum((_per_row(_kl(own, given), 2).mean() for own, given in pairs), th.zeros(())))
 
 
 def pairwise_disagreement(choices: th.Tensor) -> float:

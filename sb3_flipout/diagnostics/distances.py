@@ -15,7 +15,7 @@ import torch as th
 from gymnasium import spaces
 
 from sb3_flipout.diagnostics.actions import divergence
-from sb3_flipout.diagnostics.views import ActionView, action_view
+from sb3_flipout.diagnostics.views import ActionView, action_view, stacked
 from sb3_flipout.layers import perturbed
 from sb3_flipout.noise import RowNoise
 from sb3_flipout.policies.base import FlipoutPolicyMixin
@@ -31,7 +31,7 @@ def kl_distance(reference: ActionView, other: ActionView) -> float:
     :param other: What the other policy does with them
     :return: Mean divergence in nats, summed over independent parts of the action
     """
-    return divergence(reference.compared, other.compared)
+    return divergence(stacked([reference.compared]), stacked([other.compared]))  # one draw
 
 
 def rms_distance(reference: ActionView, other: ActionView) -> float:

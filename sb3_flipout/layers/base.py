@@ -41,10 +41,20 @@ class Network(Protocol):
     """What a layer knows of the network that it belongs to: :class:`~sb3_flipout.layers.network.PerturbedNetwork`."""
 
     def view(self, slot: int, layer: FlipoutLayer) -> RowView | None:
-        """Say what the rows of one layer see."""
+        """
+        Say what the rows of one layer see.
+
+        :param slot: Place of the layer in the network
+        :param layer: The layer
+        :return: Its part of the noise; ``None`` for mean weights
+        """
 
     def note(self, output: th.Tensor) -> None:
-        """Remember what the rows saw, where autograd may ask for the pass again."""
+        """
+        Remember what the rows saw, where autograd may ask for the pass again.
+
+        :param output: What a layer has computed under noise
+        """
 
 
 class FlipoutLayer(PerturbedWeights):

@@ -120,9 +120,9 @@ class PerturbedNetwork:
         :param only: Layers that it is about; ``None`` for all. The others see what they saw before
         :return: Context manager; leaving it restores what was seen before
         """
-        return Activation(self, Ask.MEAN_WEIGHTS if what is None else what, only)
+        kind = _EagerActivation if self.of_policy else Activation
+        return kind(self, Ask.MEAN_WEIGHTS if what is None else what, only)
 
-    @th.compiler.disable  # type: ignore[untyped-decorator]
     def _seen(self, what: RowNoise | Ask, only: Sequence[FlipoutLayer] | None) -> _Seen:
         views: tuple[RowView | None, ...] | None = None
         if isinstance(what, RowNoise):
@@ -136,6 +136,7 @@ class PerturbedNetwork:
 
     def _views(self, noise: RowNoise) -> tuple[RowView, ...]:
         """What each layer needs of row noise: the noise itself, and the factor vectors of its rows."""
+        noise.materialise()
         if not self.plan.width:
             return tuple([RowView(noise, ()) for _ in self.layers])
         dtypes = {layer.like.dtype for layer in self.layers}
@@ -214,3 +215,10 @@ class Activation:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._network._now = self._before.pop()
+
+
+class _EagerActivation(Activation):
+    """That of a policy: noise is drawn and counted in Python, so a compiled policy leaves it alone and keeps its graphs."""
+
+    __enter__ = th.compiler.disable(Activation.__enter__)
+    __exit__ = th.compiler.disable(Activation.__exit__)

@@ -72,6 +72,8 @@ class KeyedTensor(th.Tensor):
         name = getattr(func, "__name__", "")
         if name in ("__get__", "__set__", "__repr__") or not isinstance(result, (th.Tensor, tuple, list)):
             return result
+        if isinstance(result, (tuple, list)) and not any(isinstance(part, th.Tensor) for part in result):
+            return result  # numbers, as `tolist` gives them
         noise = _noise_after(name, args, kwargs, result)
         if isinstance(result, (tuple, list)):
             noises = noise if isinstance(noise, list) else [None] * len(result)

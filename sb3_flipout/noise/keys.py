@@ -49,7 +49,9 @@ def fold_in(keys: th.Tensor | int, data: th.Tensor | int) -> th.Tensor:
     if isinstance(keys, int):
         keys = th.tensor(signed(keys)) if isinstance(data, int) else signed(keys)
     data = signed((data + 1) * GOLDEN) if isinstance(data, int) else (data + 1) * signed(GOLDEN)
-    return mix(th.as_tensor(keys + data))
+    values = keys + data
+    assert isinstance(values, th.Tensor), "one of the two is a tensor by now"
+    return mix(values)  # not through as_tensor, which would move it to a default device
 
 
 def fold(key: int, *data: int) -> int:

@@ -62,6 +62,10 @@ class RowNoise:
             self._scale = th.ones_like(self.keys, dtype=th.float32) if parent is None else _take(parent[0].scale, parent[1])
         return self._scale
 
+    def materialise(self) -> None:
+        """Take keys and scales out of the parent now, so that compiled code finds tensors and no index that changes."""
+        _ = self.keys, self.scale
+
     @property
     def _device(self) -> th.device:
         known = self._keys if self._keys is not None else self._scale

@@ -33,7 +33,6 @@ def build_outside_modes() -> Iterator[None]:
         yield
 
 
-@th.compiler.disable  # type: ignore[untyped-decorator]
 def factor_table(kind: FactorKind, dtype: th.dtype, device: th.device) -> tuple[th.Tensor, np.ndarray | None]:
     """
     Look up or build the table of one kind of factor.
@@ -46,10 +45,16 @@ def factor_table(kind: FactorKind, dtype: th.dtype, device: th.device) -> tuple[
     """
     name = (kind, dtype, device)
     if name not in _TABLES:
-        with build_outside_modes():
-            table = (_signs() if kind == "sign" else _quantiles(kind)).to(dtype)
-            _TABLES[name] = (table.to(device), None if dtype == th.bfloat16 else table.numpy())
+        _TABLES[name] = _build(kind, dtype, device)
     return _TABLES[name]
+
+
+@th.compiler.disable  # type: ignore[untyped-decorator]
+def _build(kind: FactorKind, dtype: th.dtype, device: th.device) -> tuple[th.Tensor, np.ndarray | None]:
+    """Not traced, unlike the look-up, which leaves compiled code in one piece."""
+    with build_outside_modes():
+        table = (_signs() if kind == "sign" else _quantiles(kind)).to(dtype)
+        return table.to(device), None if dtype == th.bfloat16 else table.numpy()
 
 
 def _signs() -> th.Tensor:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import fields
+from inspect import signature
 from typing import Any, TypeVar
 
 from sb3_flipout.checks import did_you_mean
@@ -24,7 +25,18 @@ _ELSEWHERE = {
 }
 
 
-def settings_from(kind: type[S], kwargs: dict[str, Any], known: Sequence[str]) -> S:
+def arguments_of(policy_class: type) -> set[str]:
+    """
+    Name the arguments of a policy: those of its constructor, and of all constructors that this hands them on to.
+
+    :param policy_class: Policy class
+    :return: Names
+    """
+    constructors = [vars(base)["__init__"] for base in policy_class.__mro__ if "__init__" in vars(base)]
+    return {name for constructor in constructors for name in signature(constructor).parameters}
+
+
+def settings_from(kind: type[S], kwargs: dict[str, Any], known: Collection[str]) -> S:
     """
     Take the noise settings out of the keyword arguments of a policy.
 

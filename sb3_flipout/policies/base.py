@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch as th
-from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.policies import BaseModel, BasePolicy
 from stable_baselines3.common.type_aliases import Schedule
 from torch import nn
 
@@ -26,6 +26,16 @@ from sb3_flipout.policies.settings import NoiseSettings
 from sb3_flipout.policies.state import NoiseState
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+def steps_aside(method: F) -> F:
+    """
+    Keep a method's own lines out of a compiled policy's graphs; what it calls, SB3's methods and the network, is compiled.
+
+    :param method: Method that says what a pass sees, and calls its parent's
+    :return: The same, for torch.compile to step over
+    """
+    return th.compiler.disable(method, recursive=False)  # type: ignore[no-untyped-call]
 
 
 def eager(function: F) -> F:
@@ -86,8 +96,8 @@ class FlipoutPolicyMixin(NoiseState):
         names = {known.get(id(layer), f"{type(layer).__name__} {i}"): layer for i, layer in enumerate(inside)}
         wanted = Wanted(settings.layers, tuple(settings.skip), settings.perturb_frozen)
         left = perturb_named(names, settings.layer_noise(), wanted, lambda: self._base_key(0))
-        if not quietly:
-            warn_of_plain(left, stacklevel=6)
+        if not quietly:  # SB3's networks hold layers; a matrix of their own, as gSDE's, is no layer that stays plain
+            warn_of_plain({name: why for name, why in left.items() if not isinstance(names[name], BaseModel)}, stacklevel=6)
 
     def _find_layouts(self, network: PerturbedNetwork, run: Callable[[Any], Any]) -> None:
         """Find out where the rows of a batch lie in what the layers of a network get."""
@@ -226,7 +236,7 @@ class FlipoutPolicyMixin(NoiseState):
         :return: Stock policy on the same device; its optimizer is new
         :raises ValueError: If it would not act as the mean weights do: a subclass changes what the stock class computes
         """
-        return plain_copy(self, FlipoutPolicyMixin)
+        return plain_copy(self, NoiseState)
 
     def mean_outputs(self, obs: Any) -> list[th.Tensor]:
         """

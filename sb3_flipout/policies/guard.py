@@ -27,6 +27,7 @@ class VisitGuard:
 
     def __init__(self) -> None:
         self.collected: set[int] | None = None
+        self.updated: set[int] = set()
         self.done = False
 
     def __reduce__(self) -> Any:
@@ -51,15 +52,12 @@ class VisitGuard:
             self.collected, network.visited = network.visited or None, None
 
     @contextmanager
-    def update(self, policy: nn.Module, network: PerturbedNetwork, acting: nn.Module | None = None) -> Iterator[None]:
+    def update(self, network: PerturbedNetwork) -> Iterator[None]:
         """
-        Note what is called in a batch of an update, and compare it with what was called in collection.
+        Note what is called in an update, or in a batch of one: algorithms such as TRPO ask for actions and for values apart.
 
-        :param policy: Policy
-        :param network: The network of its layers that act
-        :param acting: What of the policy acts, if not all of that network: critics are not called in collection
+        :param network: The network of the policy's layers that act
         :return: Context manager
-        :raises ValueError: If one called layers that the other did not
         """
         if self.done or self.collected is None or network.visited is not None:
             yield
@@ -67,49 +65,51 @@ class VisitGuard:
         network.visited = set()
         try:
             yield
-            seen = network.visited
         finally:
+            self.updated |= network.visited
             network.visited = None
+
+    def compare(self, policy: nn.Module, network: PerturbedNetwork, acting: nn.Module | None = None) -> None:
+        """
+        Compare, after the first update, what it called with what was called in collection.
+
+        :param policy: Policy
+        :param network: The network of its layers that act
+        :param acting: What of the policy acts, if not all of that network: critics are not called in collection
+        :raises ValueError: If one called layers that the other did not, or if layers have learned that nobody called
+        """
         inside = set(map(id, (acting or policy).modules()))
         expected = {slot for slot, layer in enumerate(network.layers) if id(layer) in inside}
-        if seen & expected:
-            self.done = True
-            self._compare(policy, network, seen & expected, expected)
-
-    def _compare(self, policy: nn.Module, network: PerturbedNetwork, seen: set[int], expected: set[int]) -> None:
-        assert self.collected is not None, "update asks for it"
-        names = {id(layer): name for name, layer in policy.named_modules()}
-        differing = [names.get(id(network.layers[slot]), "?") for slot in sorted(self.collected ^ seen)]
+        # Where critics share an extractor, its calls may be theirs: that the actor took part is told by its other layers.
+        others = [child for child in policy.children() if acting is not None and child is not acting]
+        shared = {id(module) for child in others for module in child.modules()}
+        own = {slot for slot in expected if id(network.layers[slot]) not in shared} or expected
+        updated, self.updated = self.updated & expected, set()
+        if self.done or self.collected is None or not updated & own:
+            return
+        self.done = True
+        layers, names = network.layers, {id(layer): name for name, layer in policy.named_modules()}
+        differing = [names.get(id(layers[slot]), "?") for slot in sorted(self.collected ^ updated)]
         if differing:
             raise ValueError(
-                f"the perturbed layers {', '.join(differing)} were called in the first collection or in the first update, "
-                f"and not "
-                f"in both, so the update would learn under other weights than those that acted. "
+                f"the perturbed layers {', '.join(differing)} were called in the first collection or in the first update, and "
+                "not in both, so the update would learn under other weights than those that acted. "
                 f"{_REMEDY.format(names=differing)}"
             )
-        self._silent = {
-            names.get(id(network.layers[slot]), "?"): network.layers[slot] for slot in sorted(expected - self.collected)
-        }
+        _check_silent({names.get(id(layers[slot]), "?"): layers[slot] for slot in sorted(expected - self.collected)})
 
-    def check_silent(self) -> None:
-        """
-        Look, after the first update, whether layers that nobody called have learned: then their weights are read elsewhere.
 
-        :raises ValueError: If they have
-        """
-        silent: Mapping[str, FlipoutLayer] = self.__dict__.pop("_silent", {})
-        read = [name for name, layer in silent.items() if any(mean.grad is not None for mean in layer.means())]
-        if read:
-            raise ValueError(
-                f"the perturbed layers {', '.join(read)} learn, and were never called. {_REMEDY.format(names=read)}"
-            )
-        if silent:
-            warnings.warn(
-                f"the perturbed layers {', '.join(silent)} are never called: nothing explores through them. To say that this "
-                f"is "
-                f"as it should be, leave them out: policy_kwargs=dict(skip={sorted(silent)!r}).",
-                stacklevel=2,
-            )
+def _check_silent(silent: Mapping[str, FlipoutLayer]) -> None:
+    """Look whether layers that nobody called have learned: then their weights are read elsewhere."""
+    read = [name for name, layer in silent.items() if any(mean.grad is not None for mean in layer.means())]
+    if read:
+        raise ValueError(f"the perturbed layers {', '.join(read)} learn, and were never called. {_REMEDY.format(names=read)}")
+    if silent:
+        warnings.warn(
+            f"the perturbed layers {', '.join(silent)} are never called: nothing explores through them. To say that this is "
+            f"as it should be, leave them out: policy_kwargs=dict(skip={sorted(silent)!r}).",
+            stacklevel=4,
+        )
 
 
 def _is_compiled(policy: nn.Module) -> bool:

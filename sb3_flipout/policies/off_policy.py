@@ -18,7 +18,7 @@ from torch import nn
 
 from sb3_flipout.layers import Ask, PerturbedNetwork
 from sb3_flipout.noise import RowNoise
-from sb3_flipout.policies.arguments import settings_from
+from sb3_flipout.policies.arguments import arguments_of, settings_from
 from sb3_flipout.policies.base import FlipoutPolicyMixin
 from sb3_flipout.policies.learning import LearningNoise, LearnsUnderNoise
 from sb3_flipout.policies.observations import check_extractor
@@ -40,7 +40,7 @@ class OffPolicyMixin(FlipoutPolicyMixin):
         kwargs: dict[str, Any],
     ) -> None:
         """Check settings, let SB3 build the stock policy, and give it its noise: what constructors have in common."""
-        settings = settings_from(kind, noise | kwargs, _KNOWN)
+        settings = settings_from(kind, noise | kwargs, arguments_of(type(self)))
         check_extractor(spaces[0], type(self), kwargs)
         super().__init__(*spaces, lr_schedule, *args, **kwargs)
         self._init_noise(settings)
@@ -127,7 +127,7 @@ class OffPolicyMixin(FlipoutPolicyMixin):
                         stack.enter_context(network.activate(Ask.EXPLICIT))
                 stack.enter_context(self._guarded())
                 yield
-            self.guard.check_silent()
+            self.guard.compare(self, self.perturbed_network, self._acting_network())
         finally:
             hook.remove()
             self.learning.active = self.marks.updates = False
@@ -136,7 +136,7 @@ class OffPolicyMixin(FlipoutPolicyMixin):
     @contextmanager
     def _guarded(self) -> Iterator[None]:
         """Compare what is called in this update with what collection has called."""
-        with self.guard.update(self, self.perturbed_network, self._acting_network()):
+        with self.guard.update(self.perturbed_network):
             yield
 
     def _acts(self, observation: PyTorchObs, deterministic: bool) -> ExitStack:
@@ -182,6 +182,3 @@ class OffPolicyMixin(FlipoutPolicyMixin):
         :return: Attributes
         """
         return {**self.__dict__, "_acting_noise": None}
-
-
-_KNOWN = ("net_arch", "activation_fn", "use_sde", "log_std_init", "use_expln", "clip_mean", "n_critics", "n_quantiles")

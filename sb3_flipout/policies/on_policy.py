@@ -21,7 +21,7 @@ from sb3_flipout.layers.interface import flipout_layers
 from sb3_flipout.noise.families import FamilyName, NoiseSharing
 from sb3_flipout.noise.schedule import Schedule as NoiseSchedule
 from sb3_flipout.noise.stream import Resample
-from sb3_flipout.policies.arguments import settings_from
+from sb3_flipout.policies.arguments import arguments_of, settings_from
 from sb3_flipout.policies.base import FlipoutPolicyMixin
 from sb3_flipout.policies.observations import check_extractor
 from sb3_flipout.policies.passes import OnPolicyPasses
@@ -101,7 +101,7 @@ class OnPolicyMixin(OnPolicyPasses):
             "schedule_end": schedule_end,
             "schedule_fraction": schedule_fraction,
         }
-        settings = settings_from(OnPolicySettings, noise | kwargs, _KNOWN)
+        settings = settings_from(OnPolicySettings, noise | kwargs, arguments_of(type(self)))
         check_extractor(observation_space, type(self), kwargs)
         super().__init__(observation_space, action_space, lr_schedule, *args, **kwargs)
         self._init_noise(settings)
@@ -157,7 +157,7 @@ class OnPolicyMixin(OnPolicyPasses):
         try:
             with nullcontext() if self._said() else self.perturbed_network.activate(Ask.EXPLICIT):
                 yield
-            self.guard.check_silent()
+            self.guard.compare(self, self.perturbed_network)
         finally:
             self.marks.updates = False
 
@@ -209,9 +209,6 @@ class OnPolicyMixin(OnPolicyPasses):
         """
         actions, values, log_prob = policy.forward(obs, deterministic=True)
         return [actions, values, log_prob]
-
-
-_KNOWN = ("net_arch", "activation_fn", "ortho_init", "use_sde", "log_std_init", "full_std", "use_expln", "squash_output")
 
 
 class FlipoutActorCriticPolicy(OnPolicyMixin, ActorCriticPolicy):

@@ -16,7 +16,7 @@ import torch as th
 
 from sb3_flipout.noise.carried import without_noise
 from sb3_flipout.noise.rows import RowNoise
-from sb3_flipout.policies.base import FlipoutPolicyMixin
+from sb3_flipout.policies.base import FlipoutPolicyMixin, eager, steps_aside
 from sb3_flipout.policies.observations import n_rows
 
 
@@ -29,6 +29,7 @@ class OnPolicyPasses(FlipoutPolicyMixin):
     #: Where ``deterministic`` stands among the arguments of ``forward`` and ``_predict`` after the observations.
     deterministic_at: ClassVar[int] = 0
 
+    @steps_aside
     def forward(self, obs: Any, *args: Any, **kwargs: Any) -> Any:
         """
         Act in the environments: the collection step of a rollout, one row per environment.
@@ -47,6 +48,7 @@ class OnPolicyPasses(FlipoutPolicyMixin):
             self._hang_noise(outputs[2])
         return outputs
 
+    @steps_aside
     def evaluate_actions(self, obs: Any, actions: th.Tensor, *args: Any, **kwargs: Any) -> Any:
         """
         Evaluate actions under the noise that the observations carry: the update. Outside an update, observations without
@@ -63,6 +65,7 @@ class OnPolicyPasses(FlipoutPolicyMixin):
         with self._replaying(obs):
             return super().evaluate_actions(without_noise(obs), actions, *args, **kwargs)  # type: ignore[misc]
 
+    @steps_aside
     def get_distribution(self, obs: Any, *args: Any, **kwargs: Any) -> Any:
         """
         Compute the action distribution under the noise that the observations carry, else under the mean weights.
@@ -76,6 +79,7 @@ class OnPolicyPasses(FlipoutPolicyMixin):
         with self._replaying(obs):
             return super().get_distribution(without_noise(obs), *args, **kwargs)  # type: ignore[misc]
 
+    @steps_aside
     def predict_values(self, obs: Any, *args: Any, **kwargs: Any) -> Any:
         """
         Compute values under the noise that the observations carry, else under the mean weights (bootstrapping).
@@ -89,6 +93,7 @@ class OnPolicyPasses(FlipoutPolicyMixin):
         with self._replaying(obs):
             return super().predict_values(without_noise(obs), *args, **kwargs)  # type: ignore[misc]
 
+    @steps_aside
     def extract_features(self, obs: Any, *args: Any, **kwargs: Any) -> Any:
         """
         Extract features under the noise that is active or that the observations carry, else under the mean weights.
@@ -102,20 +107,24 @@ class OnPolicyPasses(FlipoutPolicyMixin):
         with self._replaying(obs):
             return super().extract_features(without_noise(obs), *args, **kwargs)
 
+    @steps_aside
     def _predict(self, observation: Any, *args: Any, **kwargs: Any) -> Any:
         with self._acting(observation, self._is_deterministic(args, kwargs), takes_step=False):
             return super()._predict(without_noise(observation), *args, **kwargs)  # type: ignore[safe-super]
 
+    @eager
     def _is_deterministic(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         at = self.deterministic_at
         return bool(args[at] if len(args) > at else kwargs.get("deterministic", False))
 
+    @eager
     def _takes_step(self) -> bool:
         """Whether a forward pass now is the algorithm's own step: the first one after the last step was told to be over."""
         takes = self.marks.collects and self.marks.step_due
         self.marks.step_due = False
         return takes
 
+    @eager
     def _acting(self, obs: Any, deterministic: bool, takes_step: bool) -> AbstractContextManager[None]:
         """Activate the noise of a step of collection or prediction, unless somebody has said what the rows see."""
         if self._said():
@@ -133,9 +142,10 @@ class OnPolicyPasses(FlipoutPolicyMixin):
                 self._check_brought(obs, noise)
                 stack.enter_context(self.perturbed_network.activate(noise))
                 if noise is not None and self.marks.updates:
-                    stack.enter_context(self.guard.update(self, self.perturbed_network))
+                    stack.enter_context(self.guard.update(self.perturbed_network))
             yield
 
+    @eager
     def _hang_noise(self, log_prob: th.Tensor) -> None:
         """Let the log-probabilities of a step carry the noise that it was made under."""
         active = self.perturbed_network.active
@@ -143,6 +153,7 @@ class OnPolicyPasses(FlipoutPolicyMixin):
         log_prob.row_noise = noise  # type: ignore[attr-defined]
         self.marks.acted_unmarked = noise is not None and not self.marks.collects
 
+    @eager
     def _warn_of_unregistered(self, obs: Any) -> None:
         """Say that an algorithm that nobody has registered loses the noise: it acts under it and learns without."""
         unmarked = self.marks.acted_unmarked

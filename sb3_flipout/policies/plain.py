@@ -22,7 +22,11 @@ def plain_copy(policy: Any, mixin: type) -> BasePolicy:
     :return: Policy of the first class behind the mixins that is none of them: SB3's, or the user's own plain one
     :raises ValueError: If it does not compute what the mean weights compute
     """
-    plain_class: Any = next(base for base in type(policy).__mro__ if not issubclass(base, mixin))
+    plain_class: Any = next(
+        base
+        for base in type(policy).__mro__
+        if issubclass(base, BasePolicy) and not issubclass(base, mixin) and not issubclass(mixin, base)
+    )
     noise_names = {field.name for field in fields(policy.noise_settings)}
     arguments = {name: value for name, value in policy._get_constructor_parameters().items() if name not in noise_names}
     own = policy.state_dict()

@@ -12,6 +12,8 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import VecEnv
 
+from sb3_flipout.noise import Scales
+
 SMALL: dict[type[BaseAlgorithm], dict[str, Any]] = {
     PPO: dict(n_steps=8, batch_size=8, n_epochs=2),
     A2C: dict(n_steps=8),
@@ -48,8 +50,8 @@ class ScaleProbe(BaseCallback):
         keys, timesteps = self.model.policy._keys, lambda: self.model.num_timesteps
         stock_next, stock_train = type(keys).next, self.model.train
 
-        def following(n_envs: int, scale: th.Tensor) -> Any:
-            noise = stock_next(keys, n_envs, scale)
+        def following(n_envs: int, scales: Scales, device: th.device) -> Any:
+            noise = stock_next(keys, n_envs, scales, device)
             self.keys.append(noise.keys.tolist())
             self.acted.append((timesteps(), noise.scale.tolist()))
             return noise

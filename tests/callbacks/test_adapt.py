@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -35,22 +36,28 @@ from sb3_flipout.diagnostics.distances import (
     rms_distance,
 )
 from sb3_flipout.diagnostics.recent import recent_replayed, recent_rollout
+from sb3_flipout.diagnostics.views import ActionView
 from sb3_flipout.noise import RowNoise
 
-# ---- distances: tensors in, a number out ----------------------------------------------------------------------------
+# ---- distances: views in, a number out ------------------------------------------------------------------------------
+
+
+def view(choice: Any = (), compared: Sequence[Categorical] = ()) -> ActionView:
+    """What a policy does, as far as a distance looks at it."""
+    return ActionView(th.empty(0), [], list(compared), th.tensor(choice))
 
 
 def test_kl_sums_over_the_parts_of_an_action() -> None:
     logits = [th.randn(7, 3), th.randn(7, 4), th.randn(7, 3), th.randn(7, 4)]
     p1, p2, q1, q2 = (Categorical(logits=part) for part in logits)
     expected = (th.distributions.kl_divergence(p1, q1) + th.distributions.kl_divergence(p2, q2)).mean()
-    assert kl_distance([p1.logits, p2.logits], [q1.logits, q2.logits]) == pytest.approx(float(expected), rel=1e-5)
+    assert kl_distance(view(compared=[p1, p2]), view(compared=[q1, q2])) == pytest.approx(float(expected), rel=1e-5)
 
 
 def test_rms_and_disagreement_by_hand() -> None:
-    assert rms_distance(th.tensor([[0.0, 1.0], [2.0, 3.0]]), th.tensor([[0.0, 1.0], [2.0, 7.0]])) == 2.0
-    assert disagreement(th.tensor([0, 1, 2, 3]), th.tensor([0, 1, 2, 0])) == 0.25
-    assert disagreement(th.tensor([[0, 1], [2, 3]]), th.tensor([[5, 5], [2, 3]])) == 0.5
+    assert rms_distance(view([[0.0, 1.0], [2.0, 3.0]]), view([[0.0, 1.0], [2.0, 7.0]])) == 2.0
+    assert disagreement(view([0, 1, 2, 3]), view([0, 1, 2, 0])) == 0.25
+    assert disagreement(view([[0, 1], [2, 3]]), view([[5, 5], [2, 3]])) == 0.5
 
 
 @pytest.mark.parametrize(("epsilon", "n_actions"), [(0.1, 2), (0.5, 18), (1.0, 4), (0.0, 3)])
@@ -384,9 +391,9 @@ def test_stops_at_a_limit_and_says_so() -> None:
         (dict(target=0.1, measure="l2"), ValueError, 'measure must be one of "kl", "action_distance", "disagreement", got'),
         (dict(target=0.1, alpha=0.99), ValueError, "alpha must be a finite number >= 1"),
         (dict(target=0.1, every=0), ValueError, "every must be an integer >= 1"),
-        (dict(target=0.1, every=1.5), ValueError, "every must be an integer >= 1"),
+        (dict(target=0.1, every=1.5), TypeError, "every must be an integer >= 1, got 1.5 of type float"),
         (dict(target=0.1, repeats=0), ValueError, "repeats must be"),
-        (dict(target=0.1, batch_size=True), ValueError, "batch_size must be"),
+        (dict(target=0.1, batch_size=True), TypeError, "batch_size must be an integer >= 1, got True of type bool"),
         (dict(epsilon=1.1), ValueError, "epsilon must be a finite number > 0 and <= 1"),
         (dict(epsilon=0.0), ValueError, "epsilon must be"),
         (dict(epsilon=(1.0, 0.1)), ValueError, r"epsilon must be a number, a function, or \(initial, final, fraction\)"),

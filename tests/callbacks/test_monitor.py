@@ -24,6 +24,7 @@ from tensorboard.backend.event_processing.event_accumulator import STORE_EVERYTH
 
 from sb3_flipout.callbacks import AdaptNoise, AnnealNoise, MonitorNoise, NoiseEvalCallback
 from sb3_flipout.diagnostics.statistics import action_statistics, draw, member_statistics, noisy_layers
+from sb3_flipout.noise import RowNoise
 
 DOCS = Path(__file__).parents[2] / "docs" / "logged_values.md"
 STEERING = "AnnealNoise, AdaptNoise, StopOnNonFinite"
@@ -154,7 +155,8 @@ class Modes(BaseCallback):
     def _on_rollout_end(self) -> None:
         policy = self.model.policy
         layers = noisy_layers(policy).values()
-        bases = [base.clone() for layer in layers for block in layer.blocks for base in block.bases(layer) if base is not None]
+        bases = [base.clone() for layer in layers for base in layer.bases()[1].values()]
+        assert bases
         self.seen.append(([module.training for module in policy.modules()], bases, [layer.base_key for layer in layers]))
         assert policy.perturbed_network.active is None
         assert not any(layer._forward_hooks for layer in layers)
@@ -312,8 +314,8 @@ def test_draws_are_those_of_members() -> None:
     layer = next(iter(noisy_layers(policy).values()))
 
     def note(*_: Any) -> None:
-        (noise,) = policy.perturbed_network.active
-        keys.update([] if noise is None else noise.keys.tolist())  # the mean weights come first
+        noise = policy.perturbed_network.active
+        keys.update(noise.keys.tolist() if isinstance(noise, RowNoise) else [])  # the mean weights come first
 
     hook = layer.register_forward_hook(note)
     draw(policy, th.ones(20, 5), 4, 0)
@@ -395,16 +397,20 @@ def test_observations_are_real_ones(algorithm: type[BaseAlgorithm], normalize: b
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "error", "message"),
     [
-        (dict(every=0), "every must be an integer >= 1, got 0"),
-        (dict(every=2.5), "every must be an integer >= 1, got 2.5"),
-        (dict(draws=1), "draws must be an integer >= 2"),
-        (dict(observations=1), "observations must be an integer >= 2"),
+        (dict(every=0), ValueError, "every must be an integer >= 1, got 0"),
+        (dict(every=2.5), TypeError, "every must be an integer >= 1, got 2.5 of type float"),
+        (dict(draws=1), ValueError, "draws must be an integer >= 2, got 1. Fewer do not tell noise from inputs."),
+        (
+            dict(observations=1),
+            ValueError,
+            "observations must be an integer >= 2, got 1. Fewer do not tell noise from inputs.",
+        ),
     ],
 )
-def test_bad_arguments_are_refused(arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=re.escape(message)):
+def test_bad_arguments_are_refused(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=re.escape(message)):
         MonitorNoise(**arguments)
 
 

@@ -26,6 +26,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
 from sb3_flipout.callbacks import AnnealNoise, NoiseEvalCallback
 from sb3_flipout.callbacks.evaluate import _Sampled
 from sb3_flipout.diagnostics.lag import best_lags, excelling, mean_lags
+from sb3_flipout.layers import Ask
 
 MEMBERS = dict(policy_kwargs=dict(net_arch=[16], members=5, prior_scale=1.0))
 
@@ -130,11 +131,11 @@ def test_sampled_weights_are_held_for_an_episode(algorithm: type[BaseAlgorithm],
     arms = 3 if kwargs else 2
     assert len(callback.noises) >= 10 * arms
     sampled, last = callback.noises[:10], callback.noises[10 * (arms - 1) : 10 * arms]
-    assert all(noise == (None,) for noise in last)  # the mean weights, by which the best is told, come last
+    assert all(noise is Ask.MEAN_WEIGHTS for noise in last)  # the mean weights, by which the best is told, come last
     assert all(noise is None for noise in callback.noises[10 : 10 * (arms - 1)])  # the vote: the policy's own way
-    keys = [noise[0].keys.tolist() for noise in sampled]
+    keys = [noise.keys.tolist() for noise in sampled]
     assert keys[:5] == [keys[0]] * 5 and keys[5:] == [keys[5]] * 5
-    assert all(noise[0].scale.tolist() == [1.0, 1.0] for noise in sampled)
+    assert all(noise.scale.tolist() == [1.0, 1.0] for noise in sampled)
     if kwargs:
         assert {key for pair in keys for key in pair} <= set(range(5))
     else:
@@ -144,14 +145,15 @@ def test_sampled_weights_are_held_for_an_episode(algorithm: type[BaseAlgorithm],
 def test_a_shared_draw_is_fresh_for_each_episode_and_training_keeps_its_own() -> None:
     model = make(DQN, policy_kwargs=dict(net_arch=[16], noise_sharing="shared", family="factorised"))
     model.learn(40)
-    acting = [layer.bases()[1]["weight_base"] for layer in model.policy.online.perturbed_network.layers]
+    layers = model.policy.online.perturbed_network.layers
+    acting = [layer.bases()[1]["weight_base"] for layer in layers]
     arm = _Sampled(model, None)
     obs, seen = model.env.reset(), []
     for start in (True, False, True, False):
         with arm.weights(np.array([start, False])):
             seen.append(model.policy.q_net(th.as_tensor(obs)).detach())
     assert th.equal(seen[0], seen[1]) and th.equal(seen[2], seen[3]) and not th.equal(seen[1], seen[2])
-    assert all(layer.bases()[1]["weight_base"] is base for layer, base in zip(model.policy.online.perturbed_network.layers, acting, strict=True))
+    assert all(layer.bases()[1]["weight_base"] is base for layer, base in zip(layers, acting, strict=True))
 
 
 def test_the_vote_is_what_the_policy_does() -> None:
@@ -210,6 +212,8 @@ class Nothing(BaseCallback):
         return True
 
 
+# Untrained mean weights may well prefer a worse action than most members do: whether they lag is not the question here.
+@pytest.mark.filterwarnings("ignore:the mean weights lag behind the sampled ones:UserWarning")
 @pytest.mark.parametrize(("algorithm", "kwargs"), [(PPO, {}), (A2C, {}), (DQN, {}), (DQN, MEMBERS)])
 def test_training_is_bit_for_bit_the_same(algorithm: type[BaseAlgorithm], kwargs: dict[str, Any]) -> None:
     env = vector_env("discrete", 3)

@@ -141,7 +141,7 @@ def test_random_policy_matches_dynamic_programming() -> None:
 
 @pytest.mark.parametrize("length", [2, 0, -4])
 def test_short_chains_are_refused(length: int) -> None:
-    with pytest.raises(ValueError, match=rf"length must be an integer >= 3, got {length}; pass for example length=10"):
+    with pytest.raises(ValueError, match=rf"length must be an integer >= 3, got {length}\. Pass for example length=20"):
         Chain(length=length)
 
 

@@ -181,7 +181,7 @@ def test_stochastic_variant_is_reproducible_from_its_seed() -> None:
 @pytest.mark.parametrize(
     ("kwargs", "error", "message"),
     [
-        ({"size": 1}, ValueError, "size must be an integer >= 2, got 1; pass for example size=10"),
+        ({"size": 1}, ValueError, "size must be an integer >= 2, got 1. Pass for example size=10"),
         ({"size": 3.0}, TypeError, "size must be an integer >= 2, got 3.0 of type float"),
         ({"mapping_seed": -1}, ValueError, "mapping_seed must be an integer in .0, 4294967295., got -1"),
         ({"mapping_seed": 2**32}, ValueError, "mapping_seed must be an integer in"),
@@ -189,7 +189,7 @@ def test_stochastic_variant_is_reproducible_from_its_seed() -> None:
         ({"unscaled_move_cost": -0.1}, ValueError, "unscaled_move_cost must be a finite number >= 0, got -0.1"),
         ({"unscaled_move_cost": float("nan")}, ValueError, "unscaled_move_cost must be a finite number >= 0, got nan"),
         ({"unscaled_move_cost": float("inf")}, ValueError, "unscaled_move_cost must be a finite number >= 0, got inf"),
-        ({"unscaled_move_cost": None}, TypeError, "unscaled_move_cost must be a finite number >= 0, got None"),
+        ({"unscaled_move_cost": None}, TypeError, "unscaled_move_cost must be a number >= 0, got None of type NoneType"),
         ({"deterministic": 1}, TypeError, "deterministic must be True or False, got 1 of type int"),
         ({"flatten": "yes"}, TypeError, "flatten must be True or False, got 'yes' of type str"),
     ],

@@ -186,7 +186,9 @@ def test_the_base_is_the_documented_draw(family: str) -> None:
         layer.noise_index = number
         redraw(layer, base_key)
         weight, bias = oracle.base(layer)
-        for found, expected in [(layer.weight_base, weight), (layer.bias_base, bias)]:
+        key, draws = layer.bases()
+        assert key == base_key and set(draws) <= {"weight_base", "bias_base"}
+        for found, expected in [(draws.get("weight_base"), weight), (draws.get("bias_base"), bias)]:
             assert (found is None) == (expected is None) and (found is None or th.equal(found, expected))
 
 

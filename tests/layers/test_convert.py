@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import re
 from typing import Any
 
 import pytest
@@ -12,16 +13,19 @@ from torch import nn
 
 from sb3_flipout.layers import (
     PERTURBED_CLASSES,
+    FlipoutConv1d,
     FlipoutConv2d,
+    FlipoutConvTranspose2d,
+    FlipoutEmbedding,
     FlipoutLayer,
     FlipoutLinear,
+    FlipoutMultiheadAttention,
     effective_weight,
     perturb,
     perturbed,
     redraw,
     restore,
 )
-from sb3_flipout.noise import FAMILIES
 
 
 def perturbed_output(net: nn.Module, scale: Any = SCALES["per_row"]) -> th.Tensor:
@@ -70,22 +74,32 @@ class Scaled(nn.Linear):
         return nn.functional.linear(input, 2 * self.weight, self.bias)
 
 
-def test_only_exact_types_are_converted() -> None:
+class Renamed(nn.Linear):
+    """Uses its weight as its parent does."""
+
+
+def test_only_layers_that_use_their_weights_in_a_known_way_are_converted() -> None:
     attention = nn.MultiheadAttention(4, 2)
-    others = [
-        Scaled(4, 4),
-        nn.Bilinear(2, 2, 2),
-        nn.Conv1d(2, 2, 1),
-        nn.ConvTranspose2d(2, 2, 1),
-        nn.Embedding(3, 2),
-        attention,
-    ]
+    others = [Scaled(4, 4), nn.Bilinear(2, 2, 2)]
     types = [type(layer) for layer in others]
-    net = perturb(nn.ModuleList([nn.Linear(4, 4), *others]))
-    assert [type(layer) for layer in net] == [FlipoutLinear, *types]
-    assert type(attention.out_proj) is not FlipoutLinear
-    assert sum(isinstance(layer, FlipoutLayer) for layer in net.modules()) == 1
-    assert set(PERTURBED_CLASSES) == {nn.Linear, nn.Conv2d, nn.LSTM}
+    known = [nn.Conv1d(2, 2, 1), nn.ConvTranspose2d(2, 2, 1), nn.Embedding(3, 2), attention]
+    net = nn.ModuleList([nn.Linear(4, 4), *others, *known, Renamed(4, 4)])
+    plain = (
+        r"some layers stay plain.* 1: Scaled uses its weights in its own way, not as Linear\. "
+        r"2: Bilinear has no perturbed version\. .*name them: skip=\['1', '2'\]"
+    )
+    with pytest.warns(UserWarning, match=plain) as warned:
+        assert perturb(net) is net
+    assert len(warned) == 1
+    perturbed_types = [FlipoutConv1d, FlipoutConvTranspose2d, FlipoutEmbedding, FlipoutMultiheadAttention]
+    assert [type(layer) for layer in net][:7] == [FlipoutLinear, *types, *perturbed_types]
+    assert isinstance(net[7], FlipoutLinear) and isinstance(net[7], Renamed)
+    # Attention's output projection is a subclass of nn.Linear that a perturbed attention calls.
+    assert isinstance(attention.out_proj, FlipoutLinear)
+    assert sum(isinstance(layer, FlipoutLayer) for layer in net.modules()) == 7
+    convolutions = {nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d}
+    others_known = {nn.Linear, nn.Embedding, nn.MultiheadAttention, nn.LSTM, nn.GRU, nn.GRUCell}
+    assert set(PERTURBED_CLASSES) == convolutions | others_known
 
 
 def test_linear_layers_only() -> None:
@@ -99,18 +113,27 @@ def test_linear_layers_only() -> None:
 @pytest.mark.parametrize("layers", ["conv", "", None, ["linear"]])
 def test_unknown_choice_of_layers_is_refused(layers: Any) -> None:
     net = small_net()
-    with pytest.raises(ValueError, match="layers must be one of 'all', 'linear', 'hidden', got"):
+    with pytest.raises(ValueError, match='layers must be one of "all", "linear", "hidden", got ' + re.escape(repr(layers))):
         perturb(net, layers=layers)
     assert not any(isinstance(layer, FlipoutLayer) for layer in net.modules())
 
 
-@pytest.mark.parametrize("base_key", ["a", 1.5, None])
+@pytest.mark.parametrize("base_key", ["a", 1.5, True])
 def test_a_bad_base_key_changes_nothing(base_key: Any) -> None:
     net = small_net()
     types = [type(layer) for layer in net]
-    with pytest.raises(TypeError):
+    with pytest.raises(TypeError, match=f"base_key must be an integer, got {base_key!r} of type {type(base_key).__name__}"):
         perturb(net, base_key=base_key)
     assert [type(layer) for layer in net] == types
+
+
+def test_without_a_base_key_it_is_drawn_as_weights_are() -> None:
+    keys = []
+    for seed in (0, 0, 1):
+        th.manual_seed(seed)
+        net = perturb(small_net())
+        keys.append({layer.base_key for layer in net if isinstance(layer, FlipoutLayer)})
+    assert all(len(of_net) == 1 for of_net in keys) and keys[0] == keys[1] != keys[2]
 
 
 def test_perturbing_again_changes_nothing() -> None:
@@ -197,12 +220,12 @@ def test_changing_the_type_of_a_network_keeps_its_noise(noise: dict[str, str]) -
         double = net(image().double())
         th.testing.assert_close(double.float(), single, rtol=1e-4, atol=1e-5)
     for layer in net:
-        if isinstance(layer, FlipoutLayer) and layer.weight_base is not None:
-            kept = layer.weight_base.clone()
+        if isinstance(layer, FlipoutLayer):
+            kept = {name: draw.clone() for name, draw in layer.bases()[1].items()}
+            assert set(kept) == ({"weight_base", "bias_base"} if layer.noise_config.draws_base else set())
             layer.redraw(layer.base_key)
-            assert layer.weight_base.dtype == th.float64
-            if FAMILIES[noise["family"]].base is not None:
-                assert th.equal(layer.weight_base, kept)
+            assert all(draw.dtype == kept[name].dtype == th.float64 for name, draw in layer.bases()[1].items())
+            assert all(th.equal(draw, kept[name]) for name, draw in layer.bases()[1].items())
 
 
 def test_a_shared_layer_is_converted_once() -> None:
@@ -221,7 +244,8 @@ def test_networks_perturbed_apart_and_then_joined_have_distinct_noise() -> None:
     with perturbed(joined, KEYS):
         joined(th.ones(6, 4))
     numbers = [layer.noise_index for layer in joined.modules() if isinstance(layer, FlipoutLayer)]
-    assert len(set(numbers)) == 2 and not th.equal(a[0].weight_base, b[0].weight_base)
+    assert len(set(numbers)) == 2 and a[0].base_key == b[0].base_key
+    assert not th.equal(a[0].bases()[1]["weight_base"], b[0].bases()[1]["weight_base"])
 
 
 @pytest.mark.parametrize("part", [False, True], ids=["whole", "one_layer"])

@@ -17,11 +17,12 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from sb3_flipout.diagnostics import gradient_variance
 from sb3_flipout.layers import (
     NOISYNET_SIGMA,
+    FlipoutGRU,
     FlipoutLayer,
     FlipoutLinear,
     FlipoutLSTM,
-    network_of,
     effective_weight,
+    network_of,
     perturb,
     perturbed,
     redraw,
@@ -267,36 +268,43 @@ def test_layers_choices() -> None:
     assert [type(layer) for layer in net][:2] == [FlipoutLinear, nn.LSTM]
     perturb(net, layers="hidden")
     assert net[1].noise_on == "hidden" and "noise_on='hidden'" in repr(net[1]) and type(net[2]) is nn.Conv2d
+    assert net[3].noise_on == "hidden" and type(net[3]) is FlipoutGRU
     perturb(net, layers="hidden")
     perturb(net, layers="linear")
     with pytest.raises(ValueError, match="FlipoutLSTM is already perturbed with noise_on='hidden', not 'all'; call restore"):
         perturb(net)
     assert type(net[2]) is nn.Conv2d
-    perturb(restore(net))
+    with pytest.warns(UserWarning, match=r"stay plain.* 4: LSTMCell has no perturbed version\. .*skip=\['4'\]") as warned:
+        perturb(restore(net))
+    assert len(warned) == 1
     kinds = [isinstance(layer, FlipoutLayer) for layer in net]
-    assert kinds == [True, True, True, False, False] and "noise_on" not in repr(net)
-    assert [layer.noise_index for layer in net[:3]] == [0, 1, 2]
-    with pytest.raises(ValueError, match="has no layer to perturb with layers='hidden', which stands for: LSTM"):
+    assert kinds == [True, True, True, True, False] and "noise_on" not in repr(net)
+    assert [layer.noise_index for layer in net[:4]] == [0, 1, 2, 3]
+    with pytest.raises(ValueError, match="has no layer to perturb with layers='hidden', which stands for: LSTM, GRU"):
         perturb(nn.Linear(2, 2), layers="hidden")
 
 
 @pytest.mark.parametrize("option", [{"bidirectional": True}, {"proj_size": 2}], ids=lambda option: next(iter(option)))
-def test_options_that_cannot_be_served_are_named_and_refused(option: dict[str, Any]) -> None:
+def test_options_that_cannot_be_served_are_named(option: dict[str, Any]) -> None:
     (name, value), *_ = option.items()
-    match = f'{name}={value} cannot be served by FlipoutLSTM; use {name}=(False|0), or .*layers="linear"'
+    match = rf"FlipoutLSTM cannot serve {name}={value}; use .*{name}=(False|0)\b"
     with pytest.raises(ValueError, match=match):
         FlipoutLSTM(I, H, **option)
     net = nn.Sequential(nn.Linear(I, I), nn.LSTM(I, H, **option))
-    for layers in ("all", "hidden"):
-        with pytest.raises(ValueError, match=match):
-            perturb(net, layers=layers)
-        assert [type(layer) for layer in net] == [nn.Linear, nn.LSTM], "nothing is half changed"
-    perturb(net, layers="linear")
+    why = rf" 1: LSTM .*{name}={value}"
+    with pytest.raises(ValueError, match=rf"has no layer to perturb with layers='hidden', .*{why}"):
+        perturb(net, layers="hidden")
+    assert [type(layer) for layer in net] == [nn.Linear, nn.LSTM], "nothing is half changed"
+    with pytest.warns(UserWarning, match=rf"some layers stay plain.*{why}.*skip=\['1'\]") as warned:
+        perturb(net)
+    assert len(warned) == 1 and [type(layer) for layer in net] == [FlipoutLinear, nn.LSTM]
+    perturb(restore(net), layers="linear")  # says what it wants, so there is nothing to warn of
+    assert [type(layer) for layer in net] == [FlipoutLinear, nn.LSTM]
 
 
 @pytest.mark.parametrize("noise_on", ["input", None, "weight_hh_l0"])
 def test_unknown_choice_of_weights_is_refused(noise_on: Any) -> None:
-    with pytest.raises(ValueError, match="noise_on must be one of 'all', 'hidden', got"):
+    with pytest.raises(ValueError, match='noise_on must be one of "all", "hidden", got ' + repr(noise_on)):
         FlipoutLSTM(I, H, noise_on=noise_on)
     with pytest.raises(TypeError, match="unknown noise setting 'sigma'"):
         FlipoutLSTM(I, H, sigma=0.1)

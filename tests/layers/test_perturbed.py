@@ -1,5 +1,6 @@
 """The contexts in which rows see noise, and the drawing of bases."""
 
+import re
 import threading
 from typing import Any
 
@@ -12,8 +13,9 @@ from sb3_flipout.layers import (
     FlipoutConv2d,
     FlipoutLayer,
     FlipoutLinear,
-    network_of,
+    attach,
     effective_weight,
+    flipout_layers,
     perturb,
     perturbed,
 )
@@ -176,7 +178,12 @@ def test_another_number_of_rows_is_refused(noise: dict[str, str], keys: th.Tenso
 def test_inputs_without_a_dimension_of_rows_are_refused(noise: dict[str, str]) -> None:
     """One unbatched input looks like rows of scalars, or like channels."""
     for layer, x in [(FlipoutLinear(N, 2, **noise), th.ones(N)), (FlipoutConv2d(N, 2, 1, **noise), th.ones(N, 3, 3))]:
-        with pytest.raises(ValueError, match=r"at least [24] dimensions"), perturbed(layer, KEYS):
+        shape = re.escape(str(tuple(x.shape)))
+        match = (
+            rf"{type(layer).__name__} got an input of shape {shape} and keys for {N} rows\. "
+            r"The rows of a batch must be the first dimension .* perturb\(net, skip="
+        )
+        with pytest.raises(ValueError, match=match), perturbed(layer, KEYS):
             layer(x)
 
 
@@ -231,9 +238,12 @@ def test_converting_after_the_first_use_is_noticed() -> None:
 
 def test_hand_built_layers_are_numbered_in_order() -> None:
     net = nn.Sequential(FlipoutLinear(4, 4), nn.Sequential(FlipoutLinear(4, 4), FlipoutLinear(4, 4)))
+    layers = [layer for layer in net.modules() if isinstance(layer, FlipoutLayer)]
+    assert len({layer.base_key for layer in layers}) == 3  # drawn as weights are
+    for layer in layers:
+        layer.redraw(5)
     assert th.equal(net[0].bases()[1]["weight_base"], net[1][0].bases()[1]["weight_base"])  # not numbered yet
     attach(flipout_layers([net]))
-    layers = [layer for layer in net.modules() if isinstance(layer, FlipoutLayer)]
     assert [layer.noise_index for layer in layers] == [0, 1, 2]
     assert len({layer.bases()[1]["weight_base"].sum().item() for layer in layers}) == 3
 

@@ -7,8 +7,18 @@ import torch as th
 from cases import KEYS, every_noise, image, inputs, make, small_net
 from torch import nn
 
-from sb3_flipout.layers import FlipoutLayer, FlipoutLinear, network_of, effective_weight, perturb, perturbed, redraw
-from sb3_flipout.noise import fold
+from sb3_flipout.layers import (
+    FlipoutLayer,
+    FlipoutLinear,
+    attach,
+    effective_weight,
+    flipout_layers,
+    network_of,
+    perturb,
+    perturbed,
+    redraw,
+)
+from sb3_flipout.noise import RowNoise, fold
 
 
 @pytest.fixture
@@ -48,7 +58,7 @@ def test_a_given_base_key_is_reproducible(net: nn.Sequential, base_key: int) -> 
 @pytest.mark.parametrize("base_key", [True, 1.0, "1", th.tensor(1)])
 def test_a_bad_base_key_is_refused_and_changes_nothing(net: nn.Sequential, base_key: Any) -> None:
     before = bases(net)
-    with pytest.raises(TypeError, match="base_key must be an integer or None, got"):
+    with pytest.raises(TypeError, match=r"base_key must be an integer, got .* of type " + type(base_key).__name__):
         redraw(net, base_key)
     assert all(th.equal(a, b) for a, b in zip(before, bases(net), strict=True))
 
@@ -58,8 +68,10 @@ def test_layers_of_one_shape_have_bases_of_their_own(noise: dict[str, str]) -> N
     net = perturb(nn.Sequential(*[nn.Linear(5, 5) for _ in range(3)]), base_key=1, **noise)
     for draw in (1, 2):
         redraw(net, draw)
-        found = [layer.bases()[1]["weight_base"] for layer in net]
-        if found[0] is not None:
+        found = [layer.bases()[1]["weight_base"] for layer in net if layer.noise_config.draws_base]
+        assert all(not layer.bases()[1] for layer in net if not layer.noise_config.draws_base)
+        if found:
+            assert len(found) == 3
             assert all(not th.equal(a, b) for i, a in enumerate(found) for b in found[:i])
         weights = [effective_weight(layer, 4)[0] - layer.weight for layer in net]
         assert all(not th.allclose(a, b) for i, a in enumerate(weights) for b in weights[:i])
@@ -81,11 +93,13 @@ def test_redraw_without_noise_changes_no_output(net: nn.Sequential) -> None:
 @every_noise
 def test_perturbed_alone_never_draws(noise: dict[str, str]) -> None:
     layer = make(("linear", "plain"), **noise)
-    before, key = layer.bases()[1]["weight_base"], layer.base_key
+    key, before = layer.bases()
+    assert set(before) == ({"weight_base", "bias_base"} if layer.noise_config.draws_base else set())
     for _ in range(3):
         with perturbed(layer, KEYS):
             layer(inputs(("linear", "plain"))).sum().backward()
-    assert layer.bases()[1]["weight_base"] is before and layer.base_key == key
+    now_key, now = layer.bases()
+    assert now_key == key and set(now) == set(before) and all(now[name] is before[name] for name in before)
 
 
 @every_noise
@@ -102,23 +116,28 @@ def test_base_draws_can_be_bound_again(noise: dict[str, str]) -> None:
     with perturbed(net, KEYS):
         assert th.equal(net(x), before)
     assert [layer.base_key for layer in network.layers] == keys
-    assert th.equal(other, before) == (kept[0][1][0] is None)
+    assert th.equal(other, before) == (not kept[0][1])
     assert all(name not in net.state_dict() for name in ("0.weight_base", "1.bias_base"))
 
 
 def test_networks_beside_it_see_the_same_noise() -> None:
     """What is no part of the module, but sees its rows: they are numbered, redrawn and switched together."""
     net, beside = (nn.Sequential(FlipoutLinear(4, 4)) for _ in range(2))
-    network = NoisyNetwork(net, parts=[net, beside])
-    assert network_of(net) is network and (net[0].noise_index, beside[0].noise_index) == (0, 1)
+    network = attach(flipout_layers([net, beside]))
+    assert network_of(net) is network_of(beside) is network and (net[0].noise_index, beside[0].noise_index) == (0, 1)
     x = th.ones(len(KEYS), 4)
     plain = beside(x)
-    with perturbed(net, KEYS):
+    with network.activate(RowNoise(KEYS)):
         for layer in (net[0], beside[0]):
             expected = [
                 nn.functional.linear(row, *effective_weight(layer, key)) for row, key in zip(x, KEYS.tolist(), strict=True)
             ]
             th.testing.assert_close(layer(x), th.stack(expected))
     assert th.equal(beside(x), plain)
-    redraw(net, 9)
+    network.redraw(9)
     assert net[0].base_key == beside[0].base_key == 9
+    with perturbed(net, KEYS):  # one of them by name
+        assert not th.allclose(net(x), nn.functional.linear(x, net[0].weight, net[0].bias))
+        assert th.equal(beside(x), plain)
+    redraw(net, 10)
+    assert (net[0].base_key, beside[0].base_key) == (10, 9)

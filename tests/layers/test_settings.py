@@ -13,17 +13,21 @@ from sb3_flipout.layers import NOISYNET_SIGMA, FlipoutConv2d, FlipoutLinear, Lay
 from sb3_flipout.noise import FAMILIES
 
 BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
-    ({"family": "gauss"}, ValueError, f"family must be one of {', '.join(map(repr, FAMILIES))}, got 'gauss'"),
+    (
+        {"family": "gauss"},
+        ValueError,
+        "family must be one of " + ", ".join(f'"{name}"' for name in FAMILIES) + r", got 'gauss'\. Did you mean 'gaussian'\?",
+    ),
     ({"family": ["gaussian"]}, ValueError, "family must be one of"),
     ({"family": None}, ValueError, "got None"),
-    ({"noise_sharing": "rows"}, ValueError, "noise_sharing must be one of 'flipout', 'shared', 'independent', got 'rows'"),
-    ({"init": "zero"}, ValueError, "init must be one of 'keep', 'noisynet', got 'zero'"),
-    ({"sigma_init": -0.1}, ValueError, "sigma_init must be finite and >= 0, got -0.1"),
+    ({"noise_sharing": "rows"}, ValueError, 'noise_sharing must be one of "flipout", "shared", "independent", got \'rows\''),
+    ({"init": "zero"}, ValueError, 'init must be one of "keep", "noisynet", got \'zero\''),
+    ({"sigma_init": -0.1}, ValueError, "sigma_init must be a finite number >= 0, got -0.1. .*None for the default"),
     ({"sigma_init": math.nan}, ValueError, "got nan"),
     ({"sigma_init": math.inf}, ValueError, "got inf"),
-    ({"sigma_init": True}, TypeError, "sigma_init must be a number >= 0 or None, got bool"),
-    ({"sigma_init": "0.5"}, TypeError, "got str"),
-    ({"sigma_init": th.tensor(0.5)}, TypeError, "got Tensor"),
+    ({"sigma_init": True}, TypeError, "sigma_init must be a number >= 0, got True of type bool. .*None for the default"),
+    ({"sigma_init": "0.5"}, TypeError, "got '0.5' of type str"),
+    ({"sigma_init": th.tensor(0.5)}, TypeError, "got .* of type Tensor"),
     ({"family": "dropconnect", "sigma_init": 0.5}, ValueError, "there is no sigma"),
     ({"family": "dropconnect", "sigma_init": 0}, ValueError, "there is no sigma"),
     ({"init": "noisynet", "sigma_init": 0.5}, ValueError, "0.017 by definition"),
@@ -135,7 +139,7 @@ def test_keeping_the_initialisation_leaves_means_alone(noise: dict[str, str], un
     with th.random.fork_rng():
         net = nn.Sequential(nn.Linear(4, 3), nn.Conv2d(2, 2, 2))
     before = [value.clone() for value in net.parameters()]
-    perturb(net, **noise)
+    perturb(net, base_key=3, **noise)
     for layer, weight, bias in zip(net, before[::2], before[1::2], strict=True):
         assert th.equal(layer.weight, weight) and th.equal(layer.bias, bias)
 
@@ -149,6 +153,8 @@ def test_constructors_draw_the_means_of_torch(noise: dict[str, str]) -> None:
         th.manual_seed(3)
         plain = plain_class(*arguments)
         assert th.equal(layer.weight, plain.weight) and th.equal(layer.bias, plain.bias)
+        # The base key comes after them, and nothing else.
+        assert layer.base_key == int(th.randint(2**62, ()))
         assert th.equal(th.get_rng_state(), state)
 
 

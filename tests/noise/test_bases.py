@@ -84,7 +84,9 @@ def test_the_table_is_hashed_element_by_element() -> None:
     """Against Python's integers: no generator, whose normals would depend on the processor."""
     for law in ("normal", "sign"):
         start = 12345 % (table_size(50) - 50 + 1)
-        assert th.equal(base_draws(law, 12345, [th.Size((50,))], LIKE)[0].double(), oracle.base_elements(law, start, 50).float().double())
+        assert th.equal(
+            base_draws(law, 12345, [th.Size((50,))], LIKE)[0].double(), oracle.base_elements(law, start, 50).float().double()
+        )
 
 
 @pytest.mark.parametrize("mode", ["inference", "float64", "meta"])

@@ -166,7 +166,11 @@ def test_a_dictionary_carries_noise_and_keeps_its_tensors() -> None:
     data, noise = {"a": th.randn(20, 3), "b": th.randn(20)}, RowNoise(KEYS)
     keyed = with_noise(data, noise)
     assert noise_of(keyed) is noise and noise_of(data) is None
-    assert isinstance(keyed, dict) and list(keyed) == ["a", "b"] and all(keyed[key].data_ptr() == data[key].data_ptr() for key in data)
+    assert (
+        isinstance(keyed, dict)
+        and list(keyed) == ["a", "b"]
+        and all(keyed[key].data_ptr() == data[key].data_ptr() for key in data)
+    )
     plain = without_noise(keyed)
     assert type(plain) is dict and all(type(part) is th.Tensor for part in plain.values()) and noise_of(plain) is None
 

@@ -151,7 +151,7 @@ def test_a_scale_that_moves_at_each_step_hashes_nothing_again(resample: Any, mon
     expanded, expand = [], FactorPlan.expand
     monkeypatch.setattr(FactorPlan, "expand", lambda *args: expanded.append(0) or expand(*args))  # type: ignore[func-returns-value]
     for scale in (1.0, 0.5, 1.0, *np.linspace(1, 0, 30)):
-        noise = stream.next(3, th.full((3,), float(scale)))
+        noise = stream.next(3, Scales(float(scale)), CPU)
         over_outputs = noise.factors(plan, th.float32).split(plan.sizes, dim=1)[plan.pieces[0][1]]
         assert th.equal(over_outputs, float(scale) * signs(noise.keys, 0, 4, 1))
     assert len(expanded) == 1
@@ -188,7 +188,10 @@ def test_an_ensemble_has_as_many_keys_as_members(resample: Any, members: int) ->
 
 @pytest.mark.parametrize("resample", [0, -1, True, False, "foo", "", 1.5, None])
 def test_a_bad_resample_is_refused(resample: Any) -> None:
-    with pytest.raises(ValueError, match=r'resample must be one of "step", "episode", "rollout" or .* >= 1, got'):
+    with pytest.raises(
+        ValueError,
+        match=f'resample must be one of "step", "episode", "rollout", got {resample!r}.* whole number >= 1 is a number of steps',
+    ):
         check_resample(resample)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,7 +13,8 @@ from sb3_contrib import TQC, CrossQ
 from stable_baselines3 import DDPG, SAC, TD3
 from stable_baselines3.common.callbacks import BaseCallback
 
-from sb3_flipout.layers import FlipoutLayer
+from sb3_flipout.layers import Ask, FlipoutLayer
+from sb3_flipout.noise import RowNoise
 from sb3_flipout.policies.learning import LearnsUnderNoise
 
 ALGORITHMS = [SAC, TD3, DDPG, TQC, CrossQ]
@@ -74,24 +77,38 @@ class Recorder(BaseCallback):
         self.dones: list[np.ndarray] = []
 
     def _init_callback(self) -> None:
-        for name, net in networks(self.model.policy).items():
-            if isinstance(net, LearnsUnderNoise):
-                net.perturbed_network.activate = self._recording(name, net, net.perturbed_network.activate)
-
-    def _recording(self, name: str, net: Any, activate: Any) -> Any:
         policy = self.model.policy
+        policy.perturbed_network.activate = self._acting(policy, policy.perturbed_network.activate)
+        for name, net in networks(policy).items():
+            if isinstance(net, LearnsUnderNoise):
+                net.step_noise = self.learning_of(name, net, policy.learning)
 
-        def record(noise: Any) -> Any:
-            base_key = net.perturbed_network.layers[0].base_key
-            if policy.learning.active:
-                keys, scale = (None, None) if noise is None else (noise.keys.clone(), float(noise.scale[0]))
-                self.learning.append(Seen(name, policy.learning.step, th.is_grad_enabled(), keys, scale, base_key))
-            elif policy._acting_noise is not None:
+    def _acting(self, policy: Any, activate: Any) -> Any:
+        def record(noise: Any, *args: Any) -> Any:
+            if policy._acting_noise is not None:
                 self.acting.append(noise.keys.clone())
                 self.scales.append(noise.scale.clone())
-                base = net.perturbed_network.layers[0].bases()[1]["weight_base"]
+                base = policy.perturbed_network.layers[0].bases()[1].get("weight_base")
                 self.acting_bases.append(() if base is None else tuple(base.flatten().tolist()))
-            return activate(noise)
+            return activate(noise, *args)
+
+        return record
+
+    def learning_of(self, name: str, net: Any, learning: Any) -> Any:
+        """Record what the layers of a network see inside each of its passes; several networks can share them."""
+        step_noise = net.step_noise
+
+        @contextmanager
+        def record(*args: Any, **kwargs: Any) -> Iterator[None]:
+            network = net.perturbed_network
+            asks = learning.active and network.active is None
+            with step_noise(*args, **kwargs):
+                if asks:
+                    noise, base_key = network.active, network.layers[0].base_key
+                    keys, scale = (noise.keys.clone(), float(noise.scale[0])) if isinstance(noise, RowNoise) else (None, None)
+                    assert keys is not None or noise is Ask.MEAN_WEIGHTS
+                    self.learning.append(Seen(name, learning.step, th.is_grad_enabled(), keys, scale, base_key))
+                yield
 
         return record
 

@@ -1,6 +1,7 @@
 """DQN and QRDQN: two streams of noise, one per environment for acting, one per gradient step for learning."""
 
 import copy
+import re
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from stable_baselines3 import DQN
 from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 
 from sb3_flipout import perturbed
-from sb3_flipout.layers import FlipoutLayer, effective_weight
+from sb3_flipout.layers import Ask, FlipoutLayer, effective_weight
 from sb3_flipout.noise import FAMILIES, fold, fold_in
 from sb3_flipout.policies.learning import LearningNoise
 
@@ -43,14 +44,14 @@ class Recorder(BaseCallback):
         def record_predict(observation, deterministic=True):
             if policy._acting_noise is not None:
                 self.acting.append(policy._acting_noise.keys.clone())
-                base = policy.online.perturbed_network.layers[0].bases()[1]["weight_base"]
+                base = policy.online.perturbed_network.layers[0].bases()[1].get("weight_base")
                 self.acting_bases.append(None if base is None else base.clone())
             return predict(observation, deterministic)
 
         def recording(role, activate):
             def record_activate(noise):
-                if policy.learning.active:
-                    base = nets[role].perturbed_network.layers[0].bases()[1]["weight_base"]
+                if policy.learning.active and noise is not Ask.EXPLICIT:
+                    base = nets[role].perturbed_network.layers[0].bases()[1].get("weight_base")
                     keys = None if noise is None else noise.keys.clone()
                     self.learning.append((policy.learning.step, role, keys, None if base is None else base.clone()))
                 return activate(noise)
@@ -282,7 +283,7 @@ def test_prior_is_frozen_random_zero_on_average_and_the_same_in_the_target():
     before = {name: value.clone() for name, value in prior.named_parameters()}
     obs = th.rand(6, 5)
     with th.no_grad():
-        assert th.equal(prior(obs), th.zeros(6, 4)), "mean weights of the prior are zero"
+        assert th.equal(prior.network(obs), th.zeros(6, 4)), "mean weights of the prior are zero"
         with_prior = model.policy.member_values(obs)
         model.policy.online.__dict__["prior"] = None
         without = model.policy.member_values(obs)
@@ -332,20 +333,20 @@ def test_learning_noise_is_a_pure_function():
 
 
 @pytest.mark.parametrize(
-    "noise, message",
+    "noise, error, message",
     [
-        (dict(target_noise="none"), "target_noise must be one of 'independent', 'same', 'mean'"),
-        (dict(members=1), "members must be an integer >= 2"),
-        (dict(members=2.5), "members must be an integer >= 2"),
-        (dict(members=5, noise_sharing="shared"), "does not fit noise_sharing"),
-        (dict(members=5, base_every_steps=3), "does not fit base_every"),
-        (dict(prior_scale=1.0), "needs members"),
-        (dict(members=5, prior_scale=-1.0), "prior_scale must be a finite number >= 0"),
-        (dict(members=5, prior_scale=float("nan")), "prior_scale must be a finite number >= 0"),
+        (dict(target_noise="none"), ValueError, 'target_noise must be one of "independent", "same", "mean", got \'none\'.'),
+        (dict(members=1), ValueError, "members must be an integer >= 2, got 1. Use None for no ensemble."),
+        (dict(members=2.5), TypeError, "members must be an integer >= 2, got 2.5 of type float. Use None for no ensemble."),
+        (dict(members=5, noise_sharing="shared"), ValueError, 'members=5 does not fit noise_sharing="shared"'),
+        (dict(members=5, base_every_steps=3), ValueError, "members=5 does not fit base_every_steps=3"),
+        (dict(prior_scale=1.0), ValueError, "prior_scale=1.0 needs members"),
+        (dict(members=5, prior_scale=-1.0), ValueError, "prior_scale must be a finite number >= 0, got -1.0. Use 0.0"),
+        (dict(members=5, prior_scale=float("nan")), ValueError, "prior_scale must be a finite number >= 0, got nan. Use 0.0"),
     ],
 )
-def test_bad_settings(noise, message):
-    with pytest.raises(ValueError, match=message):
+def test_bad_settings(noise, error, message):
+    with pytest.raises(error, match=re.escape(message)):
         build(noise=noise)
 
 
@@ -377,11 +378,12 @@ def test_continuous_actions_are_refused_by_sb3():
 
 
 def test_cnn_layers_by_perturb():
-    def kinds(perturb):
-        model = DQN("FlipoutCnnPolicy", image_env(), buffer_size=10, policy_kwargs=dict(perturb=perturb), **NO_EPSILON)
+    def kinds(perturb="policy", layers="all"):
+        noise = dict(perturb=perturb, layers=layers)
+        model = DQN("FlipoutCnnPolicy", image_env(), buffer_size=10, policy_kwargs=noise, **NO_EPSILON)
         return [type(layer).__name__ for layer in model.policy.q_net.modules() if isinstance(layer, FlipoutLayer)]
 
-    assert kinds("linear") == ["FlipoutLinear"] * 2
+    assert kinds(layers="linear") == ["FlipoutLinear"] * 2
     assert kinds("policy") == kinds("all") == ["FlipoutConv2d"] * 3 + ["FlipoutLinear"] * 2
     assert kinds("heads") == ["FlipoutLinear"]
 

@@ -21,29 +21,40 @@ VALUE_LAYERS = {"mlp_extractor.value_net.0", "mlp_extractor.value_net.2", "value
 
 
 @pytest.mark.parametrize(
-    "perturb, expected",
+    "noise, expected",
     [
-        ("policy", POLICY_LAYERS),
-        ("linear", POLICY_LAYERS),
-        ("heads", {"action_net"}),
-        ("all", POLICY_LAYERS | VALUE_LAYERS),
+        (dict(perturb="policy"), POLICY_LAYERS),
+        (dict(layers="linear"), POLICY_LAYERS),
+        (dict(perturb="heads"), {"action_net"}),
+        (dict(perturb="all"), POLICY_LAYERS | VALUE_LAYERS),
+        (dict(skip="mlp_extractor.*"), {"action_net"}),
+        (
+            dict(perturb="all", skip=["action_net", "mlp_extractor.value_net.0"]),
+            (POLICY_LAYERS | VALUE_LAYERS) - {"action_net", "mlp_extractor.value_net.0"},
+        ),
     ],
 )
-def test_mlp_layers(perturb, expected):
-    model = PPO("FlipoutMlpPolicy", vector_env(), n_steps=8, batch_size=8, policy_kwargs=dict(perturb=perturb))
+def test_mlp_layers(noise, expected):
+    model = PPO("FlipoutMlpPolicy", vector_env(), n_steps=8, batch_size=8, policy_kwargs=noise)
     assert perturbed_names(model) == expected
 
 
 @pytest.mark.parametrize(
-    "perturb, convolutions, linear",
-    [("policy", 3, True), ("linear", 0, True), ("heads", 0, False), ("all", 3, True)],
+    "noise, convolutions, linear, values",
+    [
+        (dict(perturb="policy"), 3, True, False),
+        (dict(layers="linear"), 0, True, False),
+        (dict(perturb="heads"), 0, False, False),
+        (dict(perturb="all"), 3, True, True),
+        (dict(perturb="all", layers="linear"), 0, True, True),
+    ],
 )
-def test_cnn_layers(perturb, convolutions, linear):
-    model = PPO("FlipoutCnnPolicy", image_env(), n_steps=8, batch_size=8, policy_kwargs=dict(perturb=perturb))
+def test_cnn_layers(noise, convolutions, linear, values):
+    model = PPO("FlipoutCnnPolicy", image_env(), n_steps=8, batch_size=8, policy_kwargs=noise)
     names = perturbed_names(model)
     assert len([name for name in names if name.startswith("features_extractor.cnn")]) == convolutions
     assert ("features_extractor.linear.0" in names) == linear
-    assert "action_net" in names and ("value_net" in names) == (perturb == "all")
+    assert "action_net" in names and ("value_net" in names) == values
 
 
 def test_separate_extractors_leave_the_value_side_plain():
@@ -140,11 +151,14 @@ def test_init_noisynet_and_families_reach_the_layers():
 @pytest.mark.parametrize("algorithm", [PPO, DQN, SAC])
 def test_hidden_weights_need_an_lstm(algorithm):
     env = vector_env("box" if algorithm is SAC else "discrete")
-    with pytest.raises(ValueError, match=r'layers="hidden" stands for .* of an LSTM, and Flipout\w+ has none. Use "policy"'):
+    with pytest.raises(
+        ValueError,
+        match=r'layers="hidden" stands for .* of LSTMs and GRUs, and .* of Flipout\w+ has none. Use layers="all" or',
+    ):
         algorithm("FlipoutMlpPolicy", env, policy_kwargs=dict(layers="hidden"))
 
 
 @pytest.mark.parametrize("name", ["members", "target_noise", "prior_scale", "noise_scale", "noise_ladder"])
 def test_settings_that_belong_elsewhere_are_named(name):
-    with pytest.raises(TypeError, match=f"{name} is (for|set)"):
+    with pytest.raises(TypeError, match=f"'{name}': 5.* is no setting of this policy: {name} is (for|set)"):
         PPO("FlipoutMlpPolicy", vector_env(), policy_kwargs={name: 5})

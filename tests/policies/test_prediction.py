@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from stable_baselines3 import PPO
 from torch import nn
 
 from sb3_flipout import perturbed
-from sb3_flipout.noise import noise_of
+from sb3_flipout.noise import NoiseOwner, RowNoise, noise_of, with_noise
 
 
 @pytest.fixture
@@ -97,12 +98,26 @@ def test_missing_keys_in_training_mode_raise_and_behaviour_cloning_by_name_works
     policy = model.policy
     policy.set_training_mode(True)
     obs, actions = th.as_tensor(OBS), th.zeros(6, 3)
-    with pytest.raises(ValueError, match="without noise keys"):
-        policy.evaluate_actions(obs, actions)
-    for look in (policy.predict_values, policy.get_distribution):
-        with policy.updating(), pytest.raises(ValueError, match=r"set_training_mode\(False\)"):
+    evaluate = partial(policy.evaluate_actions, actions=actions)
+    for look in (evaluate, policy.predict_values, policy.get_distribution):
+        with (
+            policy.updating(),
+            pytest.raises(ValueError, match=r"noise keys, .*: it never had any.*`with sb3_flipout\.perturbed\(policy, None\)"),
+        ):
             look(obs)
-        look(obs)  # outside an update, looking at a fresh or loaded policy gives what the mean weights give
+        lost = "it had keys and lost them in the operation 'flip'"
+        flipped = with_noise(obs, RowNoise(th.arange(6), owner=policy.noise_owner)).flip(0)
+        with policy.updating(), pytest.raises(ValueError, match=f"noise keys, .*: {lost}.* with_noise"):
+            look(flipped)
+        foreign = with_noise(obs, RowNoise(th.arange(6), owner=NoiseOwner()))
+        with policy.updating(), pytest.raises(ValueError, match=r"noise keys, .*: its keys were drawn by another policy"):
+            look(foreign)
+    # Outside an update, looking at a fresh or loaded policy gives what the mean weights give.
+    with th.no_grad(), perturbed(policy, None):
+        expected = [evaluate(obs)[1], policy.predict_values(obs), policy.get_distribution(obs).distribution.mean]
+    with th.no_grad():
+        found = [evaluate(obs)[1], policy.predict_values(obs), policy.get_distribution(obs).distribution.mean]
+    assert all(th.equal(one, other) for one, other in zip(found, expected, strict=True))
     policy.optimizer.zero_grad()
     with perturbed(policy, None):
         _, log_prob, _ = policy.evaluate_actions(obs, actions)

@@ -53,9 +53,10 @@ def build(env, algorithm=DQN, policy="FlipoutMlpPolicy", **noise):
 def values_of(model, obs, scale=None):
     """Prior of each member in each observation: (K, N, actions), for QRDQN (K, N, quantiles, actions)."""
     tensors = model.policy.obs_to_tensor(obs)[0]
-    n, noisy = len(tensors), model.policy.online.perturbed_network
-    with noisy.activate(RowNoise(th.arange(K).repeat_interleave(n), scale)):
-        values = model.policy.prior(tensors.repeat(K, *[1] * (tensors.dim() - 1)))
+    n = len(tensors)
+    noise = RowNoise(th.arange(K).repeat_interleave(n), scale)
+    with th.no_grad():
+        values = model.policy.prior(tensors.repeat(K, *[1] * (tensors.dim() - 1)), noise)
     return values.view(K, n, *values.shape[1:])
 
 
@@ -89,11 +90,11 @@ def test_unit_with_images():
 
 def test_unit_is_that_of_the_first_gradient_step_for_good():
     model = build(deep_sea())
-    assert model.policy.prior.unit is None
+    assert model.policy.prior.unit.isnan()
     model.learn(60)
-    assert model.policy.prior.unit is None, "no gradient step yet"
+    assert model.policy.prior.unit.isnan(), "no gradient step yet"
     model.learn(1, reset_num_timesteps=False)
-    unit = model.policy.prior.unit
+    unit = model.policy.prior.unit.clone()
     model.learn(20, reset_num_timesteps=False)
     assert model.policy.prior.unit == unit > 0
 
@@ -152,7 +153,9 @@ def test_prior_shares_no_perturbation_with_the_learned_network_and_is_never_trai
     own = [layer for layer in model.policy.prior.modules() if isinstance(layer, FlipoutLayer)]
     learned = [layer for layer in model.policy.online.modules() if isinstance(layer, FlipoutLayer)]
     for one, other in zip(own, learned, strict=True):
-        assert one.noise_index != other.noise_index and not th.equal(one.bases()[1]["weight_base"], other.bases()[1]["weight_base"])
+        assert one.noise_index != other.noise_index and not th.equal(
+            one.bases()[1]["weight_base"], other.bases()[1]["weight_base"]
+        )
 
 
 @pytest.mark.parametrize("algorithm", [DQN, QRDQN])
@@ -169,7 +172,7 @@ def test_the_noise_scale_multiplies_the_prior_once(algorithm):
     own = model.policy.prior.network
     obs = model.policy.obs_to_tensor(obs)[0]
     for unit_scale in (0.1, 1.0):  # the unit is that of the functions themselves
-        with model.policy.online.perturbed_network.activate(RowNoise(th.arange(9), unit_scale)):
+        with model.policy.prior.perturbed_network.activate(RowNoise(th.arange(9), unit_scale)):
             found = own(obs)
-        with twin.policy.online.perturbed_network.activate(RowNoise(th.arange(9))):
+        with twin.policy.prior.perturbed_network.activate(RowNoise(th.arange(9))):
             th.testing.assert_close(found, twin.policy.prior.network(obs))

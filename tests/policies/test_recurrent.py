@@ -33,7 +33,7 @@ CASES: dict[str, tuple[str, str, str, dict[str, Any]]] = {
 def build(case: str, prefix: str = "Flipout", **policy_kwargs: Any) -> RecurrentPPO:
     kind, action, observation, of_case = CASES[case]
     if not prefix:  # stock knows no noise
-        of_case = {name: value for name, value in of_case.items() if name not in ("resample", "family", "perturb")}
+        of_case = {name: value for name, value in of_case.items() if name not in ("resample", "family", "perturb", "layers")}
     return RecurrentPPO(
         f"{prefix}{kind}LstmPolicy",
         vector_env(action, 3, observation=observation),
@@ -100,10 +100,11 @@ def test_without_noise_training_is_stock(case: str) -> None:
 
 def test_lstms_are_perturbed_as_asked_for() -> None:
     found = {}
-    for perturb in ("policy", "linear", "heads", "hidden", "all"):
-        policy = build("discrete", perturb=perturb).policy
+    for choice in ("policy", "heads", "all", "linear", "hidden"):
+        noise = dict(layers=choice) if choice in ("linear", "hidden") else dict(perturb=choice)
+        policy = build("discrete", **noise).policy
         lstms = [name for name in ("lstm_actor", "lstm_critic") if isinstance(getattr(policy, name), FlipoutLSTM)]
-        found[perturb] = lstms
+        found[choice] = lstms
         assert len(policy.perturbed_network.layers) > 0
         assert all(type(getattr(policy, name)) is nn.LSTM for name in {"lstm_actor", "lstm_critic"} - set(lstms))
     both = ["lstm_actor", "lstm_critic"]

@@ -51,10 +51,12 @@ def test_replay_of_the_other_sharings(sharing):
     assert probe.least_effect > 1e-3
 
 
-@pytest.mark.parametrize("perturb", ["policy", "heads", "linear", "all"])
-def test_replay_of_every_choice_of_modules(perturb):
+@pytest.mark.parametrize(
+    "noise", [*(dict(perturb=part) for part in ("policy", "heads", "all")), dict(layers="linear")], ids=str
+)
+def test_replay_of_every_choice_of_modules(noise):
     probe = ReplayProbe(8)
-    learn(PPO, "image", probe, policy_kwargs=dict(perturb=perturb))
+    learn(PPO, "image", probe, policy_kwargs=noise)
     assert probe.worst_ratio <= RATIO_TOLERANCE
     assert probe.least_effect > 1e-3
 

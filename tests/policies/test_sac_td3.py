@@ -8,8 +8,8 @@ import numpy as np
 import oracle
 import pytest
 import torch as th
-from sac_td3_cases import ALGORITHMS, DETERMINISTIC, STOCHASTIC, build, layers_of, learn, networks
 from helpers import vector_env
+from sac_td3_cases import ALGORITHMS, DETERMINISTIC, STOCHASTIC, Recorder, build, layers_of, learn, networks
 from sb3_contrib import TQC, CrossQ
 from stable_baselines3 import DDPG, DQN, SAC, TD3
 from stable_baselines3.common.callbacks import EvalCallback
@@ -226,7 +226,7 @@ def test_critics_see_mean_weights_unless_asked_for(algorithm, share):
         for name, net in networks(model.policy).items():
             if name.startswith("critic"):
                 layers = layers_of(net)
-                assert isinstance(net, LearnsUnderNoise) == (perturb == "all")
+                assert (isinstance(net, LearnsUnderNoise) and net.is_perturbed) == (perturb == "all")
                 assert bool(layers) == (perturb == "all" or (share and not mlp))
                 # q1_forward does not go through the critic's own call, so the hook is on a network inside it.
                 net.q_networks[0].register_forward_pre_hook(
@@ -255,23 +255,27 @@ def test_each_row_of_a_gradient_step_sees_its_own_weights(algorithm):
     name = "forward" if algorithm in DETERMINISTIC else "get_action_dist_params"
     original = getattr(actor, name)
 
+    recorder = Recorder()  # of the noise that each pass finds by itself
+    actor.step_noise = recorder.learning_of("actor", actor, model.policy.learning)
+
     def compare(obs):
-        if actor.perturbed_network.active is None:  # the pass that has still to find its noise
-            return original(obs)
-        keys = actor.perturbed_network.active.keys
         twin = copied(actor).double()  # with batch normalisation in the same state
+        outputs = original(obs)
+        seen = recorder.learning[-1]
+        twin.perturbed_network.redraw(seen.base_key)
         with th.no_grad(), twin.perturbed_network.activate(None):
             for layer in twin.perturbed_network.layers:
-                layer.forward = row_by_row(layer, keys)
-            twin.__dict__.pop(name, None)
+                layer.forward = row_by_row(layer, seen.keys)
+            for own in (name, "step_noise"):
+                del twin.__dict__[own]
             expected = getattr(twin, name)(obs)
-        outputs = original(obs)
         pairs = [(outputs, expected)] if name == "forward" else zip(outputs[:2], expected[:2], strict=True)
         compared.extend((th.is_grad_enabled(), float((a - b).detach().abs().max())) for a, b in pairs)
         return outputs
 
     setattr(actor, name, compare)
     model.train(gradient_steps=2, batch_size=3)
+    assert len(compared) == len(recorder.learning) * (1 if name == "forward" else 2) and len(compared) >= 2
     assert {grad for grad, _ in compared} == ({True} if algorithm in DETERMINISTIC else {True, False})
     assert max(difference for _, difference in compared) <= 1e-5
 

@@ -1,13 +1,14 @@
 """SAC, TD3, DDPG, TQC and CrossQ: equal to stock without noise, saved and loaded, with what SB3 offers, and bad input."""
 
+import re
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch as th
-from sac_td3_cases import ALGORITHMS, DETERMINISTIC, STOCHASTIC, build, interrupted, layers_of, learn
 from helpers import vector_env
+from sac_td3_cases import ALGORITHMS, DETERMINISTIC, STOCHASTIC, build, interrupted, layers_of, learn
 from sb3_contrib import ARS, TQC, CrossQ
 from stable_baselines3 import DDPG, DQN, PPO, SAC, TD3
 from stable_baselines3.common.envs import BitFlippingEnv
@@ -17,10 +18,11 @@ from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 from stable_baselines3.sac.policies import Actor
 from torch import nn
 
-from sb3_flipout import policies
+from sb3_flipout import perturbed, policies
 from sb3_flipout.layers import FlipoutConv2d, FlipoutLayer, FlipoutLinear, effective_weight
-from sb3_flipout.noise import fold
+from sb3_flipout.noise import RowNoise, fold
 from sb3_flipout.policies import NoiseStateError
+from sb3_flipout.policies.learning import LearnsUnderNoise
 from sb3_flipout.policies.sac_td3 import FlipoutSACPolicy
 from sb3_flipout.registration import ALIASES
 
@@ -107,14 +109,19 @@ def test_at_the_defaults_learning_goes_on_and_episodes_begin_anew(algorithm, tmp
     assert all(one.same(other) for one, other in zip(whole.learning, first.learning + second.learning, strict=True))
 
 
-@pytest.mark.parametrize("noise", [dict(base_every_steps=5), dict(noise_sharing="shared", family="factorised", resample="step")])
+@pytest.mark.parametrize(
+    "noise", [dict(base_every_steps=5), dict(noise_sharing="shared", family="factorised", resample="step")]
+)
 def test_a_loaded_model_samples_under_the_base_that_acted(noise, tmp_path):
     model = build(TD3, noise=noise)
     model.learn(36)
     model.save(tmp_path / "model")
     loaded = TD3.load(tmp_path / "model")
     base = [layer.bases()[1]["weight_base"] for layer in model.actor.perturbed_network.layers]
-    assert all(th.equal(ours, layer.bases()[1]["weight_base"]) for ours, layer in zip(base, loaded.actor.perturbed_network.layers, strict=True))
+    assert all(
+        th.equal(ours, layer.bases()[1]["weight_base"])
+        for ours, layer in zip(base, loaded.actor.perturbed_network.layers, strict=True)
+    )
     obs = np.ones((3, 5), np.float32)
     np.testing.assert_array_equal(*(one.predict(obs, deterministic=False)[0] for one in (model, loaded)))
 
@@ -142,10 +149,15 @@ def test_parameters_carry_the_noise_to_another_model(algorithm):
     obs = one.env.reset()
     one.predict(obs, deterministic=False)
     other.set_parameters(one.get_parameters())
+    assert other.policy._keys.step == other.policy.learning.step == 0  # weights bring no noise
+    other.policy.set_noise_state(one.policy.noise_state())
     assert other.policy._keys.step == 12 and other.policy.learning.step == one.policy.learning.step > 0
     for a, b in zip(one.policy.parameters(), other.policy.parameters(), strict=True):
         assert th.equal(a, b)
-    assert th.equal(one.actor.perturbed_network.layers[0].bases()[1]["weight_base"], other.actor.perturbed_network.layers[0].bases()[1]["weight_base"])
+    assert th.equal(
+        one.actor.perturbed_network.layers[0].bases()[1]["weight_base"],
+        other.actor.perturbed_network.layers[0].bases()[1]["weight_base"],
+    )
     for deterministic in (True, False):
         actions = []
         for model in (one, other):
@@ -187,9 +199,10 @@ def plain_or_perturbed(net):
 
 @pytest.mark.parametrize("perturb", ["heads", "linear", "policy", "all"])
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_layers_by_perturb(algorithm, perturb):
+def test_layers_by_perturb_and_kind(algorithm, perturb):
     case = {} if algorithm is CrossQ else dict(observation="image", policy="FlipoutCnnPolicy")
-    policy = build(algorithm, noise=dict(perturb=perturb), **case).policy
+    noise = dict(layers="linear") if perturb == "linear" else dict(perturb=perturb)
+    policy = build(algorithm, noise=noise, **case).policy
     wanted = {
         "heads": lambda layer: layer.weight.shape[0] == 3,  # the number of actions
         "linear": lambda layer: isinstance(layer, FlipoutLinear | nn.Linear),
@@ -269,7 +282,7 @@ def test_setting_of_plappert(algorithm):
         model = DQN("FlipoutMlpPolicy", vector_env("discrete", 2), policy_kwargs=noise, **arguments, **epsilon)
     else:
         model = build(DDPG, noise=noise, learning_starts=0)
-    layers = layers_of(model.policy.acting)
+    layers = layers_of(model.policy._acting_network())
     before = [layer.weight_sigma.clone() for layer in layers]
     held = []
     original = model.policy._predict
@@ -320,29 +333,39 @@ def test_dict_observations_need_the_policy_for_them(algorithm):
 @pytest.mark.parametrize(
     ("noise", "error", "message"),
     [
-        (dict(sigma=0.1), TypeError, "unexpected keyword argument 'sigma'"),
-        (dict(prior_scale=1.0), TypeError, "no setting of this policy: prior_scale is for DQN"),
+        (dict(sigma=0.1), TypeError, r"{'sigma': 0.1} is no argument of this policy. Did you mean 'sigma_init'?"),
+        (dict(nonsense=0.1), TypeError, "unexpected keyword argument 'nonsense'"),
+        (dict(prior_scale=1.0), TypeError, "is no setting of this policy: prior_scale is for DQN"),
         (
             dict(perturb="critic"),
             ValueError,
-            "perturb must be one of 'policy', 'heads', .*, got 'critic'",
+            'perturb must be one of "policy", "heads", "all", got \'critic\'.',
         ),
-        (dict(target_noise="none"), ValueError, "target_noise must be one of 'independent', 'same', 'mean'"),
-        (dict(members=1), ValueError, "members must be an integer >= 2"),
+        (dict(target_noise="none"), ValueError, 'target_noise must be one of "independent", "same", "mean", got \'none\'.'),
+        (dict(members=1), ValueError, "members must be an integer >= 2, got 1. Use None for no ensemble."),
         (dict(members=5, base_every_steps=3), ValueError, "members=5 does not fit base_every_steps=3"),
-        (dict(members=5, noise_sharing="shared"), ValueError, "does not fit noise_sharing"),
-        (dict(resample="never"), ValueError, "resample must be one of"),
+        (dict(members=5, noise_sharing="shared"), ValueError, 'members=5 does not fit noise_sharing="shared"'),
+        (
+            dict(resample="never"),
+            ValueError,
+            'resample must be one of "step", "episode", "rollout", got \'never\'. A whole number >= 1',
+        ),
     ],
 )
 @every_algorithm
 def test_bad_settings(algorithm, noise, error, message):
-    with pytest.raises(error, match=message):
+    with pytest.raises(error, match=re.escape(message)):
         build(algorithm, noise=noise)
 
 
-def test_unknown_network_classes_are_named():
+def test_networks_of_ones_own_learn_under_noise_and_keep_their_methods():
+    passes = []
+
     class OwnActor(Actor):
-        pass
+        def get_action_dist_params(self, obs):
+            mean, log_std, kwargs = super().get_action_dist_params(obs)
+            passes.append(self.perturbed_network.active)
+            return mean / 2, log_std, kwargs
 
     class OwnPolicy(FlipoutSACPolicy):
         def make_actor(self, features_extractor=None):
@@ -350,8 +373,19 @@ def test_unknown_network_classes_are_named():
             actor.__class__ = OwnActor
             return actor
 
-    with pytest.raises(TypeError, match=r"OwnActor cannot learn under weight noise: OwnPolicy knows .*sac\.policies\.Actor"):
-        build(SAC, policy=OwnPolicy)
+    model = build(SAC, policy=OwnPolicy, learning_starts=0, noise=dict(target_noise="independent"))
+    assert isinstance(model.actor, OwnActor) and isinstance(model.actor, LearnsUnderNoise)
+    passes.clear()
+    recorder = learn(model)
+    learned = [seen.keys for seen in recorder.of("actor")]
+    assert len(learned) > 20 and len(passes) == len(learned) + len(recorder.acting)
+    assert all(isinstance(noise, RowNoise) for noise in passes)
+    expected = {tuple(keys.tolist()) for keys in [*learned, *recorder.acting]}
+    assert {tuple(noise.keys.tolist()) for noise in passes} == expected
+    obs = th.rand(4, 5)
+    with th.no_grad(), perturbed(model.policy, None):
+        mean = model.actor.mu(model.actor.latent_pi(obs))
+        assert th.equal(model.policy._predict(obs, deterministic=True), th.tanh(mean / 2))
 
 
 WITHOUT_CONTRIB = """

@@ -1,5 +1,6 @@
 """Saving, loading and going on: the noise stream is as if training had never been interrupted."""
 
+import re
 import subprocess
 import sys
 
@@ -11,7 +12,7 @@ from stable_baselines3 import A2C, PPO
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 
-from sb3_flipout.policies import FlipoutActorCriticPolicy
+from sb3_flipout.policies import FlipoutActorCriticPolicy, NoiseStateError
 
 
 def build(algorithm=PPO, n_envs=3, **noise):
@@ -25,7 +26,9 @@ def learn(model, rollouts=2, **kwargs):
     return recorder
 
 
-@pytest.mark.parametrize("noise", [{}, dict(resample="rollout", base_every_rollouts=3), dict(resample=5), dict(base_every_rollouts=None)])
+@pytest.mark.parametrize(
+    "noise", [{}, dict(resample="rollout", base_every_rollouts=3), dict(resample=5), dict(base_every_rollouts=None)]
+)
 @pytest.mark.parametrize("algorithm", [PPO, A2C])
 def test_noise_stream_goes_on_as_if_uninterrupted(algorithm, noise, tmp_path):
     whole = learn(build(algorithm, **noise), 6)
@@ -36,7 +39,9 @@ def test_noise_stream_goes_on_as_if_uninterrupted(algorithm, noise, tmp_path):
     second = learn(loaded, 3, reset_num_timesteps=False)
     np.testing.assert_array_equal(whole.all_keys(), np.concatenate([first.all_keys(), second.all_keys()]))
     assert whole.base_keys == first.base_keys + second.base_keys
-    for one, other in zip(loaded.policy.perturbed_network.layers, build(algorithm, **noise).policy.perturbed_network.layers, strict=True):
+    for one, other in zip(
+        loaded.policy.perturbed_network.layers, build(algorithm, **noise).policy.perturbed_network.layers, strict=True
+    ):
         assert one.noise_index == other.noise_index
 
 
@@ -105,30 +110,57 @@ def test_policy_alone_saves_and_loads(tmp_path):
 def test_parameters_round_trip_between_models():
     one, other = build(), build()
     learn(one)
+    for name, value in one.get_parameters()["policy"].items():
+        assert isinstance(value, th.Tensor), name  # weights, and nothing of the noise
+    before = other.policy.noise_state()
     other.set_parameters(one.get_parameters())
-    assert other.policy._keys.step == 32
-    assert th.equal(other.policy.action_net.weight_sigma, one.policy.action_net.weight_sigma)
+    assert other.policy.noise_state() == before
+    for (name, own), (_, theirs) in zip(other.policy.state_dict().items(), one.policy.state_dict().items(), strict=True):
+        assert th.equal(own, theirs), name
+    other.policy.set_noise_state(one.policy.noise_state())
+    assert other.policy._keys.step == 32 and other.policy.noise_state() == one.policy.noise_state()
+    for own, theirs in zip(other.policy.perturbed_network.layers, one.policy.perturbed_network.layers, strict=True):
+        assert th.equal(own.bases()[1]["weight_base"], theirs.bases()[1]["weight_base"])
 
 
 def test_other_noise_settings_are_refused_and_nothing_is_half_changed(tmp_path):
     model = build(family="gaussian")
     learn(model)
-    target = build(family="multiplicative", sigma_init=0.1)
-    before = {name: value.clone() for name, value in target.policy.named_parameters()}
-    with pytest.raises(ValueError, match="family: saved 'gaussian', here 'multiplicative'"):
-        target.set_parameters(model.get_parameters())
+    target = build(family="isotropic", sigma_init=0.1)
+    before, state = {name: value.clone() for name, value in target.policy.named_parameters()}, target.policy.noise_state()
+    with pytest.raises(NoiseStateError, match=r"family: saved 'gaussian', here 'isotropic'.* custom_objects="):
+        target.policy.set_noise_state(model.policy.noise_state())
     for name, value in target.policy.named_parameters():
         assert th.equal(value, before[name])
-    assert target.policy._keys.step == 0
+    assert target.policy.noise_state() == state
     model.save(tmp_path / "model")
-    kwargs = dict(family="multiplicative")
-    with pytest.raises(ValueError, match="do not fit this policy"):
-        PPO.load(tmp_path / "model", custom_objects={"policy_kwargs": kwargs})
+    for setting, saved, here in [
+        ("family", "gaussian", "isotropic"),
+        ("family", "gaussian", "dropconnect"),
+        ("perturb", "policy", "heads"),
+        ("perturb", "policy", "all"),
+        ("skip", (), ("action_net",)),
+    ]:
+        with pytest.raises(NoiseStateError, match=re.escape(f"({setting}: saved {saved!r}, here {here!r})")):
+            PPO.load(tmp_path / "model", custom_objects={"policy_kwargs": {setting: here}})
+
+
+def test_settings_that_change_no_weight_may_change_at_load(tmp_path):
+    model = build(resample="step")
+    learn(model)
+    model.save(tmp_path / "model")
+    kwargs = dict(resample="rollout", base_every_rollouts=3, schedule="linear", family="multiplicative")
+    loaded = PPO.load(tmp_path / "model", env=vector_env(), custom_objects={"policy_kwargs": kwargs})
+    assert loaded.policy._keys.step == 32
+    for name, value in model.policy.state_dict().items():
+        assert th.equal(value, loaded.policy.state_dict()[name]), name
+    keys = learn(loaded).keys
+    assert all((of_rollout == of_rollout[0]).all() for of_rollout in keys) and (keys[0] != keys[1]).all()
 
 
 def test_zip_of_a_stock_policy_is_refused(tmp_path):
     PPO("MlpPolicy", vector_env(), n_steps=8, batch_size=8).save(tmp_path / "stock")
-    with pytest.raises(ValueError, match="no flipout policy"):
+    with pytest.raises(ValueError, match=r"the weights are those of a policy without noise.*strict=False"):
         PPO.load(tmp_path / "stock", custom_objects={"policy_class": FlipoutActorCriticPolicy})
 
 
