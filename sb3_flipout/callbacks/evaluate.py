@@ -15,7 +15,7 @@ from stable_baselines3.common.callbacks import EvalCallback
 
 from sb3_flipout.callbacks.common import flipout_policy
 from sb3_flipout.diagnostics import base_kept
-from sb3_flipout.diagnostics.lag import LAST, best_lags, excelling, mean_lags
+from sb3_flipout.diagnostics.lag import LagTest, excelling
 from sb3_flipout.diagnostics.statistics import has_members
 from sb3_flipout.layers import perturbed, redraw
 from sb3_flipout.noise import EvaluationStream, RowNoise, Stream, fold
@@ -38,12 +38,15 @@ class _Arm:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
 
-    def weights(self, episode_start: np.ndarray) -> AbstractContextManager[None]:
-        """Activate the weights for environments, some of which start an episode."""
+    def weights(self, n_envs: int) -> AbstractContextManager[None]:
+        """Activate the weights for the next step of the environments."""
         return perturbed(self._policy, None)
 
+    def end_episode(self, environment: int) -> None:
+        """Learn that an episode has ended that counts as one: lives that a wrapper makes episodes of do not."""
+
     def predict(self, observation: Any, state: Any, episode_start: np.ndarray, deterministic: bool) -> tuple[np.ndarray, Any]:
-        with self.weights(episode_start):
+        with self.weights(len(episode_start)):
             return self._model.predict(observation, state, episode_start, deterministic)
 
 
@@ -55,15 +58,19 @@ class _Sampled(_Arm):
         members = self._policy.members
         self._stream = EvaluationStream(fold(Stream.NOISE_EVAL, model.num_timesteps), 0, members)
         self._noise: RowNoise | None = None
+        self._over: set[int] = set()  # environments whose next episode has no draw yet
 
-    def weights(self, episode_start: np.ndarray) -> AbstractContextManager[None]:
-        if self._noise is None or episode_start.any():
+    def end_episode(self, environment: int) -> None:
+        self._over.add(environment)
+
+    def weights(self, n_envs: int) -> AbstractContextManager[None]:
+        if self._noise is None or self._over:
             policy = self._policy
-            fresh = self._stream.next(len(episode_start), policy.effective_scale, policy.device)
-            keys = fresh.keys
+            keys = self._stream.next(n_envs, policy.effective_scale, policy.device).keys
             if self._noise is not None:
-                keys = th.where(th.as_tensor(episode_start, device=policy.device), keys, self._noise.keys)
-            self._noise = RowNoise(keys, policy.effective_scale)
+                over = th.as_tensor([i in self._over for i in range(n_envs)], device=policy.device)
+                keys = th.where(over, keys, self._noise.keys)
+            self._noise, self._over = RowNoise(keys, policy.effective_scale), set()
         shared = self._policy.noise_settings.noise_sharing == "shared"
         return self._drawn(self._noise) if shared else perturbed(self._policy, self._noise)
 
@@ -76,10 +83,13 @@ class _Sampled(_Arm):
 
 
 class _Vote(_Arm):
-    """What the policy does by itself where it has members and is to act without chance."""
+    """What the policy does by itself where it has members and is to act without chance; with chance it would not vote."""
 
-    def weights(self, episode_start: np.ndarray) -> AbstractContextManager[None]:
+    def weights(self, n_envs: int) -> AbstractContextManager[None]:
         return nullcontext()
+
+    def predict(self, observation: Any, state: Any, episode_start: np.ndarray, deterministic: bool) -> tuple[np.ndarray, Any]:
+        return super().predict(observation, state, episode_start, deterministic=True)
 
 
 ARMS: dict[str, type[_Arm]] = {"mean": _Arm, "sampled": _Sampled, "vote": _Vote}
@@ -123,9 +133,12 @@ class _EpisodesEval(EvalCallback):
 
     def _log_success_callback(self, locals_: dict[str, Any], globals_: dict[str, Any]) -> None:
         super()._log_success_callback(locals_, globals_)
-        if locals_["done"]:  # the return that evaluate_policy takes
-            monitored = locals_["info"].get("episode", {}).get("r")
-            self.episodes.append(float(locals_["current_rewards"][locals_["i"]] if monitored is None else monitored))
+        ended, i = locals_["info"].get("episode"), locals_["i"]
+        # As evaluate_policy counts: where a Monitor is inside, what it reports, since wrappers around it may split episodes.
+        if locals_["done"] and not (locals_["is_monitor_wrapped"] and ended is None):
+            self.episodes.append(float(ended["r"] if locals_["is_monitor_wrapped"] else locals_["current_rewards"][i]))
+            arm: Any = self.model
+            arm.end_episode(i)
 
 
 class NoiseEvalCallback(_EpisodesEval):
@@ -136,7 +149,8 @@ class NoiseEvalCallback(_EpisodesEval):
     ``mean``     the mean weights, what ``predict(deterministic=True)`` uses without members
     ``sampled``  perturbed weights at the present noise scale and base, a fresh draw for each episode, held until it ends
                  (with ``noise_sharing="shared"`` one draw for all environments, fresh for each episode of the first)
-    ``vote``     the action that most members prefer, what ``predict(deterministic=True)`` does with members
+    ``vote``     the action that most members prefer, what ``predict(deterministic=True)`` does with members; a vote has no
+                 chance in it, whatever ``deterministic`` says
     ===========  =======================================================================================================
 
     Each takes the most likely action (unless ``deterministic=False``), so that what differs is the weights. Each plays
@@ -149,14 +163,15 @@ class NoiseEvalCallback(_EpisodesEval):
 
     **Warning.** With constant weight noise an agent learns a policy that is good on average over the perturbations, and
     nothing asks the mean weights alone to be good. So the callback warns, once, when the mean weights lag behind the sampled
-    ones, unless the noise scale has fallen meanwhile, since annealing it is the remedy. They lag when
+    ones, unless the noise scale has fallen meanwhile, since annealing it is the remedy. It looks at every fifth evaluation, at
+    the later half of them all (10 at least), and is strict enough that chance alone warns in one *training* of a thousand,
+    however long: the k-th look may err in 1/(k(k+1)) of a thousandth. They lag when
 
-    - over the last 10 evaluations (5 at least), the mean of the differences of their returns exceeds its standard error by
-      Student's t at 99.9 %, so that chance alone warns once in a thousand times, and is a tenth of the larger return at least;
-    - or, over the last 10, a tenth of the perturbed episodes or more exceed *every* episode of the mean weights, by a tenth of
-      the larger of the two at least, and more of them than chance alone would make once in a thousand times (that the best k
-      episodes are all perturbed ones); and the mean weights do not improve, from the first five evaluations to the last five
-      by a tenth of what those episodes are better. Failing perturbations that cost much hide on average what others reach.
+    - the mean of the differences of their returns exceeds 0 by Student's t, and is a tenth of the larger return at least;
+    - or, from 10 evaluations on, a tenth of the perturbed episodes or more exceed *every* episode of the mean weights, by a
+      tenth of the larger of the two at least, and more of them than chance would make (that the best k episodes are all
+      perturbed ones); and the mean weights do not improve, from the earlier half of those evaluations to the later by a tenth
+      of what those episodes are better. Failing perturbations that cost much hide on average what others reach.
 
     :param args: As for ``EvalCallback``
     :param best_by: ``"mean"``, ``"sampled"`` or ``"vote"``
@@ -173,8 +188,9 @@ class NoiseEvalCallback(_EpisodesEval):
         super().__init__(*args, **kwargs)
         self.best_by = best_by
         self.returns: dict[str, list[float]] = {}  # mean return of each evaluation, by how it acted
-        self._episodes: dict[str, list[list[float]]] = {name: [] for name in ("mean", "sampled")}  # the last, one by one
+        self._episodes: dict[str, list[list[float]]] = {name: [] for name in ("mean", "sampled")}
         self._scales: list[float] = []
+        self._lag = LagTest()
         self._warned = False
 
     def _init_callback(self) -> None:
@@ -217,7 +233,6 @@ class NoiseEvalCallback(_EpisodesEval):
             continue_training = super()._on_step()
         for name, kept in self._episodes.items():
             kept.append(self.episodes if name == self.best_by else self._others[name].episodes)
-            del kept[:-LAST]
         self._warn_of_lag()
         return continue_training
 
@@ -229,13 +244,14 @@ class NoiseEvalCallback(_EpisodesEval):
         logger.record("noise_eval/lag", self.returns["sampled"][-1] - self.returns["mean"][-1])
 
     def _warn_of_lag(self) -> None:
-        mean, sampled = (self.returns[name][-LAST:] for name in ("mean", "sampled"))
         episodes, perturbed_episodes = self._episodes["mean"], self._episodes["sampled"]
-        falling = self._scales[-1] < self._scales[-len(mean)]
-        lags = mean_lags(mean, sampled) or best_lags(episodes, perturbed_episodes)
-        if not self._warned and not falling and lags:
+        lags = self._lag.look(episodes, perturbed_episodes)
+        last = self._lag.window(len(episodes))
+        mean, sampled = (self.returns[name][-last:] for name in ("mean", "sampled"))
+        falling = self._scales[-1] < self._scales[-last]
+        if lags and not self._warned and not falling:
             self._warned = True
-            own, others = ([one for played in kept for one in played] for kept in (episodes, perturbed_episodes))
+            own, others = ([one for played in kept[-last:] for one in played] for kept in (episodes, perturbed_episodes))
             better = len(excelling(own, others)) / len(others)
             warnings.warn(
                 f"the mean weights lag behind the sampled ones: over the last {len(mean)} evaluations, up to step "

@@ -1,7 +1,7 @@
 """Ring 1, torch and noise: perturbed layers that serve alone or inside any network."""
 
 from sb3_flipout.layers.attention import FlipoutMultiheadAttention
-from sb3_flipout.layers.base import FlipoutLayer, RowView
+from sb3_flipout.layers.base import FlipoutLayer
 from sb3_flipout.layers.config import NOISYNET_SIGMA, LayerNoise, NoiseKwargs
 from sb3_flipout.layers.conv import (
     FlipoutConv1d,
@@ -18,6 +18,7 @@ from sb3_flipout.layers.interface import attach, effective_weight, flipout_layer
 from sb3_flipout.layers.linear import FlipoutLinear
 from sb3_flipout.layers.network import Ask, PerturbedNetwork
 from sb3_flipout.layers.recurrent import FlipoutGRU, FlipoutGRUCell, FlipoutLSTM
+from sb3_flipout.layers.row_view import RowView
 
 __all__ = [
     "NOISYNET_SIGMA",

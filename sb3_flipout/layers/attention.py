@@ -12,11 +12,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from sb3_flipout.layers import functional
-from sb3_flipout.layers.base import FlipoutLayer, RowView
+from sb3_flipout.layers.base import FlipoutLayer
 from sb3_flipout.layers.block import Block
 from sb3_flipout.layers.config import NoiseKwargs, layer_noise
 from sb3_flipout.layers.linear import FlipoutLinear
 from sb3_flipout.layers.row_layout import RowLayout
+from sb3_flipout.layers.row_view import RowView
 
 _PACKED = (Block("in_proj_weight", "in_proj_bias"),)
 # The three weights share one bias vector; it keeps its mean, since no single weight's noise goes with it.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar
 
 import torch as th
 from torch import nn
@@ -16,45 +16,12 @@ from torch import nn
 from sb3_flipout.layers.block import Block, MaybePair
 from sb3_flipout.layers.config import LayerNoise
 from sb3_flipout.layers.row_layout import FIRST, RowLayout
+from sb3_flipout.layers.row_view import Network, RowView
 from sb3_flipout.layers.weights import PerturbedWeights
 from sb3_flipout.noise.bases import base_draws
 from sb3_flipout.noise.keys import fold
-from sb3_flipout.noise.rows import RowNoise
 
 Bases = tuple[int, dict[str, th.Tensor]]  # base key, and draws by name
-
-
-class RowView(NamedTuple):
-    """
-    What the rows of one layer see.
-
-    :param noise: Row noise
-    :param vectors: The layer's factor vectors, alternately over inputs and outputs, each (N, units), those over outputs
-        multiplied by the noise scale; none where rows are not told apart by factors
-    """
-
-    noise: RowNoise
-    vectors: tuple[th.Tensor, ...]
-
-
-class Network(Protocol):
-    """What a layer knows of the network that it belongs to: :class:`~sb3_flipout.layers.network.PerturbedNetwork`."""
-
-    def view(self, slot: int, layer: FlipoutLayer) -> RowView | None:
-        """
-        Say what the rows of one layer see.
-
-        :param slot: Place of the layer in the network
-        :param layer: The layer
-        :return: Its part of the noise; ``None`` for mean weights
-        """
-
-    def note(self, output: th.Tensor) -> None:
-        """
-        Remember what the rows saw, where autograd may ask for the pass again.
-
-        :param output: What a layer has computed under noise
-        """
 
 
 class FlipoutLayer(PerturbedWeights):

@@ -7,9 +7,10 @@ from typing import Any
 import torch as th
 from torch import nn
 
-from sb3_flipout.layers.base import FlipoutLayer, RowView
+from sb3_flipout.layers.base import FlipoutLayer
 from sb3_flipout.layers.block import Block, Pair
 from sb3_flipout.layers.config import NoiseKwargs, layer_noise
+from sb3_flipout.layers.row_view import RowView
 from sb3_flipout.noise.signs import LayerVectors, factors_at
 
 

@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 import torch as th
 
 from sb3_flipout.layers import recomputation
-from sb3_flipout.layers.base import FlipoutLayer, RowView
+from sb3_flipout.layers.base import FlipoutLayer
+from sb3_flipout.layers.row_view import RowView
+from sb3_flipout.layers.weights import PerturbedWeights
 from sb3_flipout.noise.rows import RowNoise
 from sb3_flipout.noise.signs import FactorPlan
 
@@ -69,7 +71,7 @@ class PerturbedNetwork:
         what = self._now.what
         return None if what in (Ask.NOTHING, Ask.EXPLICIT) else what
 
-    def view(self, slot: int, layer: FlipoutLayer) -> RowView | None:
+    def view(self, slot: int, layer: PerturbedWeights) -> RowView | None:
         """
         Read what the rows of one layer see.
 
@@ -88,7 +90,7 @@ class PerturbedNetwork:
             self.visited.add(slot)
         return view
 
-    def _unsaid(self, slot: int, layer: FlipoutLayer) -> RowView | None:
+    def _unsaid(self, slot: int, layer: PerturbedWeights) -> RowView | None:
         """A pass that nobody has said anything about: one that autograd repeats, one that was forgotten, or mean weights."""
         if self._was_noisy and recomputation.in_backward():
             seen = recomputation.look_up(self)
@@ -220,5 +222,5 @@ class Activation:
 class _EagerActivation(Activation):
     """That of a policy: noise is drawn and counted in Python, so a compiled policy leaves it alone and keeps its graphs."""
 
-    __enter__ = th.compiler.disable(Activation.__enter__)
-    __exit__ = th.compiler.disable(Activation.__exit__)
+    __enter__ = th.compiler.disable(Activation.__enter__)  # type: ignore[no-untyped-call]
+    __exit__ = th.compiler.disable(Activation.__exit__)  # type: ignore[no-untyped-call]

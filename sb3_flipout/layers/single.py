@@ -7,7 +7,8 @@ from abc import abstractmethod
 import torch as th
 
 from sb3_flipout.layers import functional
-from sb3_flipout.layers.base import FlipoutLayer, RowView
+from sb3_flipout.layers.base import FlipoutLayer
+from sb3_flipout.layers.row_view import RowView
 
 _REMEDY = (
     "The rows of a batch must be the first dimension of what a perturbed layer gets. If the network folds others into it, "

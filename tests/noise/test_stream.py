@@ -188,10 +188,8 @@ def test_an_ensemble_has_as_many_keys_as_members(resample: Any, members: int) ->
 
 @pytest.mark.parametrize("resample", [0, -1, True, False, "foo", "", 1.5, None])
 def test_a_bad_resample_is_refused(resample: Any) -> None:
-    with pytest.raises(
-        ValueError,
-        match=f'resample must be one of "step", "episode", "rollout", got {resample!r}.* whole number >= 1 is a number of steps',
-    ):
+    words = 'resample must be one of "step", "episode", "rollout", got '
+    with pytest.raises(ValueError, match=rf"{words}{resample!r}\..* whole number >= 1 is a number of steps"):
         check_resample(resample)
 
 

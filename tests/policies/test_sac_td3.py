@@ -275,7 +275,7 @@ def test_each_row_of_a_gradient_step_sees_its_own_weights(algorithm):
 
     setattr(actor, name, compare)
     model.train(gradient_steps=2, batch_size=3)
-    assert len(compared) == len(recorder.learning) * (1 if name == "forward" else 2) and len(compared) >= 2
+    assert len(compared) == len(recorder.learning) * (1 if name == "forward" else 2) > 0
     assert {grad for grad, _ in compared} == ({True} if algorithm in DETERMINISTIC else {True, False})
     assert max(difference for _, difference in compared) <= 1e-5
 

@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import PackedSequence
 from typing_extensions import Unpack
 
 from sb3_flipout.checks import check_choice
-from sb3_flipout.layers.base import FlipoutLayer, RowView
+from sb3_flipout.layers.base import FlipoutLayer
 from sb3_flipout.layers.block import Block
 from sb3_flipout.layers.config import NoiseKwargs, layer_noise
 from sb3_flipout.layers.recurrent._sequences import (
@@ -23,6 +23,7 @@ from sb3_flipout.layers.recurrent._sequences import (
     RowProjection,
     Steps,
 )
+from sb3_flipout.layers.row_view import RowView
 
 States = tuple[th.Tensor, ...]  # hidden state, and what else there is: each (num_layers, N, hidden_size)
 

@@ -10,11 +10,12 @@ from torch import nn
 from torch.nn.functional import linear
 
 from sb3_flipout.layers import functional
-from sb3_flipout.layers.base import FlipoutLayer, RowView
+from sb3_flipout.layers.base import FlipoutLayer
 from sb3_flipout.layers.block import Block
 from sb3_flipout.layers.config import NoiseKwargs, layer_noise
 from sb3_flipout.layers.recurrent._sequences import Projection, Steps
 from sb3_flipout.layers.recurrent.base import RecurrentLayer, States
+from sb3_flipout.layers.row_view import RowView
 
 
 class FlipoutGRU(RecurrentLayer, nn.GRU):

@@ -1,0 +1,43 @@
+"""What the rows of one layer see, and whom the layer asks for it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch as th
+
+from sb3_flipout.layers.weights import PerturbedWeights
+from sb3_flipout.noise.rows import RowNoise
+
+
+class RowView(NamedTuple):
+    """
+    What the rows of one layer see.
+
+    :param noise: Row noise
+    :param vectors: The layer's factor vectors, alternately over inputs and outputs, each (N, units), those over outputs
+        multiplied by the noise scale; none where rows are not told apart by factors
+    """
+
+    noise: RowNoise
+    vectors: tuple[th.Tensor, ...]
+
+
+class Network(Protocol):
+    """What a layer knows of the network that it belongs to: :class:`~sb3_flipout.layers.network.PerturbedNetwork`."""
+
+    def view(self, slot: int, layer: PerturbedWeights) -> RowView | None:
+        """
+        Say what the rows of one layer see.
+
+        :param slot: Place of the layer in the network
+        :param layer: The layer
+        :return: Its part of the noise; ``None`` for mean weights
+        """
+
+    def note(self, output: th.Tensor) -> None:
+        """
+        Remember what the rows saw, where autograd may ask for the pass again.
+
+        :param output: What a layer has computed under noise
+        """
