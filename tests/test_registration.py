@@ -242,8 +242,8 @@ def test_unfit_buffer_class_is_refused_with_the_remedy(bad):
         (
             dict(base_every_rollouts=2, family="factorised"),
             ValueError,
-            "base_every_rollouts=2 has no effect with family='factorised' and noise_sharing='flipout', where rows share no base "
-            "draw. Leave base_every_rollouts out.",
+            "base_every_rollouts=2 has no effect with family='factorised' and noise_sharing='flipout', where rows share no "
+            "base draw. Leave base_every_rollouts out.",
         ),
         (dict(init="zeros"), ValueError, 'init must be one of "keep", "noisynet", got \'zeros\'.'),
     ],

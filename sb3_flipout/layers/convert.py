@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from typing import Literal, NamedTuple, TypeGuard, TypeVar, get_args
 
 from torch import nn
+from torch.nn.utils import parametrize
 from typing_extensions import Unpack
 
 from sb3_flipout.checks import check_choice, check_flag, check_integer, did_you_mean
@@ -178,7 +179,12 @@ def _noise_on(layer: nn.Module, layers: str) -> str | None:
 
 def _has_weights(layer: nn.Module) -> bool:
     """Whether a module has weights of its own; vectors, such as those of normalisation layers, are none."""
-    return any(parameter.dim() > 1 for parameter in layer.parameters(recurse=False) if not _is_lazy(parameter))
+    if isinstance(layer, parametrize.ParametrizationList):  # what it holds are weights of the layer that it stands in
+        return False
+    parameters = list(layer.parameters(recurse=False))
+    if parametrize.is_parametrized(layer):
+        parameters += layer.get_submodule("parametrizations").parameters()
+    return any(parameter.dim() > 1 for parameter in parameters if not _is_lazy(parameter))
 
 
 def _is_lazy(parameter: nn.Parameter) -> bool:

@@ -82,6 +82,12 @@ class RecurrentMixin(OnPolicyMixin, RecurrentActorCriticPolicy):
         # Between the extractor and the hidden layers, as data flows.
         return modules if perturb in ("all", "heads") else [modules[0], self.lstm_actor, *modules[1:]]
 
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        """Tell the LSTMs too, which sb3-contrib leaves out: else a policy saved alone, or made plain, has others."""
+        names = ("shared_lstm", "enable_critic_lstm", "lstm_kwargs")
+        sizes = dict(lstm_hidden_size=self.lstm_actor.hidden_size, n_lstm_layers=self.lstm_actor.num_layers)
+        return {**super()._get_constructor_parameters(), **sizes, **{name: getattr(self, name) for name in names}}
+
     @staticmethod
     def _process_sequence(
         features: th.Tensor, lstm_states: tuple[th.Tensor, th.Tensor], episode_starts: th.Tensor, lstm: nn.LSTM

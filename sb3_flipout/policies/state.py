@@ -17,6 +17,7 @@ from stable_baselines3.common.policies import BasePolicy
 from sb3_flipout.checks import check_integer, check_number
 from sb3_flipout.noise import EvaluationStream, KeyStream, NoiseOwner, Stream, fold
 from sb3_flipout.noise.ladder import checked_ladder
+from sb3_flipout.policies.arguments import arguments_of
 from sb3_flipout.policies.legacy import translated_settings, with_bases
 from sb3_flipout.policies.settings import NoiseSettings
 
@@ -175,7 +176,10 @@ class NoiseState(BasePolicy):
         return state_dict if self.members is None else with_bases(self, state_dict, int(saved["seed"]))
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
-        return {**super()._get_constructor_parameters(), **asdict(self.noise_settings)}
+        told = super()._get_constructor_parameters()
+        if "share_features_extractor" in arguments_of(type(self)):  # SB3 leaves it out; without it, copies are other networks
+            told["share_features_extractor"] = self.share_features_extractor
+        return {**told, **asdict(self.noise_settings)}
 
     def _base_key(self, draw: int) -> int:
         """Key of a draw of the base, by its number."""

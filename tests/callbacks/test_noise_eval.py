@@ -25,7 +25,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
 
 from sb3_flipout.callbacks import AnnealNoise, NoiseEvalCallback
 from sb3_flipout.callbacks.evaluate import _Sampled
-from sb3_flipout.diagnostics.lag import best_lags, excelling, mean_lags
+from sb3_flipout.diagnostics.lag import LagTest, best_lags, excelling, mean_lags, student_tail
 from sb3_flipout.layers import Ask
 
 MEMBERS = dict(policy_kwargs=dict(net_arch=[16], members=5, prior_scale=1.0))
@@ -149,8 +149,10 @@ def test_a_shared_draw_is_fresh_for_each_episode_and_training_keeps_its_own() ->
     acting = [layer.bases()[1]["weight_base"] for layer in layers]
     arm = _Sampled(model, None)
     obs, seen = model.env.reset(), []
-    for start in (True, False, True, False):
-        with arm.weights(np.array([start, False])):
+    for ended in (None, None, 0, 1):  # the second environment's end changes nothing
+        if ended is not None:
+            arm.end_episode(ended)
+        with arm.weights(2):
             seen.append(model.policy.q_net(th.as_tensor(obs)).detach())
     assert th.equal(seen[0], seen[1]) and th.equal(seen[2], seen[3]) and not th.equal(seen[1], seen[2])
     assert all(layer.bases()[1]["weight_base"] is base for layer, base in zip(layers, acting, strict=True))
@@ -228,12 +230,12 @@ def test_training_is_bit_for_bit_the_same(algorithm: type[BaseAlgorithm], kwargs
 
 def test_it_warns_once_that_the_mean_weights_lag() -> None:
     with pytest.warns(UserWarning) as caught:
-        callback, _ = evaluate(silent(), 160)
+        callback, _ = evaluate(silent(), 320)
     (warning,) = caught
     text = str(warning.message)
-    assert len(callback.returns["mean"]) == 10
+    assert len(callback.returns["mean"]) == 20
     n = int(re.search(r"last (\d+) evaluations", text)[1])
-    assert 5 <= n < 10 and f"up to step {16 * n}, their mean return is 0, that of perturbed weights " in text
+    assert n in (5, 10) and f"up to step {16 * n}, their mean return is 0, that of perturbed weights " in text
     assert f"{np.mean(callback.returns['sampled'][:n]):.4g}, and " in text and "AnnealNoise(start=1, end=0.0)" in text
 
 
@@ -259,17 +261,55 @@ def test_it_does_not_warn_while_the_noise_is_annealed() -> None:
     assert min(callback.returns["sampled"]) > 0 == max(callback.returns["mean"])
 
 
+def lags(mean: Any, sampled: Any) -> bool:
+    """The rule of averages on one episode in each evaluation, at 99.9 %."""
+    return mean_lags([[one] for one in mean], [[one] for one in sampled], 0.001)
+
+
+def best(mean: Any, sampled: Any) -> bool:
+    """The rule of the best, at 99.9 %."""
+    return best_lags(mean, sampled, 0.001)
+
+
 def test_the_rule() -> None:
-    assert mean_lags([0.0] * 5, [90.0] * 5)
-    assert not mean_lags([0.0] * 4, [90.0] * 4)  # too few
-    assert not mean_lags([90.0] * 5, [0.0] * 5)
-    assert not mean_lags([5.0] * 5, [5.0] * 5)
-    assert not mean_lags([0.0] * 5, [0.0, 0.0, 0.0, 0.0, 90.0])  # one lucky evaluation: t = 1
-    assert not mean_lags([500.0] * 5, [505.0] * 5)  # significant, but a hundredth
-    assert mean_lags([-200.0] * 5, [-100.0, -110.0, -90.0, -100.0, -105.0])
+    assert lags([0.0] * 5, [90.0] * 5)
+    assert not lags([90.0] * 5, [0.0] * 5)
+    assert not lags([5.0] * 5, [5.0] * 5)
+    assert not lags([0.0] * 5, [0.0, 0.0, 0.0, 0.0, 90.0])  # one lucky evaluation: t = 1
+    assert not lags([500.0] * 5, [505.0] * 5)  # significant, but a hundredth
+    assert lags([-200.0] * 5, [-100.0, -110.0, -90.0, -100.0, -105.0])
     # Differences 1, 2, 3, 4, 5, ...: t = 3 / (sqrt(2.5) / sqrt(5)) = 4.24 at 5, where 7.17 is needed; 5.74 at 10 (4.30).
     rising = [float(i) for i in range(1, 11)]
-    assert not mean_lags([0.0] * 5, rising[:5]) and mean_lags([0.0] * 10, rising)
+    assert not lags([0.0] * 5, rising[:5]) and lags([0.0] * 10, rising)
+
+
+def test_tail_of_student_s_t() -> None:
+    for t, freedom in ((318.31, 1), (7.173, 4), (5.893, 5), (5.208, 6), (4.785, 7), (4.501, 8), (4.297, 9)):  # tables: 99.9 %
+        assert student_tail(t, freedom) == pytest.approx(0.001, rel=2e-3)
+    assert student_tail(0.0, 7) == student_tail(0.0, 8) == 0.5
+
+
+def test_looks_are_every_fifth_and_become_stricter() -> None:
+    still, moved = [[0.0]] * 40, [[89.0], [91.0], [90.0], [90.0]] * 10
+    test = LagTest()
+    assert [n for n in range(1, 41) if test.look(still[:n], moved[:n])] == [5, 10, 15, 20, 25, 30, 35, 40]
+    assert [LagTest.window(n) for n in (5, 10, 15, 20, 25, 40)] == [5, 10, 10, 10, 12, 20]
+    # Averages 0, and 1 to 10: t = 5.74, a chance of 0.00014. No perturbed episode is the best.
+    even, rising = [[100.0, -100.0]] * 10, [[number + 50.0, number - 50.0] for number in range(1, 11)]
+    once, later = LagTest(), LagTest()
+    assert once.look(even, rising)  # 0.00025 at the first look
+    for _ in range(2):
+        later.look(even, even)
+    assert not later.look(even, rising)  # 0.00004 at the third
+
+
+def test_chance_alone_warns_in_one_training_of_a_thousand_however_long() -> None:
+    """300 trainings of 100 evaluations under equal laws: at most 0.3 expected; more than 5 has a probability of 8e-7."""
+    rng, found = np.random.default_rng(0), 0
+    for _ in range(300):
+        test, (mean, sampled) = LagTest(), rng.exponential(1.0, (2, 100, 4)).tolist()
+        found += any(test.look(mean[:n], sampled[:n]) for n in range(1, 101))
+    assert found <= 5
 
 
 @pytest.mark.parametrize("monitored", [True, False])
@@ -290,23 +330,23 @@ def test_what_excels() -> None:
 
 def test_the_rule_of_the_best() -> None:
     still, mixed = [[0.0] * 8] * 10, [[-40.0] * 6 + [90.0] * 2] * 10  # a quarter succeed, and the others cost as much
-    assert np.mean(mixed) < 0 and best_lags(still, mixed) and not mean_lags([0.0] * 10, [float(np.mean(x)) for x in mixed])
-    assert not best_lags(still[:9], mixed[:9])  # too few evaluations
-    assert not best_lags(still, [[-40.0] * 8] * 10)  # none succeeds
-    assert not best_lags(mixed, mixed)
-    assert not best_lags([*still[:9], [0.0] * 7 + [90.0]], mixed)  # the mean weights can do it too
-    assert not best_lags(still, [*[[-40.0] * 8] * 9, [-40.0, 90.0] * 4])  # less than a tenth of the episodes
+    assert np.mean(mixed) < 0 and best(still, mixed) and not lags([0.0] * 10, [float(np.mean(x)) for x in mixed])
+    assert not best(still[:9], mixed[:9])  # too few evaluations
+    assert not best(still, [[-40.0] * 8] * 10)  # none succeeds
+    assert not best(mixed, mixed)
+    assert not best([*still[:9], [0.0] * 7 + [90.0]], mixed)  # the mean weights can do it too
+    assert not best(still, [*[[-40.0] * 8] * 9, [-40.0, 90.0] * 4])  # less than a tenth of the episodes
     rare = [[-40.0] * 19 + [90.0]] * 10  # 10 of 200: not by chance, but few
-    assert not best_lags([[0.0] * 20] * 10, rare) and best_lags([[0.0] * 20] * 10, [[*one[:18], 90.0, 90.0] for one in rare])
+    assert not best([[0.0] * 20] * 10, rare) and best([[0.0] * 20] * 10, [[*one[:18], 90.0, 90.0] for one in rare])
     improving = [[10.0 * number] * 8 for number in range(10)]
-    assert not best_lags(improving, [[-40.0] * 6 + [150.0] * 2] * 10)
-    assert not best_lags([[0.0]] * 10, [[-40.0]] * 5 + [[90.0]] * 5)  # five of ten: chance makes so many once in 61 times
+    assert not best(improving, [[-40.0] * 6 + [150.0] * 2] * 10)
+    assert not best([[0.0]] * 10, [[-40.0]] * 5 + [[90.0]] * 5)  # five of ten: chance makes so many once in 61 times
 
 
 def test_chance_alone_does_not_make_the_best_rule_warn() -> None:
     """Equal laws: each warns with a probability of 0.001 at most, so more than 7 of 600 do once in 4 million times."""
     rng = np.random.default_rng(0)
-    found = [best_lags(*rng.exponential(1.0, (2, 10, 8)).tolist()) for _ in range(600)]
+    found = [best(*rng.exponential(1.0, (2, 10, 8)).tolist()) for _ in range(600)]
     assert sum(found) <= 7
 
 
@@ -314,7 +354,7 @@ def test_chance_alone_does_not_make_the_best_rule_warn() -> None:
 def test_chance_alone_warns_once_in_a_thousand_times(n: int) -> None:
     """20,000 pairs of equal laws: at most 20 expected; more than 50 has a probability below 1e-6 (Poisson: 2e-8)."""
     draws = np.random.default_rng(0).normal(size=(20_000, 2, n))
-    found = sum(mean_lags(mean, sampled) for mean, sampled in draws)
+    found = sum(lags(mean, sampled) for mean, sampled in draws)
     assert 3 <= found <= 50  # and less than 3 has one below 1e-6 too
 
 

@@ -130,8 +130,8 @@ def test_a_loaded_model_samples_under_the_base_that_acted(noise, tmp_path):
 def test_other_settings_are_refused_by_load_and_custom_objects_are_the_remedy(algorithm, tmp_path):
     model = build(algorithm, noise=dict(family="factorised"))
     model.save(tmp_path / "model")
-    arguments = {**model.policy_kwargs, "family": "gaussian"}
-    with pytest.raises(NoiseStateError, match=r"family: saved 'factorised', here 'gaussian'.*custom_objects="):
+    arguments = {**model.policy_kwargs, "family": "isotropic"}
+    with pytest.raises(NoiseStateError, match=r"family: saved 'factorised', here 'isotropic'.*custom_objects="):
         algorithm.load(tmp_path / "model", custom_objects={"policy_kwargs": arguments})
     algorithm.load(tmp_path / "model", custom_objects={"policy_kwargs": {**arguments, "family": "factorised"}})
 
@@ -378,7 +378,7 @@ def test_networks_of_ones_own_learn_under_noise_and_keep_their_methods():
     passes.clear()
     recorder = learn(model)
     learned = [seen.keys for seen in recorder.of("actor")]
-    assert len(learned) > 20 and len(passes) == len(learned) + len(recorder.acting)
+    assert len(learned) >= 20 and len(passes) == len(learned) + len(recorder.acting)
     assert all(isinstance(noise, RowNoise) for noise in passes)
     expected = {tuple(keys.tolist()) for keys in [*learned, *recorder.acting]}
     assert {tuple(noise.keys.tolist()) for noise in passes} == expected
