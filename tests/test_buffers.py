@@ -13,7 +13,7 @@ from sb3_contrib.common.recurrent.type_aliases import RNNStates
 from stable_baselines3.common.buffers import RolloutBuffer
 
 from sb3_flipout.buffers import KeyedBufferMixin, keyed, store_noise
-from sb3_flipout.hooks import _setup_model
+from sb3_flipout.hooks.told import set_up
 from sb3_flipout.noise import RowNoise, fold_in, noise_of
 
 N_STEPS, N_ENVS, HIDDEN = 13, 3, 4
@@ -112,7 +112,7 @@ def test_buffer_that_recurrent_ppo_made_stores_noise(kind):
 
     name = "MlpLstmPolicy" if kind == "box" else "MultiInputLstmPolicy"
     model = RecurrentPPO(name, Env(), n_steps=8, batch_size=8, _init_setup_model=False)
-    _setup_model(RecurrentPPO._setup_model, model)
+    set_up(RecurrentPPO._setup_model, model)
     buffer = model.rollout_buffer
     assert isinstance(buffer, CLASSES[kind]) and type(buffer) is keyed(CLASSES[kind])
     assert buffer.noise_keys.shape == (8, 1)

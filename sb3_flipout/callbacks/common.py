@@ -95,9 +95,9 @@ class ScaleCallback(NoiseCallback):
                 f"{first.name} and {self.name} would both steer the noise scale in one call of learn(). Leave one of them "
                 "out, or use them in calls of their own, one after the other."
             )
+        self.policy.leave_schedule()
 
     def _set_scale(self, scale: float) -> None:
         """Set the noise scale and log it."""
-        self.policy.leave_schedule()
         self.policy.noise_scale = scale
         self.logger.record("noise/scale", self.policy.effective_scale)

@@ -107,7 +107,7 @@ class FlipoutMultiheadAttention(FlipoutLayer, nn.MultiheadAttention):
         attended, weights = self._attend(heads, mask, need_weights, average_attn_weights)
         if isinstance(self.out_proj, FlipoutLayer):
             self.out_proj.row_layout = RowLayout(0, self.row_layout.order)
-        output = self.noted(self.out_proj(attended.transpose(1, 2).flatten(2)))
+        output = self.out_proj(attended.transpose(1, 2).flatten(2))
         return output if self.batch_first else output.transpose(0, 1), weights
 
     def _check_rows(self, x: th.Tensor, rows: int) -> None:

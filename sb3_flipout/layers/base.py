@@ -130,18 +130,21 @@ class FlipoutLayer(PerturbedWeights):
         :return: The layer's part of the active noise; ``None`` for mean weights
         """
         network = self._network
-        return None if network is None else network.view(self._slot, self)
+        view = None if network is None else network.view(self._slot, self)
+        unheard = view is not None and self.noise_config.noise_sharing == "independent" and self._is_silent()
+        return None if unheard else view
 
-    def noted(self, output: th.Tensor) -> th.Tensor:
+    def _is_silent(self) -> bool:
         """
-        Hand out what was computed under noise, after a note for passes that autograd repeats.
+        Look whether sigma is frozen at 0.
 
-        :param output: Output of the layer
-        :return: The same
+        Then nothing is heard of the noise, and the torch.nn class's own operations are asked for: products row by row, or a
+        loop over steps, round in another order, so nothing else is bitwise equal to stock. Sigma that is learned has a
+        gradient at 0 too.
         """
-        if self._network is not None:
-            self._network.note(output)
-        return output
+        sigmas = [sigma for block in self.blocks for sigma in block.sigmas(self) if sigma is not None]
+        learned = any(sigma.requires_grad for sigma in sigmas)
+        return bool(sigmas) and not learned and not any(bool(sigma.any()) for sigma in sigmas)
 
     # ---- weights and base draws -----------------------------------------------------------------------------------
 

@@ -72,7 +72,7 @@ class FlipoutEmbedding(FlipoutLayer, nn.Embedding):
                 "dimension must be the rows of the batch. If the network folds others into it, leave the module out with "
                 "skip=."
             )
-        return self.noted(super().forward(input) + self._noise(input, view))
+        return super().forward(input) + self._noise(input, view)
 
     def _noise(self, index: th.Tensor, view: RowView) -> th.Tensor:
         """What each row's noise adds to the entries, shape (N, ..., D)."""

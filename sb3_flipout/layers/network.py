@@ -34,10 +34,12 @@ class _Seen(NamedTuple):
 
     :param what: Row noise, or what else they see
     :param views: Under noise, what each layer needs of it; ``None`` for layers that keep their mean weights
+    :param place: Where it was said, if in a checkpoint or a backward pass
     """
 
     what: RowNoise | Ask
     views: tuple[RowView | None, ...] | None = None
+    place: object | None = None
 
 
 _NOTHING = _Seen(Ask.NOTHING)
@@ -61,7 +63,6 @@ class PerturbedNetwork:
         #: Numbers of the layers that have been called under noise, while somebody wants to know.
         self.visited: set[int] | None = None
         self._now = _NOTHING
-        self._was_noisy = False
 
     # ---- what the rows see ---------------------------------------------------------------------------------------
 
@@ -80,39 +81,20 @@ class PerturbedNetwork:
         :return: Its part of the noise; ``None`` for mean weights
         :raises RuntimeError: If an update runs and nobody has said what the rows of this pass see
         """
-        now = self._now
-        if now.views is None:
-            if now.what is Ask.MEAN_WEIGHTS or th.compiler.is_compiling():
-                return None
-            return self._unsaid(slot, layer)
-        view = now.views[slot]
-        if view is not None and self.visited is not None and not th.compiler.is_compiling():
-            self.visited.add(slot)
-        return view
-
-    def _unsaid(self, slot: int, layer: PerturbedWeights) -> RowView | None:
-        """A pass that nobody has said anything about: one that autograd repeats, one that was forgotten, or mean weights."""
-        if self._was_noisy and recomputation.in_backward():
-            seen = recomputation.look_up(self)
-            if seen is not None:
-                return seen.views[slot] if seen.views is not None else None
-        if self._now.what is Ask.EXPLICIT:
+        if th.compiler.is_compiling():
+            return None if self._now.views is None else self._now.views[slot]
+        now = recomputation.seen(self, self._now, self._now.place)
+        if now.what is Ask.EXPLICIT and now.views is None:
             raise RuntimeError(
                 f"a perturbed {type(layer).__name__} was called in an update without noise, so what it learned from would not "
                 "be what was collected. Call the policy's own methods with the observations of the batch, which carry their "
                 "noise; ask for mean weights with `with sb3_flipout.perturbed(policy, None):`; or leave the module out with "
                 'policy_kwargs=dict(skip=["its.name"]).'
             )
-        return None
-
-    def note(self, output: th.Tensor) -> None:
-        """
-        Remember what the rows saw, where autograd may ask for the pass again.
-
-        :param output: What a layer has computed under noise
-        """
-        if not th.compiler.is_compiling() and recomputation.is_recorded():
-            recomputation.note(output, self, self._now)
+        view = None if now.views is None else now.views[slot]
+        if view is not None and self.visited is not None:
+            self.visited.add(slot)
+        return view
 
     def activate(self, what: RowNoise | Ask | None, only: Sequence[FlipoutLayer] | None = None) -> Activation:
         """
@@ -128,13 +110,14 @@ class PerturbedNetwork:
     def _seen(self, what: RowNoise | Ask, only: Sequence[FlipoutLayer] | None) -> _Seen:
         views: tuple[RowView | None, ...] | None = None
         if isinstance(what, RowNoise):
-            views, self._was_noisy = self._views(what), True
+            views = self._views(what)
+        place = None if th.compiler.is_compiling() else recomputation.place()
         if only is None:
-            return _Seen(what, views)
+            return _Seen(what, views, place)
         before = self._now.views or (None,) * len(self.layers)
         chosen = [layer in only for layer in self.layers]
         views = views or (None,) * len(self.layers)
-        return _Seen(what, tuple(new if hit else old for hit, new, old in zip(chosen, views, before, strict=True)))
+        return _Seen(what, tuple(new if hit else old for hit, new, old in zip(chosen, views, before, strict=True)), place)
 
     def _views(self, noise: RowNoise) -> tuple[RowView, ...]:
         """What each layer needs of row noise: the noise itself, and the factor vectors of its rows."""
@@ -192,7 +175,7 @@ class PerturbedNetwork:
         :param state: What :meth:`__getstate__` gave
         """
         self.__dict__.update(state)
-        self.visited, self._now, self._was_noisy = None, _NOTHING, False
+        self.visited, self._now = None, _NOTHING
         for slot, layer in enumerate(self.layers):
             layer.join(self, slot)
 

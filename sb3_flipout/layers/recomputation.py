@@ -1,75 +1,107 @@
 """Forward passes that run again in the backward pass: activation checkpointing.
 
 ``torch.utils.checkpoint`` forgets what a block computed and computes it once more when gradients are asked for. By then the
-``with perturbed(...)`` block is over. So while something stands ready to recompute, a layer notes on the autograd graph under
-which noise it ran, and when it is called in a backward pass without noise, it looks there.
+``with perturbed(...)`` block may be over, or another be open. So a network notes on each checkpoint that it is called in what its
+rows saw there, and when the checkpoint runs again, they see that.
+
+Torch has no public way to tell in which checkpoint code runs. The hooks by which a checkpoint keeps autograd from saving tensors
+know it, in variables of their own.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import inspect
+from typing import Any, NamedTuple, TypeVar
 
 import torch as th
 
-_MARK = "sb3_flipout"
+T = TypeVar("T")
+
+_MARK = "_seen_by_sb3_flipout"
+_BACKWARD = object()
 
 
-def in_backward() -> bool:
+class _Checkpoint(NamedTuple):
     """
-    Tell whether autograd is running a backward pass in this thread.
+    A checkpoint that code runs in.
 
-    :return: Whether it is
+    :param frame: Torch's record of it, which lives as long as the graph
+    :param again: Whether it is being computed again
     """
+
+    frame: Any
+    again: bool
+
+
+def place() -> object | None:
+    """
+    Tell where code runs, so that what is switched on inside a checkpoint is known to be switched on again with it.
+
+    :return: The innermost checkpoint, or a mark of the backward pass; ``None`` outside both
+    """
+    around = _checkpoints()
+    if around:
+        return around[0].frame
+    return _BACKWARD if _in_backward() else None
+
+
+def seen(owner: object, now: T, switched_on_at: object | None) -> T:
+    """
+    Find out what the rows of a network see: what they see now, or, in what is computed again, what they saw then.
+
+    :param owner: The network
+    :param now: What its rows see now
+    :param switched_on_at: The :func:`place` where that was said
+    :return: What they see
+    :raises RuntimeError: In a backward pass that runs a layer again in a way that does not tell when it ran first
+    """
+    fresh: list[Any] = []
+    around = _checkpoints()
+    for frame, again in around:
+        if frame is switched_on_at:  # the checkpoint holds the `with`, so it says the same again by itself
+            break
+        if again:
+            now = frame.__dict__.get(_MARK, {}).get(owner, now)
+            break
+        fresh.append(frame)
+    for frame in fresh:
+        frame.__dict__.setdefault(_MARK, {}).setdefault(owner, now)
+    if not around and switched_on_at is None and _in_backward():
+        _check_no_function_repeats_it()
+    return now
+
+
+def _in_backward() -> bool:
+    """Whether autograd is running a backward pass in this thread."""
     return bool(th._C._current_graph_task_id() != -1)
 
 
-def is_recorded() -> bool:
-    """
-    Tell whether something waits to recompute what runs now: hooks on the tensors that autograd saves.
-
-    :return: Whether it does
-    """
-    return th._C._autograd._top_saved_tensors_default_hooks(False) is not None
-
-
-def note(output: th.Tensor, owner: object, seen: Any) -> None:
-    """
-    Write on the graph under which noise an output was computed.
-
-    :param output: Output of a layer
-    :param owner: The network whose noise it is
-    :param seen: What its rows saw
-    """
-    node: Any = output.grad_fn
-    if node is not None:
-        node.metadata[_MARK] = (*node.metadata.get(_MARK, ()), (owner, seen))
-
-
-def look_up(owner: object) -> Any:
-    """
-    Find under which noise the part of the graph was computed whose gradient is asked for now.
-
-    :param owner: The network whose noise is looked for
-    :return: What its rows saw; ``None`` if nothing is noted
-    :raises RuntimeError: In a reentrant checkpoint, which leaves no graph to look at
-    """
-    node = th._C._current_autograd_node()
-    if node is None:
-        return None
-    if type(node).__name__ == "CheckpointFunctionBackward":
+def _check_no_function_repeats_it() -> None:
+    """Refuse autograd functions that compute a forward pass again in their backward pass: they leave no note."""
+    if isinstance(th._C._current_autograd_node(), th.autograd.function.BackwardCFunction):
         raise RuntimeError(
-            "a perturbed layer runs again in the backward pass of torch.utils.checkpoint(..., use_reentrant=True), where it "
-            "cannot be told which noise it had. Use use_reentrant=False, or leave the module out with skip=."
+            "a perturbed layer runs again in the backward pass of torch.utils.checkpoint(..., use_reentrant=True), or of another "
+            "function that computes a forward pass again, where it cannot be told which noise it had. Use use_reentrant=False, "
+            "or leave the module out with skip=."
         )
-    waiting: list[Any] = [node]
-    known: set[Any] = set()
-    while waiting:
-        nearest = waiting.pop(0)
-        for noted_owner, seen in nearest.metadata.get(_MARK, ()):
-            if noted_owner is owner:
-                return seen
-        for following, _ in nearest.next_functions:
-            if following is not None and following not in known:
-                known.add(following)
-                waiting.append(following)
-    return None
+
+
+def _checkpoints() -> list[_Checkpoint]:
+    """The checkpoints that code runs in now, the innermost first."""
+    autograd: Any = th._C._autograd
+    hooks: list[Any] = []
+    while (top := autograd._top_saved_tensors_default_hooks(False)) is not None:
+        hooks.append(top)
+        autograd._pop_saved_tensors_default_hooks()
+    for pair in reversed(hooks):
+        autograd._push_saved_tensors_default_hooks(*pair)
+    found = [_checkpoint_of(pack) for pack, _ in hooks]
+    return [checkpoint for checkpoint in found if checkpoint is not None]
+
+
+def _checkpoint_of(pack: Any) -> _Checkpoint | None:
+    """The checkpoint whose hook a function is; ``None`` for hooks of others."""
+    known = inspect.getclosurevars(inspect.unwrap(pack)).nonlocals
+    if "target_frame_ref" in known:
+        return _Checkpoint(known["target_frame_ref"](), True)
+    return _Checkpoint(known["frame"], False) if "frame" in known and hasattr(known["frame"], "recompute_fn") else None

@@ -34,10 +34,3 @@ class Network(Protocol):
         :param layer: The layer
         :return: Its part of the noise; ``None`` for mean weights
         """
-
-    def note(self, output: th.Tensor) -> None:
-        """
-        Remember what the rows saw, where autograd may ask for the pass again.
-
-        :param output: What a layer has computed under noise
-        """

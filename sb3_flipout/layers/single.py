@@ -38,12 +38,12 @@ class OneWeightLayer(FlipoutLayer):
         mean = (self.weight, self.bias)
         if view.vectors:
             s, r = (self._unit_dims(self._spread(vector, x), x) for vector in view.vectors)
-            return self.noted(functional.flipout(self._op, x, mean, self.deltas(), s, r))
+            return functional.flipout(self._op, x, mean, self.deltas(), s, r)
         scale = view.noise.scale.to(self.weight.dtype)
         if self.noise_config.noise_sharing == "shared":
             c = self._unit_dims(self._spread(scale[:, None], x), x)
-            return self.noted(functional.shared(self._op, x, mean, self.deltas(), c))
-        return self.noted(self._op_per_row(*self._with_own_rows(x, view, scale)))
+            return functional.shared(self._op, x, mean, self.deltas(), c)
+        return self._op_per_row(*self._with_own_rows(x, view, scale))
 
     def _spread(self, vector: th.Tensor, x: th.Tensor) -> th.Tensor:
         return self.row_layout.spread(vector.to(self.weight.dtype), x.shape[self.row_layout.dim])

@@ -48,21 +48,6 @@ def eager(function: F) -> F:
     return th.compiler.disable(function)  # type: ignore[no-untyped-call]
 
 
-class RunMarks:
-    """What a policy knows of the run that goes on. Copies of it are blank: a copied policy takes part in no run yet."""
-
-    def __init__(self) -> None:
-        self.told: set[str] = set()  # what the algorithm is telling right now, so that it is told once
-        self.collects = False  # a rollout is being collected
-        self.step_due = False  # the algorithm's next collection step has not been made yet
-        self.updates = False  # SB3's `train` is running
-        self.acted_unmarked = False  # somebody acts under noise whom no algorithm has announced
-        self.warned: set[str] = set()
-
-    def __reduce__(self) -> Any:
-        return RunMarks, ()
-
-
 class FlipoutPolicyMixin(NoiseState):
     """Mixin of all flipout policies; stands before SB3's policy class in their bases."""
 
@@ -71,7 +56,6 @@ class FlipoutPolicyMixin(NoiseState):
 
     def _init_noise(self, settings: NoiseSettings) -> None:
         """Set the noise up; called in the constructor, after SB3 has built the stock policy."""
-        self.marks = RunMarks()
         self.guard = VisitGuard()
         self._init_state(settings)
         checked_patterns(settings.skip, [name for name, _ in self.named_modules()])

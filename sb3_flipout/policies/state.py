@@ -7,6 +7,7 @@ own data (:mod:`sb3_flipout.hooks`), so a resumed training continues its noise, 
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -26,14 +27,32 @@ class NoiseStateError(RuntimeError, ValueError):
     """A saved noise state does not fit the policy. A ``RuntimeError`` too, since SB3's ``load`` takes others for its own."""
 
 
+class RunMarks:
+    """What a policy knows of the run that goes on. Copies of it are blank: a copied policy takes part in no run yet."""
+
+    def __init__(self) -> None:
+        self.told: set[str] = set()  # what the algorithm is telling right now, so that it is told once
+        self.collects = False  # a rollout is being collected
+        self.step_due = False  # the algorithm's next collection step has not been made yet
+        self.updates = False  # SB3's `train` is running
+        self.acted_unmarked = False  # somebody acts under noise whom no algorithm has announced
+        self.steered = False  # a callback of this call of learn() steers the noise scale
+        self.warned: set[str] = set()
+
+    def __reduce__(self) -> Any:
+        return RunMarks, ()
+
+
 class NoiseState(BasePolicy):
     """What of a flipout policy is saved, set and reseeded."""
 
     noise_settings: NoiseSettings
+    marks: RunMarks
 
     def _init_state(self, settings: NoiseSettings) -> None:
         self.noise_settings = settings
         self.noise_owner = NoiseOwner()
+        self.marks = RunMarks()
         self._noise_seed = _seed_of_torch()
         members = self.members
         self._keys = KeyStream(fold(self._noise_seed, Stream.COLLECTION), settings.resample, members, self.noise_owner)
@@ -86,11 +105,18 @@ class NoiseState(BasePolicy):
 
         :param progress: Share of training that is done
         """
-        self._schedule_factor = self.noise_settings.factor_at(progress)
+        if not self.marks.steered:
+            self._schedule_factor = self.noise_settings.factor_at(progress)
 
     def leave_schedule(self) -> None:
-        """Let a callback steer the noise scale: until the next training, the setting ``schedule`` has no effect."""
-        self._schedule_factor = 1.0
+        """Let a callback steer the noise scale: until the next call of ``learn`` the setting ``schedule`` has no effect."""
+        if not self.marks.steered and self.noise_settings.schedule != "constant":
+            warnings.warn(
+                f"a callback steers the noise scale in this call of learn(), so schedule={self.noise_settings.schedule!r} of the "
+                'policy has no effect in it. Leave one of them out: schedule="constant" says that the callback is meant.',
+                stacklevel=4,
+            )
+        self.marks.steered, self._schedule_factor = True, 1.0
 
     def reseed_noise(self, seed: int) -> None:
         """

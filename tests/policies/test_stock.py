@@ -45,10 +45,12 @@ def test_sigma_frozen_at_zero_trains_bitwise_as_stock(algorithm, case):
     assert_equal_weights(stock, ours)
 
 
+@pytest.mark.parametrize("noise_sharing", ["flipout", "independent"])
 @pytest.mark.parametrize("family", [name for name, family in FAMILIES.items() if family.sigma != "none"])
-def test_every_family_at_sigma_zero_is_stock(family):
+def test_every_family_at_sigma_zero_is_stock(family, noise_sharing):
     stock = trained(PPO, "MlpPolicy", "mlp-discrete", {})
-    ours = trained(PPO, "FlipoutMlpPolicy", "mlp-discrete", dict(family=family, sigma_init=0.0, learn_sigma=False))
+    silent = dict(family=family, noise_sharing=noise_sharing, sigma_init=0.0, learn_sigma=False)
+    ours = trained(PPO, "FlipoutMlpPolicy", "mlp-discrete", silent)
     assert_equal_weights(stock, ours)
 
 

@@ -117,8 +117,8 @@ class RecurrentLayer(FlipoutLayer, nn.RNNBase):
         :return: Outputs, lying as the inputs, and the state after the last step
         :raises ValueError: If noise is active for another number of rows
         """
-        view = self._audible()
-        if view is None:
+        view = self.row_view()
+        if view is None or self._is_silent():
             found: tuple[Any, Any] = super().forward(input, hx)
             return found
         states = None if hx is None else self._as_tuple(hx)
@@ -131,21 +131,6 @@ class RecurrentLayer(FlipoutLayer, nn.RNNBase):
         single = None if states is None else tuple(state.unsqueeze(1) for state in states)
         output, after = self._forward_padded(input.unsqueeze(1), single, None, False, view)
         return output.squeeze(1), self._as_given(tuple(state.squeeze(1) for state in after))
-
-    def _audible(self) -> RowView | None:
-        """
-        Look up the active noise, unless it is silent because sigma is frozen at 0.
-
-        Then the torch.nn class's fused operations are asked for: they round in another order than a loop, so nothing else is
-        bitwise equal to stock. Sigma that is learned has a gradient at 0 too.
-        """
-        view = self.row_view()
-        if view is None:
-            return None
-        sigmas = [sigma for block in self.blocks for sigma in block.sigmas(self) if sigma is not None]
-        frozen = bool(sigmas) and not any(sigma.requires_grad for sigma in sigmas)
-        heard = not frozen or any(bool(sigma.flatten()[0]) or bool(sigma.any()) for sigma in sigmas)
-        return view if heard else None
 
     def _zero_state(self, x: th.Tensor, sequences: int) -> States:
         return tuple(x.new_zeros(self.num_layers, sequences, self.hidden_size) for _ in range(self.STATES))
@@ -162,7 +147,7 @@ class RecurrentLayer(FlipoutLayer, nn.RNNBase):
         steps = Padded(type(self).__name__, x.shape[0], x.shape[1], len(view.noise), batch_first)
         kept = None if starts is None else (1.0 - starts.to(x.dtype)).unsqueeze(2).unbind(0)
         output, after = self._layers(x, states, steps, kept, view)
-        return self.noted(output.transpose(0, 1) if batch_first else output), after
+        return output.transpose(0, 1) if batch_first else output, after
 
     def _forward_packed(self, input: PackedSequence, states: States | None, view: RowView) -> tuple[PackedSequence, States]:
         x, sizes, order, back = input
@@ -175,7 +160,7 @@ class RecurrentLayer(FlipoutLayer, nn.RNNBase):
         output, after = self._layers(x, states, steps, None, view)
         if back is not None:
             after = tuple(state.index_select(1, back) for state in after)
-        return PackedSequence(self.noted(output), sizes, order, back), after
+        return PackedSequence(output, sizes, order, back), after
 
     def _folded(self, view: RowView, sequences: int) -> RowView:
         """Repeat the noise of rows that have several sequences each."""

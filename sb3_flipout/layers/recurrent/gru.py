@@ -95,7 +95,7 @@ class FlipoutGRUCell(FlipoutLayer, nn.GRUCell):
             )
         h = input.new_zeros(len(input), self.hidden_size) if hx is None else hx
         parts = [self._project(x, block, view) for x, block in zip((input, h), self.blocks, strict=True)]
-        return self.noted(functional.gru_step(parts[0], parts[1], h))
+        return functional.gru_step(parts[0], parts[1], h)
 
     def _project(self, x: th.Tensor, block: Block, view: RowView) -> th.Tensor:
         mean, spread = block.means(self), self.row_layout.spread

@@ -58,8 +58,8 @@ class FlipoutLSTM(RecurrentLayer, nn.LSTM):
         batch_first = self.batch_first if batch_first is None else batch_first
         if episode_starts is not None and batch_first:
             episode_starts = episode_starts.transpose(0, 1)
-        view = self._audible()
-        if view is not None:
+        view = self.row_view()
+        if view is not None and not self._is_silent():
             output, after = self._forward_padded(input, hx, episode_starts, batch_first, view)
             return output, self._as_given(after)
         x = input.transpose(0, 1) if batch_first else input

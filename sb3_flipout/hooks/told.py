@@ -1,21 +1,14 @@
-"""What SB3's algorithms tell a flipout policy: a few of their methods, wrapped in a few lines each.
-
-Nothing of an algorithm is copied. Each wrapped method calls the original, and does nothing else where the policy is no flipout
-policy. Methods that a subclass overrides are wrapped too, when a model of it is built.
-"""
+"""What SB3's algorithms tell a flipout policy: what is done around a few of their methods, which are called and never copied."""
 
 from __future__ import annotations
 
-import functools
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList
-from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
 from sb3_flipout.buffers import KeyedBufferMixin, keyed, store_noise
 from sb3_flipout.policies.base import FlipoutPolicyMixin
@@ -24,9 +17,6 @@ Method = Callable[..., Any]
 
 #: Where an algorithm's data has the noise state, in a saved model and while it is built from one.
 STATE = "flipout_noise"
-
-# What is put in place of the methods of each class, with what stood in the class itself (None where it was inherited).
-_INSTALLED: dict[type[BaseAlgorithm], dict[str, Any]] = {}
 
 
 def policy_of(algorithm: Any) -> Any:
@@ -55,9 +45,8 @@ def has_flipout_policy(algorithm: Any) -> bool:
 # ---- building, saving, loading ----------------------------------------------------------------------------------------
 
 
-def _setup_model(original: Method, algorithm: Any) -> None:
+def set_up(original: Method, algorithm: Any) -> None:
     """Make the rollout buffer store noise, whatever its class, and continue from the noise state of a loaded model."""
-    install(type(algorithm))
     given = getattr(algorithm, "rollout_buffer_class", None)
     if given is not None:
         keyed(given)  # refuse an unfit one before anything is built
@@ -69,7 +58,7 @@ def _setup_model(original: Method, algorithm: Any) -> None:
         policy_of(algorithm).set_noise_state(state)
 
 
-def _save(original: Method, algorithm: Any, *args: Any, **kwargs: Any) -> Any:
+def save(original: Method, algorithm: Any, *args: Any, **kwargs: Any) -> Any:
     """Save the noise state beside the algorithm's own data."""
     algorithm.__dict__[STATE] = policy_of(algorithm).noise_state()
     try:
@@ -78,7 +67,7 @@ def _save(original: Method, algorithm: Any, *args: Any, **kwargs: Any) -> Any:
         algorithm.__dict__.pop(STATE, None)
 
 
-def _load(original: Method, cls: type[BaseAlgorithm], *args: Any, **kwargs: Any) -> Any:
+def load(original: Method, cls: type[BaseAlgorithm], *args: Any, **kwargs: Any) -> Any:
     """Explore by other noise where a seed is given."""
     model = original(*args, **kwargs)
     if kwargs.get("seed") is not None and has_flipout_policy(model):
@@ -86,14 +75,14 @@ def _load(original: Method, cls: type[BaseAlgorithm], *args: Any, **kwargs: Any)
     return model
 
 
-def _set_random_seed(original: Method, algorithm: Any, seed: int | None = None) -> None:
+def seed(original: Method, algorithm: Any, seed: int | None = None) -> None:
     """Seed the noise with everything else; while a model is built there is none yet."""
     original(algorithm, seed)
     if seed is not None and getattr(algorithm, "policy", None) is not None:
         policy_of(algorithm).reseed_noise(seed)
 
 
-def _set_parameters(original: Method, algorithm: Any, load_path_or_dict: Any, *args: Any, **kwargs: Any) -> Any:
+def set_parameters(original: Method, algorithm: Any, load_path_or_dict: Any, *args: Any, **kwargs: Any) -> Any:
     """Refuse the optimizer of a policy without noise before anything is changed."""
     weights = load_path_or_dict.get("policy") if isinstance(load_path_or_dict, Mapping) else None
     learned = any(name.endswith("_sigma") for name in policy_of(algorithm).state_dict())
@@ -123,9 +112,10 @@ class _TellsRolloutStart(BaseCallback):
         return True
 
 
-def _setup_learn(original: Method, algorithm: Any, *args: Any, **kwargs: Any) -> Any:
+def set_up_learning(original: Method, algorithm: Any, *args: Any, **kwargs: Any) -> Any:
     """Tell that the environments were reset: SB3 binds a new first observation when it does so."""
     _warn_of_epsilon(algorithm)
+    policy_of(algorithm).marks.steered = False
     before = algorithm._last_obs
     total, callback = original(algorithm, *args, **kwargs)
     if algorithm._last_obs is not before:
@@ -150,24 +140,31 @@ def _warn_of_epsilon(algorithm: Any) -> None:
         )
 
 
-def _progress(algorithm: Any) -> float:
-    """Share of training that is done; SB3's own number is stale at the start of a rollout."""
-    return float(algorithm.num_timesteps / max(algorithm._total_timesteps, 1))
+def _follow_schedule(algorithm: Any) -> None:
+    """Tell the share of training that is done; SB3's own number is stale at the start of a rollout."""
+    policy, total = policy_of(algorithm), algorithm._total_timesteps
+    if total <= 0 and policy.noise_settings.schedule != "constant":
+        raise ValueError(
+            f"schedule={policy.noise_settings.schedule!r} needs the number of timesteps of the whole training, and "
+            f"{type(algorithm).__name__} has not been told: it is not in a call of learn(total_timesteps). Use "
+            'schedule="constant", and set policy.noise_scale where you collect by hand.'
+        )
+    policy.follow_schedule(algorithm.num_timesteps / max(total, 1))
 
 
-def _collect_rollouts(original: Method, algorithm: Any, *args: Any, **kwargs: Any) -> Any:
+def collect_rollout(original: Method, algorithm: Any, *args: Any, **kwargs: Any) -> Any:
     """Tell that a rollout starts: only here do base and rollout-long keys change, never between rollout and update."""
     policy = policy_of(algorithm)
     if not isinstance(algorithm.rollout_buffer, KeyedBufferMixin):  # one that was put there by hand
         store_noise(algorithm.rollout_buffer)
-    policy.follow_schedule(_progress(algorithm))
+    _follow_schedule(algorithm)
     policy.begin_rollout()
     with policy.collecting(algorithm.n_envs):
         finished = original(algorithm, *args, **kwargs)
     return _after_collection(algorithm, finished)
 
 
-def _collect_transitions(original: Method, algorithm: Any, *args: Any, **kwargs: Any) -> Any:
+def collect_transitions(original: Method, algorithm: Any, *args: Any, **kwargs: Any) -> Any:
     """The same for replayed transitions, whose collection steps are marked one by one."""
     policy_of(algorithm).begin_rollout()
     return _after_collection(algorithm, original(algorithm, *args, **kwargs))
@@ -180,110 +177,30 @@ def _after_collection(algorithm: Any, finished: Any) -> Any:
     return finished
 
 
-def _sample_action(original: Method, algorithm: Any, learning_starts: int, action_noise: Any = None, n_envs: int = 1) -> Any:
+def sample_action(original: Method, algorithm: Any, learning_starts: int, action_noise: Any = None, n_envs: int = 1) -> Any:
     """Mark the collection step: its prediction acts in the training environments, every other one is evaluation."""
     policy = policy_of(algorithm)
-    policy.follow_schedule(_progress(algorithm))
+    _follow_schedule(algorithm)
     with policy.collecting(n_envs):
         return original(algorithm, learning_starts, action_noise, n_envs)
 
 
-def _train(original: Method, algorithm: Any, *args: Any, **kwargs: Any) -> Any:
+def train(original: Method, algorithm: Any, *args: Any, **kwargs: Any) -> Any:
     """Mark the update."""
     with policy_of(algorithm).updating():
         return original(algorithm, *args, **kwargs)
 
 
-def _update_info_buffer(original: Method, algorithm: Any, infos: Any, dones: np.ndarray | None = None) -> None:
+def train_on_rollout(original: Method, algorithm: Any, *args: Any, **kwargs: Any) -> Any:
+    """The same, and leave the model where its schedule has come to: no rollout may follow that would tell it."""
+    found = train(original, algorithm, *args, **kwargs)
+    if algorithm._total_timesteps > 0:
+        _follow_schedule(algorithm)
+    return found
+
+
+def end_step(original: Method, algorithm: Any, infos: Any, dones: np.ndarray | None = None) -> None:
     """Tell ends of episodes: SB3 calls this once per environment step, with the flags of all environments."""
     original(algorithm, infos, dones)
     if dones is not None:
         policy_of(algorithm).end_step(dones)
-
-
-_EVERY: dict[str, Method] = {
-    "_setup_model": _setup_model,
-    "save": _save,
-    "set_random_seed": _set_random_seed,
-    "set_parameters": _set_parameters,
-    "train": _train,
-    "_update_info_buffer": _update_info_buffer,
-    "_setup_learn": _setup_learn,
-}
-_ON_POLICY = {**_EVERY, "collect_rollouts": _collect_rollouts}
-_OFF_POLICY = {**_EVERY, "collect_rollouts": _collect_transitions, "_sample_action": _sample_action}
-
-
-# ---- installing -------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _first_to_tell(algorithm: Any, what: str) -> Iterator[bool]:
-    """A subclass's method calls its parent's inside its own, and both are wrapped: the outer one tells."""
-    if getattr(algorithm, "policy", None) is None:
-        yield True
-        return
-    with policy_of(algorithm).once(what) as first:
-        yield first
-
-
-def _wrap(original: Method, wrapper: Method) -> Method:
-    @functools.wraps(original)
-    def method(self: BaseAlgorithm, *args: Any, **kwargs: Any) -> Any:
-        if not has_flipout_policy(self):
-            return original(self, *args, **kwargs)
-        with _first_to_tell(self, wrapper.__name__) as first:
-            return wrapper(original, self, *args, **kwargs) if first else original(self, *args, **kwargs)
-
-    method.wraps_for_flipout = True  # type: ignore[attr-defined]
-    return method
-
-
-def _wrap_load(original: Any) -> Any:
-    """The same for `load`, which belongs to the class."""
-    function = original.__func__
-
-    @functools.wraps(function)
-    def load(cls: type[BaseAlgorithm], *args: Any, **kwargs: Any) -> Any:
-        return _load(functools.partial(function, cls), cls, *args, **kwargs)
-
-    load.wraps_for_flipout = True  # type: ignore[attr-defined]
-    return classmethod(load)
-
-
-def install(algorithm_class: type[BaseAlgorithm]) -> None:
-    """
-    Wrap the methods of an algorithm that are not wrapped: all of a class, or those that a subclass of it has overridden.
-
-    :param algorithm_class: Algorithm class
-    """
-    wrappers = _OFF_POLICY if issubclass(algorithm_class, OffPolicyAlgorithm) else _ON_POLICY
-    for name in (*wrappers, "load"):
-        current = getattr(algorithm_class, name)
-        if not hasattr(current, "wraps_for_flipout"):
-            before = _INSTALLED.setdefault(algorithm_class, {})
-            before[name] = algorithm_class.__dict__.get(name)
-            new = _wrap_load(current) if name == "load" else _wrap(current, wrappers[name])
-            setattr(algorithm_class, name, new)
-
-
-def uninstall(algorithm_class: type[BaseAlgorithm]) -> None:
-    """
-    Put back what stood in a class before :func:`install`.
-
-    :param algorithm_class: Algorithm class; one that was never installed stays as it is
-    """
-    for name, before in _INSTALLED.pop(algorithm_class, {}).items():
-        if before is None:
-            delattr(algorithm_class, name)
-        else:
-            setattr(algorithm_class, name, before)
-
-
-def installed() -> list[type[BaseAlgorithm]]:
-    """
-    List the classes whose methods are wrapped.
-
-    :return: Algorithm classes
-    """
-    return list(_INSTALLED)

@@ -1,0 +1,225 @@
+"""Activation checkpointing: what autograd computes again sees the noise that it was computed with first."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch as th
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from sb3_flipout.layers import perturb, perturbed
+from sb3_flipout.noise import FAMILIES
+from sb3_flipout.noise.families import NOISE_SHARINGS
+
+KEYS, OTHERS = th.arange(6) * 5 - 9, th.arange(6) * 3 + 1000
+SCALE = th.tensor([1.0, 0.0, -1.0, 0.25, 2.0, -0.5])
+
+
+class Recurrent(nn.Module):
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: th.Tensor) -> th.Tensor:
+        return self.net(x)[0]
+
+
+class Attending(Recurrent):
+    def forward(self, x: th.Tensor) -> th.Tensor:
+        return self.net(x, x, x, need_weights=False)[0]
+
+
+#: What stands in a checkpoint; each takes and gives (6, 4, 4).
+BLOCKS: dict[str, Callable[[], nn.Module]] = {
+    "linear": lambda: nn.Linear(4, 4),
+    "activated": lambda: nn.Sequential(nn.Linear(4, 4), nn.Tanh()),
+    "two": lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 4)),
+    "conv": lambda: nn.Conv1d(4, 4, 3, padding=1),
+    "gru": lambda: Recurrent(nn.GRU(4, 4, batch_first=True)),
+    "lstm": lambda: Recurrent(nn.LSTM(4, 4, batch_first=True)),
+    "attention": lambda: Attending(nn.MultiheadAttention(4, 2, batch_first=True)),
+    "transformer": lambda: nn.TransformerEncoderLayer(4, 2, 8, 0.0, batch_first=True),
+}
+every_block = pytest.mark.parametrize("block", BLOCKS)
+
+
+class Net(nn.Module):
+    """Three blocks, each of which may be computed again in the backward pass."""
+
+    def __init__(self, block: str = "two", recomputed: bool = True, reentrant: bool = False) -> None:
+        super().__init__()
+        th.manual_seed(1)
+        self.blocks = nn.ModuleList([BLOCKS[block]() for _ in range(3)]).double()
+        self.recomputed, self.reentrant = recomputed, reentrant
+
+    def forward(self, x: th.Tensor) -> th.Tensor:
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=self.reentrant) if self.recomputed else block(x)
+        return x
+
+
+def pair(block: str = "two", **noise: Any) -> list[Net]:
+    """The same network without and with checkpoints."""
+    return [perturb(Net(block, recomputed), base_key=3, **noise) for recomputed in (False, True)]
+
+
+def inputs() -> th.Tensor:
+    return th.randn(6, 4, 4, dtype=th.float64, generator=th.Generator().manual_seed(2))
+
+
+def gradients(net: nn.Module) -> dict[str, th.Tensor]:
+    return {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
+
+
+def assert_same_gradients(plain: nn.Module, recomputed: nn.Module) -> None:
+    expected, found = gradients(plain), gradients(recomputed)
+    assert expected.keys() == found.keys() and any(name.endswith("sigma") for name in expected)
+    for name in expected:
+        th.testing.assert_close(found[name], expected[name], rtol=1e-12, atol=1e-12, msg=name)
+
+
+def no_block() -> Any:
+    return th.enable_grad()
+
+
+#: Where the backward pass runs, given the network.
+PLACES: dict[str, Callable[[nn.Module], Any]] = {
+    "after": lambda net: no_block(),
+    "other_noise": lambda net: perturbed(net, OTHERS),
+    "other_number_of_rows": lambda net: perturbed(net, OTHERS[:2]),
+    "mean_weights": lambda net: perturbed(net, None),
+}
+
+
+@every_block
+def test_gradients_inside_the_block(block: str) -> None:
+    nets = pair(block)
+    for net in nets:
+        with perturbed(net, KEYS, SCALE):
+            net(inputs()).square().sum().backward()
+    assert_same_gradients(*nets)
+
+
+@pytest.mark.parametrize("place", PLACES)
+@every_block
+def test_gradients_later(block: str, place: str) -> None:
+    nets = pair(block)
+    for net in nets:
+        with perturbed(net, KEYS, SCALE):
+            loss = net(inputs()).square().sum()
+        with PLACES[place](net):
+            loss.backward()
+    assert_same_gradients(*nets)
+
+
+@pytest.mark.parametrize("sharing", NOISE_SHARINGS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_under_every_noise(family: str, sharing: str) -> None:
+    nets = pair("linear", family=family, noise_sharing=sharing)
+    for net in nets:
+        with perturbed(net, KEYS, SCALE):
+            loss = net(inputs()).square().sum()
+        with perturbed(net, OTHERS):
+            loss.backward()
+    expected, found = map(gradients, nets)
+    assert expected.keys() == found.keys()
+    for name in expected:
+        th.testing.assert_close(found[name], expected[name], rtol=1e-12, atol=1e-12, msg=name)
+
+
+@every_block
+def test_two_passes_under_two_noises_and_one_backward(block: str) -> None:
+    """Side by side, as an old and a new policy in one loss."""
+    nets = pair(block)
+    for net in nets:
+        losses = []
+        for keys in (KEYS, None, OTHERS):
+            with perturbed(net, keys):
+                losses.append(net(inputs()).square().sum())
+        (losses[0] - 2 * losses[1] + 3 * losses[2]).backward()
+    assert_same_gradients(*nets)
+
+
+@every_block
+@pytest.mark.parametrize("second", [OTHERS, None], ids=["noise", "mean_weights"])
+def test_two_passes_one_after_the_other(block: str, second: th.Tensor | None) -> None:
+    """What one pass gives the other takes, so both stand on one graph."""
+    nets = pair(block)
+    for net in nets:
+        with perturbed(net, KEYS):
+            x = net(inputs())
+        with perturbed(net, second):
+            x = net(x)
+        with perturbed(net, KEYS + 1):
+            x = net(x)
+        x.square().sum().backward()
+    assert_same_gradients(*nets)
+
+
+def test_mean_weights_stay_so_where_the_backward_runs_under_noise() -> None:
+    nets = pair()
+    for net in nets:
+        with perturbed(net, KEYS):
+            net(inputs())
+        loss = net(inputs()).square().sum()
+        with perturbed(net, OTHERS):
+            loss.backward()
+    expected, found = map(gradients, nets)
+    for name in expected:
+        th.testing.assert_close(found[name], expected[name], rtol=1e-12, atol=1e-12, msg=name)
+
+
+def test_noise_that_the_block_itself_asks_for() -> None:
+    """The checkpoint holds the ``with``, so what runs again says itself what its rows see."""
+    nets = pair()
+    for net in nets:
+
+        def forward(x: th.Tensor, net: Net = net) -> th.Tensor:
+            with perturbed(net, KEYS):
+                return net.blocks[1](x)
+
+        h = checkpoint(forward, inputs().requires_grad_(), use_reentrant=False) if net.recomputed else forward(inputs())
+        with perturbed(net, OTHERS):
+            h.square().sum().backward()
+    assert_same_gradients(*nets)
+
+
+def test_checkpoints_in_checkpoints() -> None:
+    nets = pair()
+    for net in nets:
+        with perturbed(net, KEYS):
+            x = checkpoint(net, inputs(), use_reentrant=False) if net.recomputed else net(inputs())
+            x.square().sum().backward()
+    assert_same_gradients(*nets)
+
+
+def test_the_noise_of_other_networks_is_left_alone() -> None:
+    """An actor in front of a critic, each under a noise of its own."""
+    for_both: list[list[Net]] = [pair(), pair("linear")]
+    for actor, critic in zip(*for_both, strict=True):
+        with perturbed(actor, KEYS), perturbed(critic, OTHERS, 0.3):
+            loss = critic(actor(inputs())).square().sum()
+        loss.backward()
+    for nets in for_both:
+        assert_same_gradients(*nets)
+
+
+def test_a_reentrant_checkpoint_raises() -> None:
+    net = perturb(Net(reentrant=True))
+    with perturbed(net, KEYS):
+        loss = net(inputs().requires_grad_()).square().sum()
+    with pytest.raises(RuntimeError, match=r"use_reentrant=True.*cannot be told which noise it had.*Use use_reentrant=False"):
+        loss.backward()
+
+
+def test_a_closure_that_runs_later_sees_mean_weights_and_changes_nothing() -> None:
+    net = perturb(Net(recomputed=False))
+    mean = net(inputs())
+    with perturbed(net, KEYS):
+
+        def closure() -> th.Tensor:
+            return net(inputs())
+
+        noisy = closure()
+    assert th.equal(closure(), mean) and not th.allclose(noisy, mean)
