@@ -6,7 +6,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch as th
@@ -14,12 +14,14 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import EvalCallback
 
 from sb3_flipout.callbacks.common import flipout_policy
+from sb3_flipout.checks import check_choice
 from sb3_flipout.diagnostics import base_kept
 from sb3_flipout.diagnostics.lag import LagTest, excelling
 from sb3_flipout.diagnostics.statistics import has_members
 from sb3_flipout.layers import perturbed, redraw
 from sb3_flipout.noise import EvaluationStream, RowNoise, Stream, fold
 
+BestBy = Literal["mean", "sampled", "vote"]
 _TAGS = {"eval/mean_reward": "return", "eval/mean_ep_length": "ep_length", "eval/success_rate": "success_rate"}
 
 
@@ -181,12 +183,10 @@ class NoiseEvalCallback(_EpisodesEval):
         ``best_by="vote"`` and it has no members
     """
 
-    def __init__(self, *args: Any, best_by: str = "mean", **kwargs: Any) -> None:
-        if best_by not in ARMS:
-            names = ", ".join(f'"{name}"' for name in ARMS)
-            raise ValueError(f"best_by must be one of {names}, got {best_by!r}.")
+    def __init__(self, *args: Any, best_by: BestBy = "mean", **kwargs: Any) -> None:
+        best = check_choice("best_by", best_by, ARMS)
         super().__init__(*args, **kwargs)
-        self.best_by = best_by
+        self.best_by = best
         self.returns: dict[str, list[float]] = {}  # mean return of each evaluation, by how it acted
         self._episodes: dict[str, list[list[float]]] = {name: [] for name in ("mean", "sampled")}
         self._scales: list[float] = []

@@ -1,4 +1,4 @@
-"""What SB3's algorithms tell a flipout policy: what is done around a few of their methods, which are called and never copied."""
+"""What SB3's algorithms tell a flipout policy, around a few of their methods, which are called and never copied."""
 
 from __future__ import annotations
 

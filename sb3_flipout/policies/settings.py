@@ -122,15 +122,18 @@ class NoiseSettings:
         :param saved: Settings by name
         :return: What differs, in words; nothing where the saved weights fit
         """
-        own_sigma, own_init = self.layer_noise().spec.sigma, {name: getattr(self, name) for name in self.SHAPING}
         found = [
-            f"{name}: saved {saved[name]!r}, here {value!r}"
-            for name, value in own_init.items()
-            if name in saved and _plain(saved[name]) != _plain(value)
+            f"{name}: saved {saved[name]!r}, here {getattr(self, name)!r}"
+            for name in self.SHAPING
+            if name in saved and _plain(saved[name]) != _plain(getattr(self, name))
         ]
-        family = saved.get("family", self.family)
-        if LayerNoise(family).spec.sigma != own_sigma:
+        family, sharing = (saved.get(name, getattr(self, name)) for name in ("family", "noise_sharing"))
+        own, theirs = self.layer_noise(), LayerNoise(family, noise_sharing=sharing)
+        ensemble = saved.get("members") is not None  # its base is a weight
+        if theirs.spec.sigma != own.spec.sigma or (ensemble and theirs.spec.base != own.spec.base):
             found.append(f"family: saved {family!r}, here {self.family!r}")
+        elif ensemble and theirs.draws_base != own.draws_base:
+            found.append(f"noise_sharing: saved {sharing!r}, here {self.noise_sharing!r}")
         return found
 
 
@@ -288,4 +291,5 @@ _MOVED = {"linear": 'perturb="policy", layers="linear"', "hidden": 'perturb="pol
 
 def _moved_hint(name: str, value: Any) -> str:
     known = isinstance(value, str) and value in _MOVED
-    return f"Which kinds of layer is a setting of its own: {_MOVED[value]}." if known else ""
+    load = 'Load what 0.1.0 saved so with custom_objects={"policy_kwargs": dict(...)}.'
+    return f"Which kinds of layer is a setting of its own: {_MOVED[value]}. {load}" if known else ""

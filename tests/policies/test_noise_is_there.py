@@ -1,6 +1,5 @@
 """Features extractors of every kind of layer: the noise is there in collection and in the update, and it is the same."""
 
-import warnings
 
 import numpy as np
 import pytest
