@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -109,6 +109,24 @@ def check_integer(name: str, value: Any, low: int | None = None, high: int | Non
     if (low is not None and number < low) or (high is not None and number > high):
         raise ValueError(f"{name} must be {allowed}, got {number}.{_sentence(hint)}")
     return number
+
+
+def check_strings(name: str, value: Any) -> tuple[str, ...]:
+    """
+    Refuse what is neither a string nor a list of strings.
+
+    :param name: Name of the argument
+    :param value: What came; one string stands for a list of one
+    :return: The strings, plain ``str`` each
+    :raises TypeError: If it is neither
+    """
+    strings = [value] if isinstance(value, str) else value
+    if not isinstance(strings, (Sequence, np.ndarray)) or not all(isinstance(item, str) for item in strings):
+        raise TypeError(
+            f"{name} must be a string or a list of strings, got {value!r} of type {type(value).__name__}. "
+            f"Leave {name} out for none."
+        )
+    return tuple(str(item) for item in strings)
 
 
 def check_names(given: Mapping[str, Any], known: Collection[str], what: str) -> None:

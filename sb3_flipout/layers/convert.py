@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 from typing_extensions import Unpack
 
-from sb3_flipout.checks import check_choice, check_flag, check_integer, did_you_mean
+from sb3_flipout.checks import check_choice, check_flag, check_integer, check_strings, did_you_mean
 from sb3_flipout.layers.base import FlipoutLayer, drawn_base_key
 from sb3_flipout.layers.config import LayerNoise, NoiseKwargs, layer_noise
 from sb3_flipout.layers.derived import BYPASSING_PARENTS, PERTURBED_CLASSES, perturbed_class, plain_class, why_plain
@@ -225,15 +225,13 @@ def checked_patterns(skip: str | Sequence[str], names: Iterable[str]) -> tuple[s
     :raises TypeError: If they are no strings
     :raises ValueError: If one fits no module
     """
-    patterns = (skip,) if isinstance(skip, str) else tuple(skip)
+    patterns = check_strings("skip", skip)
     known = [name for name in names if name]
     for pattern in patterns:
-        if not isinstance(pattern, str):
-            raise TypeError(f"skip must be names of modules, got {pattern!r} of type {type(pattern).__name__}.")
         if not any(fnmatchcase(name, pattern) for name in known):
             shown = ", ".join(known[:12]) + (", ..." if len(known) > 12 else "")
             raise ValueError(f"skip={pattern!r} fits no module; there are {shown}.{did_you_mean(pattern, known)}")
-    return tuple(str(pattern) for pattern in patterns)
+    return patterns
 
 
 def is_skipped(name: str, patterns: Sequence[str]) -> bool:

@@ -1,11 +1,11 @@
 """Forward passes that run again in the backward pass: activation checkpointing.
 
 ``torch.utils.checkpoint`` forgets what a block computed and computes it once more when gradients are asked for. By then the
-``with perturbed(...)`` block may be over, or another be open. So a network notes on each checkpoint that it is called in what its
-rows saw there, and when the checkpoint runs again, they see that.
+``with perturbed(...)`` block may be over, or another be open. So a network notes on each checkpoint that it is called in what
+its rows saw there, and when the checkpoint runs again, they see that.
 
-Torch has no public way to tell in which checkpoint code runs. The hooks by which a checkpoint keeps autograd from saving tensors
-know it, in variables of their own.
+Torch has no public way to tell in which checkpoint code runs. The hooks by which a checkpoint keeps autograd from saving
+tensors know it, in variables of their own.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ def place() -> object | None:
     """
     around = _checkpoints()
     if around:
-        return around[0].frame
+        frame: object = around[0].frame
+        return frame
     return _BACKWARD if _in_backward() else None
 
 
@@ -80,9 +81,9 @@ def _check_no_function_repeats_it() -> None:
     """Refuse autograd functions that compute a forward pass again in their backward pass: they leave no note."""
     if isinstance(th._C._current_autograd_node(), th.autograd.function.BackwardCFunction):
         raise RuntimeError(
-            "a perturbed layer runs again in the backward pass of torch.utils.checkpoint(..., use_reentrant=True), or of another "
-            "function that computes a forward pass again, where it cannot be told which noise it had. Use use_reentrant=False, "
-            "or leave the module out with skip=."
+            "a perturbed layer runs again in the backward pass of torch.utils.checkpoint(..., use_reentrant=True), or of "
+            "another function that computes a forward pass again, where it cannot be told which noise it had. Use "
+            "use_reentrant=False, or leave the module out with skip=."
         )
 
 

@@ -9,6 +9,7 @@ remembers which operation lost the noise, so that the error in the update can sa
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from itertools import pairwise
 from typing import Any
@@ -33,19 +34,20 @@ _ROW_BY_ROW = frozenset(
 )
 # Operations on dimensions that keep rows if the first dimension takes no part: where their dimension arguments stand.
 _ON_DIMENSIONS = {
-    "flatten": 1,
-    "unflatten": 1,
-    "unsqueeze": 1,
-    "squeeze": 1,
-    "transpose": 2,
-    "swapaxes": 2,
-    "movedim": 2,
-    "flip": 1,
-    "roll": 2,
-    "softmax": 1,
-    "log_softmax": 1,
-    "cumsum": 1,
+    "flatten": slice(1, 2),
+    "unflatten": slice(1, 2),
+    "unsqueeze": slice(1, 2),
+    "squeeze": slice(1, 2),
+    "transpose": slice(1, 3),
+    "swapaxes": slice(1, 3),
+    "movedim": slice(1, 3),
+    "flip": slice(1, None),
+    "roll": slice(2, 3),
+    "softmax": slice(1, 2),
+    "log_softmax": slice(1, 2),
+    "cumsum": slice(1, 2),
 }
+_NAMED_DIMENSIONS = {"dim", "dims", "start_dim", "dim0", "dim1", "axis0", "axis1", "source", "destination"}
 
 
 class KeyedTensor(th.Tensor):
@@ -112,6 +114,15 @@ class KeyedDict(dict[str, Any]):
         """
         return with_noise(without_noise(self), self.row_noise)
 
+    def __deepcopy__(self, memo: Any) -> KeyedDict:
+        """
+        Copy the dictionary and its tensors; the copy carries the same noise, of the same policy.
+
+        :param memo: What has been copied already
+        :return: Copy
+        """
+        return with_noise({name: copy.deepcopy(part, memo) for name, part in self.items()}, self.row_noise)
+
 
 def with_noise(data: Any, noise: RowNoise) -> Any:
     """
@@ -137,9 +148,12 @@ def noise_of(data: Any) -> RowNoise | None:
     :return: Its row noise, or ``None`` if it carries none
     """
     noise: RowNoise | None = getattr(data, "row_noise", None)
-    if noise is None and isinstance(data, Mapping):
-        found = [noise_of(part) for part in data.values()]
-        noise = found[0] if found and all(part is not None and _same(part, found[0]) for part in found) else None
+    if isinstance(data, Mapping):
+        # What was put into a dictionary since it got its noise counts: rows may have been taken in another order.
+        found = [part for part in map(noise_of, data.values()) if part is not None]
+        if noise is None and len(found) < len(data):
+            return None
+        noise = noise if not found else found[0] if all(_same(part, found[0]) for part in found) else None
     return noise
 
 
@@ -202,10 +216,13 @@ def _noise_after(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], resul
     if name in ("view", "reshape", "expand", "repeat", "permute"):
         return first if _keeps_rows(name, args, first) else None
     if name in _ON_DIMENSIONS:
-        return first if _spares_first(args[1 : 1 + _ON_DIMENSIONS[name]], kwargs, args[0].dim()) else None
+        n_dims = args[0].dim() + (name == "unsqueeze")  # of the result, where the new dimension is counted
+        return first if _spares_first(args[_ON_DIMENSIONS[name]], kwargs, n_dims) else None
+    if not isinstance(result, th.Tensor) or name not in _ROW_BY_ROW:
+        return None
     # With more dimensions than before, broadcasting has put another one first.
     widened = any(isinstance(value, KeyedTensor) and value.dim() != result.dim() for value in (*args, *kwargs.values()))
-    return first if name in _ROW_BY_ROW and not widened else None
+    return None if widened else first
 
 
 def _noises(values: Any) -> Iterator[RowNoise]:
@@ -248,12 +265,21 @@ def _after_index(data: th.Tensor, index: Index, noise: RowNoise, result: th.Tens
         rows = int(rows) if rows.dtype != th.bool else None
     if rows is None or isinstance(rows, (int, bool)):  # a single row is no batch any more
         return None
+    if isinstance(index, tuple) and (rows is Ellipsis or isinstance(rows, slice)) and _come_first(index):
+        return None
     if rows is Ellipsis:
         taken = index if isinstance(index, tuple) else (index,)
         return noise if len([part for part in taken if part is not None]) <= data.dim() else None
     if isinstance(rows, th.Tensor) and rows.dim() != 1:
         return None
     return noise[rows] if result.dim() else None
+
+
+def _come_first(index: tuple[Any, ...]) -> bool:
+    """Whether tensors stand apart in an index: torch then puts what they select before all other dimensions."""
+    kept = [part is None or part is Ellipsis or isinstance(part, slice) for part in index]
+    places = [place for place, keeps in enumerate(kept) if not keeps]
+    return len(places) > 1 and places[-1] - places[0] >= len(places)
 
 
 def _keeps_rows(name: str, args: tuple[Any, ...], noise: RowNoise) -> bool:
@@ -274,9 +300,9 @@ def _keeps_rows(name: str, args: tuple[Any, ...], noise: RowNoise) -> bool:
 
 def _spares_first(dimensions: tuple[Any, ...], kwargs: dict[str, Any], n_dims: int) -> bool:
     """Whether the dimensions that an operation is about are given, and none of them is the first one."""
-    named = [value for name, value in kwargs.items() if name in ("dim", "dims", "start_dim", "dim0", "dim1", "source")]
+    named = [value for name, value in kwargs.items() if name in _NAMED_DIMENSIONS]
     given: list[Any] = []
     for value in (*dimensions, *named):
         given += list(value) if isinstance(value, (tuple, list)) else [value]
     numbers = [value for value in given if isinstance(value, int)]
-    return bool(numbers) and all(number % max(n_dims, 1) != 0 or number == n_dims for number in numbers)
+    return bool(numbers) and all(number % max(n_dims, 1) != 0 for number in numbers)

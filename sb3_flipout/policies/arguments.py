@@ -19,8 +19,8 @@ _ELSEWHERE = {
     "members": "is for algorithms with a replay buffer",
     "target_noise": "is for algorithms with a replay buffer",
     "prior_scale": "is for DQN and QRDQN",
-    "base_every": "is base_every_rollouts for PPO and its kin, base_every_steps for algorithms with a replay buffer; load what "
-    '0.1.0 saved with custom_objects={"policy_kwargs": dict(...)}, in which it has its new name',
+    "base_every": "is base_every_rollouts for PPO and its kin, base_every_steps for algorithms with a replay buffer; load "
+    'what 0.1.0 saved with custom_objects={"policy_kwargs": dict(...)}, in which it has its new name',
     "base_every_rollouts": "is for PPO and its kin; algorithms with a replay buffer have base_every_steps",
     "base_every_steps": "is for algorithms with a replay buffer; PPO and its kin have base_every_rollouts",
 }

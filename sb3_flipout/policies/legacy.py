@@ -38,6 +38,23 @@ def register_moved_modules(available: Iterable[str]) -> None:
             sys.modules.setdefault(f"{_PACKAGE}.{old}", import_module(f"{_PACKAGE}.{new}"))
 
 
+#: What was a choice of ``perturb`` in 0.1.0, and what says it now.
+_MOVED_CHOICES = {"linear": 'perturb="policy", layers="linear"', "hidden": 'perturb="policy", layers="hidden"'}
+
+
+def moved_hint(perturb: Any) -> str:
+    """
+    Say today's words for a choice of ``perturb`` that 0.1.0 had.
+
+    :param perturb: What came
+    :return: A hint; empty where it was no such choice
+    """
+    if not (isinstance(perturb, str) and perturb in _MOVED_CHOICES):
+        return ""
+    load = 'Load what 0.1.0 saved so with custom_objects={"policy_kwargs": dict(...)}.'
+    return f"Which kinds of layer is a setting of its own: {_MOVED_CHOICES[perturb]}. {load}"
+
+
 def translated_settings(saved: Mapping[str, Any]) -> dict[str, Any]:
     """
     Say settings of 0.1.0 in today's words.

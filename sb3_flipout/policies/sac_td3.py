@@ -69,6 +69,8 @@ class ActorMixin(OffPolicyMixin):
     :param target_noise: Noise of the next actions, and of target critics where critics have noise: ``"mean"`` weights (the
         default), ``"independent"`` of the online networks, or the ``"same"`` (the default with members)
     :param members: Number K of keys that exist; ``None``: no end of them
+    :param act_by_mode: Whether collection takes the most likely action of each row's perturbed actor, so that weight noise
+        alone explores; for actors that sample
     :param kwargs: Further keyword arguments of SB3's policy
     :raises TypeError: If an argument is unknown, or a value has a wrong type
     :raises ValueError: If a noise setting is unknown, out of range or unfit
@@ -106,16 +108,21 @@ class ActorMixin(OffPolicyMixin):
         schedule_fraction: float | None = None,
         target_noise: TargetNoise | None = None,
         members: int | None = None,
+        act_by_mode: bool = False,
         **kwargs: Any,
     ) -> None:
         noise: dict[str, Any] = dict(family=family, sigma_init=sigma_init, learn_sigma=learn_sigma, resample=resample)
         noise |= dict(base_every_steps=base_every_steps, noise_sharing=noise_sharing, perturb=perturb, layers=layers)
         noise |= dict(skip=skip, perturb_frozen=perturb_frozen, init=init)
         noise |= dict(schedule=schedule, schedule_end=schedule_end, schedule_fraction=schedule_fraction)
-        noise |= dict(target_noise=target_noise, members=members)
+        noise |= dict(target_noise=target_noise, members=members, act_by_mode=act_by_mode)
         self._init_off_policy(ActorSettings, noise, (observation_space, action_space), lr_schedule, args, kwargs)
 
     def _make_noisy(self, lr_schedule: Schedule) -> None:
+        if self.noise_settings.act_by_mode and self.actor_mixin is LearningDeterministicActor:
+            raise ValueError(
+                f"act_by_mode=True has no effect in {type(self).__name__}, whose actor is deterministic. Leave it out."
+            )
         perturbs_critics = self.noise_settings.perturb == "all"
         online = [self.actor, self.critic] if perturbs_critics else [self.actor]
         # In one call: a shared extractor is perturbed once, and no two layers have the same number.
@@ -205,8 +212,9 @@ class ActorMixin(OffPolicyMixin):
         return [net for net in nets if isinstance(net, LearnsUnderNoise)]
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
+        by_mode = self._acting_noise is not None and self.noise_settings.act_by_mode
         with self._acts(observation, deterministic):
-            return self.actor._predict(observation, deterministic)
+            return self.actor._predict(observation, deterministic or by_mode)
 
     @staticmethod
     def outputs_of(policy: Any, obs: Any) -> list[th.Tensor]:

@@ -10,11 +10,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal, get_args
 
-from sb3_flipout.checks import check_choice, check_flag, check_integer, check_number
+from sb3_flipout.checks import check_choice, check_flag, check_integer, check_number, check_strings
 from sb3_flipout.layers import LayerNoise
 from sb3_flipout.layers.convert import LAYERS
 from sb3_flipout.noise.schedule import SCHEDULES, scheduled_factor
 from sb3_flipout.noise.stream import check_resample
+from sb3_flipout.policies.legacy import moved_hint
 
 Perturb = Literal["policy", "heads", "all"]
 TargetNoise = Literal["independent", "same", "mean"]
@@ -65,9 +66,9 @@ class NoiseSettings:
         self._set(**{field.name: getattr(noise, field.name) for field in fields(LayerNoise)})
         self._set(
             resample=check_resample(self.resample),
-            perturb=check_choice("perturb", self.perturb, PERTURB_CHOICES, _moved_hint("perturb", self.perturb)),
+            perturb=check_choice("perturb", self.perturb, PERTURB_CHOICES, moved_hint(self.perturb)),
             layers=check_choice("layers", self.layers, LAYERS),
-            skip=(str(self.skip),) if isinstance(self.skip, str) else tuple(map(str, self.skip)),
+            skip=check_strings("skip", self.skip),
             perturb_frozen=check_flag("perturb_frozen", self.perturb_frozen),
         )
         self._check_schedule()
@@ -229,11 +230,20 @@ class ActorSettings(LearningSettings):
 
     By default their noise is that of the behaviour, as in Plappert et al. 2018: it is held for an episode, and the critic
     learns the values of the mean weights.
+
+    :param act_by_mode: Whether collection takes the most likely action of each row's perturbed actor, so that weight noise
+        alone explores; else one is sampled
     """
+
+    act_by_mode: bool = False
 
     #: Without members.
     _DEFAULT_RESAMPLE: ClassVar[str] = "episode"
     _DEFAULT_TARGET_NOISE: ClassVar[str] = "mean"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._set(act_by_mode=check_flag("act_by_mode", self.act_by_mode))
 
 
 @dataclass(frozen=True)
@@ -276,20 +286,11 @@ def _checked_period(name: str, every: Any, noise: LayerNoise) -> int | None:
     if every is None:
         return None
     number = check_integer(name, every, 1, hint="Use None for never.")
-    if not noise.draws_base:
+    follows_keys = name == "base_every_steps" and noise.noise_sharing == "shared"
+    if follows_keys or not noise.draws_base:
+        why = "where the draw changes with the keys, as resample says" if follows_keys else "where rows share no base draw"
         raise ValueError(
-            f"{name}={number} has no effect with family={noise.family!r} and noise_sharing={noise.noise_sharing!r}, where "
-            f"rows "
-            f"share no base draw. Leave {name} out."
+            f"{name}={number} has no effect with family={noise.family!r} and noise_sharing={noise.noise_sharing!r}, {why}. "
+            f"Leave {name} out."
         )
     return number
-
-
-#: What was a choice of another setting in 0.1.0, and what says it now.
-_MOVED = {"linear": 'perturb="policy", layers="linear"', "hidden": 'perturb="policy", layers="hidden"'}
-
-
-def _moved_hint(name: str, value: Any) -> str:
-    known = isinstance(value, str) and value in _MOVED
-    load = 'Load what 0.1.0 saved so with custom_objects={"policy_kwargs": dict(...)}.'
-    return f"Which kinds of layer is a setting of its own: {_MOVED[value]}. {load}" if known else ""

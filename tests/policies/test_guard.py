@@ -102,7 +102,9 @@ def test_a_tied_decoder_trains_exactly():
 @pytest.mark.filterwarnings("ignore:You have specified a mini-batch size")
 def test_layers_that_nobody_calls_are_named_in_a_warning():
     model = make_model(Unused)
-    with pytest.warns(UserWarning, match=rf"layers {NAME} are never called: .*policy_kwargs=dict\(skip=\['{NAME}'\]\)") as said:
+    with pytest.warns(
+        UserWarning, match=rf"layers {NAME} are never called: .*policy_kwargs=dict\(skip=\['{NAME}'\]\)"
+    ) as said:
         model.learn(48)
     assert len(said) == 1, "once, not at every update"
     make_model(Unused, skip=NAME).learn(24)

@@ -1,6 +1,5 @@
 """Features extractors of every kind of layer: the noise is there in collection and in the update, and it is the same."""
 
-
 import numpy as np
 import pytest
 import torch as th
@@ -269,7 +268,9 @@ def test_a_layer_that_sees_no_rows_is_refused_with_the_way_out():
 
 
 def test_frozen_layers_stay_as_they_are_unless_asked_for():
-    said = r"features_extractor\.net\.1: Linear is frozen; perturb_frozen=True perturbs it\. features_extractor\.net\.3: .*frozen"
+    said = (
+        r"features_extractor\.net\.1: Linear is frozen; perturb_frozen=True perturbs it\. features_extractor\.net\.3: .*frozen"
+    )
     with pytest.warns(UserWarning, match=said):
         models = {0: make_model(Frozen)}
     models[2] = make_model(Frozen, perturb_frozen=True)
