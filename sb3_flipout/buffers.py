@@ -91,6 +91,20 @@ class KeyedBufferMixin(RolloutBuffer):
 
     def _get_samples(self, batch_inds: np.ndarray, *args: Any, **kwargs: Any) -> Any:
         samples = super()._get_samples(batch_inds, *args, **kwargs)
+        if noise_of(samples.observations) is not None:  # hung on by the places that a user's class asked for
+            return samples
+        return _with_observations(samples, with_noise(samples.observations, self.row_noise(batch_inds)))
+
+
+class _SamplesByPlace(RolloutBuffer):
+    """
+    Stands between a user's buffer class and the stock one: the user's may ask for other places than it was asked for, sorted
+    ones for example.
+    """
+
+    def _get_samples(self, batch_inds: np.ndarray, *args: Any, **kwargs: Any) -> Any:
+        samples = super()._get_samples(batch_inds, *args, **kwargs)
+        assert isinstance(self, KeyedBufferMixin), "keyed puts the mixin before it"
         return _with_observations(samples, with_noise(samples.observations, self.row_noise(batch_inds)))
 
 
@@ -122,7 +136,9 @@ def keyed(buffer_class: type[RolloutBuffer]) -> type[RolloutBuffer]:
         return buffer_class
     # __module__ would be "abc" otherwise, which confuses readers of tracebacks.
     members = {"__module__": __name__, "__doc__": f"{buffer_class.__name__} that stores noise keys."}
-    return type(f"Keyed{buffer_class.__name__}", (KeyedBufferMixin, buffer_class), members)
+    stock = next(base for base in buffer_class.__mro__ if base.__module__.startswith(("stable_baselines3.", "sb3_contrib.")))
+    behind = () if stock is buffer_class else (type(f"Keyed{stock.__name__}", (_SamplesByPlace, stock), {}),)
+    return type(f"Keyed{buffer_class.__name__}", (KeyedBufferMixin, buffer_class, *behind), members)
 
 
 def store_noise(buffer: RolloutBuffer) -> None:

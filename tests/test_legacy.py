@@ -91,7 +91,9 @@ def test_a_seed_and_other_settings_are_taken_at_load() -> None:
     ],
 )
 def test_settings_with_other_names_are_refused_with_the_remedy(name: str, error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=re.escape(message) + r'.*0\.1\.0 saved .*custom_objects={"policy_kwargs": dict\(\.\.\.\)}'):
+    with pytest.raises(
+        error, match=re.escape(message) + r'.*0\.1\.0 saved .*custom_objects={"policy_kwargs": dict\(\.\.\.\)}'
+    ):
         PPO.load(FIXTURES / f"{name}.zip")
     assert load(name).policy.perturbed_network.layers  # the remedy
 

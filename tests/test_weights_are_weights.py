@@ -129,7 +129,9 @@ def test_weights_are_loaded_without_strictness() -> None:
     assert not plain.load_state_dict(noisy.state_dict(), strict=False).missing_keys
 
 
-@pytest.mark.parametrize(("algorithm", "noise"), [(PPO, {}), (DQN, {}), (DQN, dict(members=3)), (SAC, dict(family="dropconnect"))])
+@pytest.mark.parametrize(
+    ("algorithm", "noise"), [(PPO, {}), (DQN, {}), (DQN, dict(members=3)), (SAC, dict(family="dropconnect"))]
+)
 def test_an_average_of_models_over_training_writes_into_no_table(algorithm: Any, noise: dict[str, Any]) -> None:
     model = build(algorithm, **noise)
     average = AveragedModel(model.policy, use_buffers=True)
@@ -147,8 +149,19 @@ def test_an_average_of_models_over_training_writes_into_no_table(algorithm: Any,
             th.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6, equal_nan=True)
     # The layers still see what the tables say.
     again = build(algorithm, **noise)
-    for ours, theirs in zip(again.policy.perturbed_network.layers, build(algorithm, **noise).policy.perturbed_network.layers, strict=True):
+    for ours, theirs in zip(
+        again.policy.perturbed_network.layers, build(algorithm, **noise).policy.perturbed_network.layers, strict=True
+    ):
         assert all(th.equal(draw, theirs.bases()[1][name]) for name, draw in ours.bases()[1].items())
+
+
+def test_loading_the_members_of_an_ensemble_writes_into_no_table() -> None:
+    one, other = build(DQN, members=3, prior_scale=1.0), build(DQN, seed=2, members=3, prior_scale=1.0)
+    before, obs = process_tables(), th.rand(6, 4)
+    assert not th.equal(one.policy.member_values(obs), other.policy.member_values(obs))
+    other.policy.load_state_dict(one.policy.state_dict())
+    assert th.equal(one.policy.member_values(obs), other.policy.member_values(obs))
+    assert before == process_tables()
 
 
 # ---- two processes ------------------------------------------------------------------------------------------------------
@@ -181,7 +194,9 @@ def in_one_process(rank: int, folder: str) -> None:
         alone = copy.deepcopy(loss)  # DDP has just sent the weights of the first process to both
         alone(obs, keys).backward()
         parallel(obs, keys).backward()
-        bases_of = {layer.noise_index: layer.bases()[1]["weight_base"].clone() for layer in model.policy.perturbed_network.layers}
+        bases_of = {
+            layer.noise_index: layer.bases()[1]["weight_base"].clone() for layer in model.policy.perturbed_network.layers
+        }
         result = {
             "weights": weights_of(model.policy),
             "averaged": {name: p.grad for name, p in loss.named_parameters() if p.grad is not None},
@@ -316,7 +331,9 @@ def test_train_of_a_subclass_has_its_noise_before_learn(algorithm: Any) -> None:
 
 def test_the_modules_that_hold_tables_are_the_ones_looked_at() -> None:
     holders = {
-        name for name, module in sys.modules.items() if name.startswith("sb3_flipout.") and isinstance(vars(module).get("_TABLES"), dict)
+        name
+        for name, module in sys.modules.items()
+        if name.startswith("sb3_flipout.") and isinstance(vars(module).get("_TABLES"), dict)
     }
     assert holders == {bases.__name__, tables.__name__}
     assert np.all([isinstance(table, th.Tensor) for table in bases._TABLES.values()])

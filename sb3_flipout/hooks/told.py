@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
+from inspect import signature
 from typing import Any
 
 import numpy as np
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList
+from stable_baselines3.common.save_util import load_from_zip_file
 
 from sb3_flipout.buffers import KeyedBufferMixin, keyed, store_noise
 from sb3_flipout.policies.base import FlipoutPolicyMixin
@@ -84,12 +86,16 @@ def seed(original: Method, algorithm: Any, seed: int | None = None) -> None:
 
 def set_parameters(original: Method, algorithm: Any, load_path_or_dict: Any, *args: Any, **kwargs: Any) -> Any:
     """Refuse the optimizer of a policy without noise before anything is changed."""
-    weights = load_path_or_dict.get("policy") if isinstance(load_path_or_dict, Mapping) else None
+    bound = signature(original).bind(algorithm, load_path_or_dict, *args, **kwargs)
+    given = {**bound.arguments, **kwargs}
+    if not isinstance(load_path_or_dict, Mapping):  # a path: read here, as SB3 would
+        device = given.get("device", "auto")
+        load_path_or_dict = load_from_zip_file(load_path_or_dict, device=device, load_data=False)[1]
+    weights = load_path_or_dict.get("policy")
     learned = any(name.endswith("_sigma") for name in policy_of(algorithm).state_dict())
     if isinstance(weights, Mapping) and learned and not any(name.endswith("_sigma") for name in weights):
         others = [name for name in load_path_or_dict if name != "policy"]
-        exact = args[0] if args else kwargs.get("exact_match", True)
-        if others or exact:
+        if others or given.get("exact_match", True):
             raise ValueError(
                 "these are the parameters of a policy without noise: it has no sigma, and its optimizer none for it. To take "
                 "its "
@@ -100,6 +106,19 @@ def set_parameters(original: Method, algorithm: Any, load_path_or_dict: Any, *ar
 
 
 # ---- collecting and learning ------------------------------------------------------------------------------------------
+
+
+class _TellsOfOthers(BaseCallback):
+    """Tells the policy that callbacks of the user see a rollout start or end: their forward passes are none of its steps."""
+
+    def _on_rollout_start(self) -> None:
+        policy_of(self.model).marks.step_due = False
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_rollout_end(self) -> None:
+        policy_of(self.model).marks.step_due = False
 
 
 class _TellsRolloutStart(BaseCallback):
@@ -115,15 +134,15 @@ class _TellsRolloutStart(BaseCallback):
 def set_up_learning(original: Method, algorithm: Any, *args: Any, **kwargs: Any) -> Any:
     """Tell that the environments were reset: SB3 binds a new first observation when it does so."""
     _warn_of_epsilon(algorithm)
+    policy_of(algorithm).guard.check_whole(policy_of(algorithm), policy_of(algorithm).perturbed_network)
     policy_of(algorithm).marks.steered = False
     before = algorithm._last_obs
     total, callback = original(algorithm, *args, **kwargs)
     if algorithm._last_obs is not before:
         policy_of(algorithm).end_episodes(np.ones(algorithm.n_envs, dtype=bool))
-    teller = _TellsRolloutStart()
-    teller.model = algorithm
-    listed = CallbackList([callback, teller])
-    listed.model = algorithm
+    listed = CallbackList([_TellsOfOthers(), callback, _TellsRolloutStart()])
+    for one in (listed, listed.callbacks[0], listed.callbacks[-1]):
+        one.model = algorithm
     return total, listed
 
 

@@ -62,6 +62,8 @@ class PerturbedNetwork:
         self.plan = FactorPlan([layer.vectors() for layer in self.layers])
         #: Numbers of the layers that have been called under noise, while somebody wants to know.
         self.visited: set[int] | None = None
+        #: Whether rows were given noise meanwhile.
+        self.asked = False
         self._now = _NOTHING
 
     # ---- what the rows see ---------------------------------------------------------------------------------------
@@ -122,6 +124,7 @@ class PerturbedNetwork:
     def _views(self, noise: RowNoise) -> tuple[RowView, ...]:
         """What each layer needs of row noise: the noise itself, and the factor vectors of its rows."""
         noise.materialise()
+        self.asked = True
         if not self.plan.width:
             return tuple([RowView(noise, ()) for _ in self.layers])
         dtypes = {layer.like.dtype for layer in self.layers}

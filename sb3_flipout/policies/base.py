@@ -83,6 +83,16 @@ class FlipoutPolicyMixin(NoiseState):
         if not quietly:  # SB3's networks hold layers; a matrix of their own, as gSDE's, is no layer that stays plain
             warn_of_plain({name: why for name, why in left.items() if not isinstance(names[name], BaseModel)}, stacklevel=6)
 
+    def _last_linear(self, module: nn.Module) -> nn.Module:
+        """The layer that perturb="heads" stands for."""
+        found = [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
+        if not found:
+            raise ValueError(
+                f'perturb="heads" stands for the last linear layer, and {type(module).__name__} has none. Use perturb="policy", '
+                "and leave out by skip what is to stay plain."
+            )
+        return found[-1]
+
     def _find_layouts(self, network: PerturbedNetwork, run: Callable[[Any], Any]) -> None:
         """Find out where the rows of a batch lie in what the layers of a network get."""
         names = {layer: name for name, layer in self.named_modules() if isinstance(layer, FlipoutLayer)}
@@ -137,7 +147,7 @@ class FlipoutPolicyMixin(NoiseState):
         elif operation is not None:
             cause = f"it had keys and lost them in the operation {operation!r}"
         else:
-            cause = "it never had any"
+            cause = "it never had any, or was made of single rows or through several operations that do not hand them on"
         raise ValueError(
             f"a batch reached {type(self).__name__} in an update without its noise keys, so its noise cannot be replayed: "
             f"{cause}. "

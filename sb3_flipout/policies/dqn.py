@@ -104,7 +104,7 @@ class ValueMixin(OffPolicyMixin):
 
     def _make_noisy(self, lr_schedule: Schedule) -> None:
         for role, net in ((Role.ONLINE, self.online), (Role.TARGET, self.target)):
-            part = self._head(net) if self.noise_settings.perturb == "heads" else net
+            part = self._last_linear(net) if self.noise_settings.perturb == "heads" else net
             self._perturb([part], quietly=role == Role.TARGET)
             network = attach(flipout_layers([net]), of_policy=True)
             learns_under_noise(net, LearningValueNetwork).join_noise(network, self.learning, role)
@@ -139,9 +139,6 @@ class ValueMixin(OffPolicyMixin):
 
     def _learning_networks(self) -> list[LearnsUnderNoise]:
         return [self.online, self.target]
-
-    def _head(self, net: nn.Module) -> nn.Module:
-        return [module for module in net.modules() if isinstance(module, nn.Linear)][-1]
 
     def _add_prior(self) -> None:
         """Add a frozen random function per member to the values of both networks."""

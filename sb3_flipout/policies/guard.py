@@ -41,15 +41,43 @@ class VisitGuard:
         :param policy: Policy
         :param network: The network of its layers that act
         :return: Context manager
+        :raises ValueError: If rows were given noise and no layer took it
         """
         if self.done or self.collected or _is_compiled(policy):
             yield
             return
-        network.visited = set()
+        network.visited, network.asked = set(), False
         try:
             yield
         finally:
             self.collected, network.visited = network.visited or None, None
+        if network.asked and not self.collected:
+            names = ", ".join(name for name, layer in policy.named_modules() if layer in network.layers)
+            raise ValueError(
+                f"the policy has acted, and none of its perturbed layers was called, so nothing explores: {names}. Their weights "
+                'are not used, or are read by a module that does not call them. Call them in its forward, or choose others: '
+                'perturb="policy" takes all, and perturb="heads" the last linear layer that the network has, in the order in '
+                "which its modules are registered."
+            )
+
+    @staticmethod
+    def check_whole(policy: nn.Module, network: PerturbedNetwork) -> None:
+        """
+        Look, before training, whether all layers that are perturbed are still those that the policy has.
+
+        :param policy: Policy
+        :param network: The network of its layers that act
+        :raises ValueError: If some have been replaced
+        """
+        inside = {id(module) for module in policy.modules()}
+        gone = [layer for layer in network.layers if id(layer) not in inside]
+        if gone:
+            raise ValueError(
+                f"{len(gone)} of {len(network.layers)} perturbed layers are no longer in the policy: "
+                f"{', '.join(map(str, gone))}. They have been replaced since it was made, and what stands in their place has no "
+                "noise. Make the network as you want it in a policy of your own (its _build, make_q_net or make_actor), so that "
+                "it is whole before it is perturbed; or leave the module that you replace out: policy_kwargs=dict(skip=[...])."
+            )
 
     @contextmanager
     def update(self, network: PerturbedNetwork) -> Iterator[None]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from inspect import signature
 from typing import Any
 
+import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.torch_layers import FlattenExtractor, NatureCNN
+from torch import nn
 
 
 def n_rows(obs: Any) -> int:
@@ -18,6 +21,38 @@ def n_rows(obs: Any) -> int:
     :return: Size of the first dimension
     """
     return len(next(iter(obs.values()))) if isinstance(obs, dict) else len(obs)
+
+
+@contextmanager
+def looked_at(*networks: nn.Module) -> Iterator[None]:
+    """
+    Run networks to see what they do, in evaluation mode, and leave everything as it was: modes, torch's generator, and buffers,
+    which a network may write into in each forward pass (running statistics).
+
+    :param networks: Networks
+    :return: Context manager
+    """
+    modules = [module for network in networks for module in network.modules()]
+    modes = [(module, module.training) for module in modules]
+    known = [(module._buffers, name) for module in modules for name, buffer in module._buffers.items() if _is_filled(buffer)]
+    kept: list[Any] = [(buffers, name, buffers[name], buffers[name].clone()) for buffers, name in known]  # type: ignore[union-attr]
+    try:
+        with th.no_grad(), th.random.fork_rng(devices=[]):
+            for network in networks:
+                network.eval()
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        with th.no_grad():
+            for buffers, name, buffer, value in kept:
+                buffers[name] = buffer
+                if not th.equal(buffer, value):
+                    buffer.copy_(value)
+
+
+def _is_filled(buffer: th.Tensor | None) -> bool:
+    return buffer is not None and not th.nn.parameter.is_lazy(buffer)
 
 
 def check_extractor(observation_space: spaces.Space[Any], policy_class: type, kwargs: Mapping[str, Any]) -> None:

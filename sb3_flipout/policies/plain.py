@@ -10,6 +10,8 @@ import numpy as np
 import torch as th
 from stable_baselines3.common.policies import BasePolicy
 
+from sb3_flipout.policies.observations import looked_at
+
 _COMPARED = 16  # observations
 
 
@@ -66,14 +68,7 @@ def _agree(policy: Any, plain: BasePolicy) -> bool:
         batch: Any = {name: np.stack([sample[name] for sample in samples]) for name in samples[0]}
     else:
         batch = np.stack(samples)
-    modes = [(module, module.training) for of_policy in (policy, plain) for module in of_policy.modules()]
-    try:
-        with th.no_grad(), th.random.fork_rng(devices=[]):
-            policy.eval()
-            plain.eval()
-            obs = policy.obs_to_tensor(batch)[0]
-            pairs = zip(policy.mean_outputs(obs), policy.outputs_of(plain, obs), strict=True)
-            return all(th.allclose(own, other, rtol=1e-4, atol=1e-5, equal_nan=True) for own, other in pairs)
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    with looked_at(policy, plain):
+        obs = policy.obs_to_tensor(batch)[0]
+        pairs = zip(policy.mean_outputs(obs), policy.outputs_of(plain, obs), strict=True)
+        return all(th.allclose(own, other, rtol=1e-4, atol=1e-5, equal_nan=True) for own, other in pairs)

@@ -13,6 +13,7 @@ from torch import nn
 
 from sb3_flipout.layers import FlipoutLayer
 from sb3_flipout.layers.row_layout import PROBED_ROWS, find_layouts
+from sb3_flipout.policies.observations import looked_at
 
 _TRIES = 3  # sets of observations: units that are dead for one may live for another
 
@@ -26,20 +27,15 @@ def give_layouts(layers: Mapping[str, FlipoutLayer], run: Callable[[Any], Any], 
     :param policy: The policy, in which nothing changes
     :raises ValueError: If what a layer gets has no rows of the batch
     """
-    modes = [(module, module.training) for module in policy.modules()]
-    policy.eval()
-    try:
-        with th.no_grad(), th.random.fork_rng(devices=[]):
-            found = _found(layers, run, policy)
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    with looked_at(policy):
+        found = _found(layers, run, policy)
     for name, layout in found.items():
         if layout is None:
             raise ValueError(
                 f"{name} ({type(layers[name]).__name__}) gets an input in which it cannot be told which entry belongs to "
                 f"which "
-                "row of the batch: it mixes rows, or is the same for all of them. So no row could have weights of its own "
+                "row of the batch: it mixes rows (attention and recurrent layers do that to input that is batch first, unless they "
+                "are made with batch_first=True), or is the same for all of them. So no row could have weights of its own "
                 "there. "
                 f"Leave the module out: policy_kwargs=dict(skip=[{name!r}])."
             )

@@ -139,7 +139,7 @@ class ActorMixin(OffPolicyMixin):
     def _actor_modules(self, actor: Any) -> list[nn.Module]:
         if self.noise_settings.perturb != "heads":
             return [actor]
-        last = [module for module in actor.mu.modules() if isinstance(module, nn.Linear)][-1]
+        last = self._last_linear(actor.mu)
         return [last, actor.log_std] if isinstance(getattr(actor, "log_std", None), nn.Linear) else [last]
 
     def _join_critic(self, perturbs_critics: bool) -> None:

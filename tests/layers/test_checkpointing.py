@@ -185,6 +185,25 @@ def test_noise_that_the_block_itself_asks_for() -> None:
     assert_same_gradients(*nets)
 
 
+def test_two_noises_that_the_block_itself_asks_for() -> None:
+    """Each ``with`` says it again, and what stands outside them sees what it saw outside."""
+    nets = pair()
+    for net in nets:
+
+        def forward(x: th.Tensor, net: Net = net) -> th.Tensor:
+            with perturbed(net, KEYS):
+                x = net.blocks[0](x)
+            with perturbed(net, OTHERS):
+                x = net.blocks[1](x)
+            return net.blocks[2](x)
+
+        with perturbed(net, KEYS + 7):
+            h = checkpoint(forward, inputs(), use_reentrant=False) if net.recomputed else forward(inputs())
+        with perturbed(net, KEYS + 1):
+            h.square().sum().backward()
+    assert_same_gradients(*nets)
+
+
 def test_checkpoints_in_checkpoints() -> None:
     nets = pair()
     for net in nets:

@@ -150,6 +150,15 @@ NOTHING_WRONG = {
         f"{kind.__name__.lower()}-shared": (kind, "box", SIZES, dict(perturb="all", share_features_extractor=True))
         for kind in (SAC, TD3, TQC)
     },
+    **{
+        f"{kind.__name__.lower()}-shared-layers": (
+            kind,
+            "box",
+            SIZES,
+            dict(perturb="all", share_features_extractor=True, features_extractor_class=Tied),
+        )
+        for kind in (SAC, TD3)
+    },
     "td3-random-at-first": (TD3, "box", SIZES | dict(learning_starts=30), {}),
 }
 

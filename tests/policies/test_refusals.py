@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -184,10 +185,19 @@ def everything(model: Any) -> tuple[Any, ...]:
     return weights, policy.noise_state(), bases, optimizers, model.env.envs[0].unwrapped.np_random.bit_generator.state
 
 
-def stock_parameters(algorithm: Any) -> Any:
+def stock_model(algorithm: Any) -> Any:
     arguments = dict(buffer_size=20) if algorithm in OFF_POLICY else {}
     env = vector_env("discrete" if algorithm in VALUES else "box", 2)
-    return algorithm("MlpPolicy", env, policy_kwargs=dict(net_arch=[8]), **arguments).get_parameters()
+    return algorithm("MlpPolicy", env, policy_kwargs=dict(net_arch=[8]), **arguments)
+
+
+def stock_parameters(algorithm: Any) -> Any:
+    return stock_model(algorithm).get_parameters()
+
+
+def stock_zip(algorithm: Any) -> io.BytesIO:
+    stock_model(algorithm).save(file := io.BytesIO())
+    return file
 
 
 SETTERS: dict[str, Any] = {
@@ -197,6 +207,8 @@ SETTERS: dict[str, Any] = {
     "stock weights, strictly": lambda model: model.policy.load_state_dict(stock_parameters(type(model))["policy"]),
     "stock parameters": lambda model: model.set_parameters(stock_parameters(type(model))),
     "stock parameters, inexact": lambda model: model.set_parameters(stock_parameters(type(model)), exact_match=False),
+    "stock zip": lambda model: model.set_parameters(stock_zip(type(model))),
+    "stock zip, inexact": lambda model: model.set_parameters(stock_zip(type(model)), False),
     "state of other settings": lambda model: model.policy.set_noise_state(
         {**model.policy.noise_state(), "settings": dict(family="dropconnect"), "steps": 1000}
     ),

@@ -7,8 +7,8 @@ import sys
 import numpy as np
 import pytest
 import torch as th
-from helpers import CASES, NoiseRecorder, vector_env
-from stable_baselines3 import A2C, PPO
+from helpers import CASES, NoiseRecorder, ReplayProbe, vector_env
+from stable_baselines3 import A2C, DQN, PPO, SAC
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 
@@ -198,3 +198,164 @@ def test_rollout_broken_off_by_a_callback_ends_all_episodes():
     model.learn(48, callback=Stop())
     held = model.policy._keys._drawn.copy()
     assert (held == 5).all()
+
+
+# ---- settings at load -------------------------------------------------------------------------------------------------
+
+OFF = dict(learning_starts=4, batch_size=4, buffer_size=100, train_freq=2, seed=1)
+NO_EPSILON = dict(exploration_initial_eps=0.0, exploration_final_eps=0.0)
+
+
+def build_any(algorithm, **noise):
+    if algorithm is PPO:
+        return build(net_arch=[8], **noise)
+    kwargs = dict(net_arch=[8], **noise)
+    action, arguments = ("discrete", {**OFF, **NO_EPSILON}) if algorithm is DQN else ("box", OFF)
+    return algorithm("FlipoutMlpPolicy", vector_env(action), policy_kwargs=kwargs, **arguments)
+
+
+def load_with(model, path, **noise):
+    model.save(path)
+    env = vector_env("discrete" if isinstance(model, DQN) else "box")
+    return type(model).load(path, env=env, custom_objects={"policy_kwargs": dict(net_arch=[8], **noise)})
+
+
+MAY_CHANGE = [
+    *((algorithm, {}, dict(learn_sigma=False)) for algorithm in (PPO, DQN, SAC)),
+    *((algorithm, dict(learn_sigma=False), {}) for algorithm in (PPO, DQN, SAC)),
+    *((algorithm, {}, dict(resample="episode", sigma_init=0.1)) for algorithm in (PPO, DQN, SAC)),
+    *((algorithm, {}, dict(base_every_steps=3, target_noise="same", resample=4)) for algorithm in (DQN, SAC)),
+    (PPO, {}, dict(base_every_rollouts=None)),
+    (PPO, {}, dict(noise_sharing="independent")),
+    (PPO, {}, dict(schedule="cosine", schedule_fraction=1.0)),
+    (PPO, {}, dict(init="noisynet")),
+    (DQN, dict(members=3, prior_scale=1.0), dict(members=3, prior_scale=0.5)),
+    (DQN, dict(members=3), dict(members=3, target_noise="mean", resample="step")),
+]
+
+
+@pytest.mark.parametrize(("algorithm", "saved", "here"), MAY_CHANGE)
+def test_settings_that_change_no_shape_may_change_at_load(algorithm, saved, here, tmp_path):
+    model = build_any(algorithm, **saved).learn(48)
+    loaded = load_with(model, tmp_path / "model", **here)
+    for name, value in here.items():
+        assert getattr(loaded.policy.noise_settings, name) == value
+    own = loaded.policy.state_dict()
+    assert own.keys() == model.policy.state_dict().keys()
+    assert all(th.equal(own[name], value) for name, value in model.policy.state_dict().items())
+    assert loaded.policy._keys.step == model.policy._keys.step == 16
+    before = {name: value.clone() for name, value in own.items()}
+    loaded.learn(48, reset_num_timesteps=False)
+    moved = [name for name, value in loaded.policy.state_dict().items() if not th.equal(value, before[name])]
+    assert any(name.endswith("weight") for name in moved)
+    assert any(name.endswith("_sigma") for name in moved) == loaded.policy.noise_settings.learn_sigma
+
+
+REFUSED = [
+    (PPO, {}, dict(perturb="heads"), "perturb: saved 'policy', here 'heads'"),
+    (PPO, {}, dict(layers="linear"), "layers: saved 'all', here 'linear'"),
+    (PPO, {}, dict(skip="action_net"), "skip: saved [], here ('action_net',)"),
+    (PPO, {}, dict(perturb_frozen=True), "perturb_frozen: saved False, here True"),
+    (PPO, {}, dict(family="isotropic"), "family: saved 'gaussian', here 'isotropic'"),
+    (PPO, dict(family="dropconnect"), {}, "family: saved 'dropconnect', here 'gaussian'"),
+    (SAC, {}, dict(perturb="all"), "perturb: saved 'policy', here 'all'"),
+    (SAC, dict(members=3), {}, "members: saved 3, here None"),
+    (DQN, {}, dict(members=3), "members: saved None, here 3"),
+    (DQN, dict(members=3), dict(members=4), "members: saved 3, here 4"),
+    (DQN, dict(members=3), dict(members=3, prior_scale=1.0), "prior_scale: saved 0.0, here 1.0"),
+    (DQN, dict(members=3), dict(members=3, family="factorised"), "family: saved 'gaussian', here 'factorised'"),
+    (DQN, dict(members=3), dict(members=3, noise_sharing="independent"), "noise_sharing: saved 'flipout', here 'independent'"),
+]
+
+
+@pytest.mark.parametrize(("algorithm", "saved", "here", "message"), REFUSED)
+def test_settings_that_weights_depend_on_are_refused_by_name(algorithm, saved, here, message, tmp_path):
+    model = build_any(algorithm, **saved)
+    with pytest.raises(NoiseStateError, match=re.escape(f"({message})") + r".*custom_objects={\"policy_kwargs\": dict"):
+        load_with(model, tmp_path / "model", **here)
+    other = build_any(algorithm, **here)
+    weights = {name: value.clone() for name, value in other.policy.state_dict().items()}
+    bases, state = [layer.base_key for layer in other.policy.perturbed_network.layers], other.policy.noise_state()
+    with pytest.raises(NoiseStateError, match=re.escape(message.replace("[]", "()"))):
+        other.policy.set_noise_state(model.policy.noise_state())
+    assert state == other.policy.noise_state() and bases == [layer.base_key for layer in other.policy.perturbed_network.layers]
+    for name, value in other.policy.state_dict().items():
+        assert th.allclose(weights[name], value, rtol=0, atol=0, equal_nan=True), name  # the prior's unit is not known yet
+    load_with(model, tmp_path / "model", **saved)  # the remedy
+
+
+NUMPY = [
+    (PPO, dict(family=np.str_("factorised")), dict(family="factorised")),
+    (PPO, dict(resample=np.str_("episode"), perturb=np.str_("heads")), dict(resample="episode", perturb="heads")),
+    (PPO, dict(learn_sigma=np.bool_(False), init=np.str_("keep")), dict(learn_sigma=False, init="keep")),
+    (PPO, dict(base_every_rollouts=np.int32(2), sigma_init=np.float64(0.25)), dict(base_every_rollouts=2, sigma_init=0.25)),
+    (PPO, dict(skip=np.array(["action_net"]), layers=np.str_("linear")), dict(skip=("action_net",), layers="linear")),
+    (PPO, dict(schedule=np.str_("linear"), schedule_fraction=np.float32(0.5)), dict(schedule="linear", schedule_fraction=0.5)),
+    (DQN, dict(members=np.int64(3), prior_scale=np.float64(0.5)), dict(members=3, prior_scale=0.5)),
+    (SAC, dict(target_noise=np.str_("same"), base_every_steps=np.int16(3)), dict(target_noise="same", base_every_steps=3)),
+]
+
+
+@pytest.mark.parametrize(("algorithm", "given", "plain"), NUMPY, ids=lambda value: str(value)[:50])
+def test_settings_of_numpy_are_saved_as_plain_values(algorithm, given, plain, tmp_path):
+    model = build_any(algorithm, **given)
+    model.save(tmp_path / "model")
+    model.policy.save(tmp_path / "policy")
+    for policy in (model.policy, algorithm.load(tmp_path / "model").policy, type(model.policy).load(tmp_path / "policy")):
+        saved = policy.noise_state()["settings"]
+        for name, value in plain.items():
+            assert saved[name] == value and type(saved[name]) is type(value), name
+            assert name != "skip" or [type(item) for item in saved[name]] == [str]
+
+
+# ---- rollout buffers made by hand --------------------------------------------------------------------------------------
+
+
+def by_hand(model, n_steps, buffer_class=RolloutBuffer, **kwargs):
+    spaces = (model.observation_space, model.action_space)
+    return buffer_class(n_steps, *spaces, device=model.device, gae_lambda=0.95, gamma=0.99, n_envs=model.n_envs, **kwargs)
+
+
+@pytest.mark.parametrize("loads", [False, True])
+def test_a_rollout_buffer_made_by_hand_stores_the_noise(loads, tmp_path):
+    model = build()
+    if loads:
+        model.save(tmp_path / "model")
+        model = PPO.load(tmp_path / "model", env=vector_env())
+    model.n_steps, model.rollout_buffer = 24, by_hand(model, 24)
+    probe, recorder = ReplayProbe(8), NoiseRecorder()
+    model.learn(144, callback=[probe, recorder])
+    assert probe.rollouts == 2 and probe.worst_ratio < 1e-5 < 1e-3 < probe.least_effect
+    assert recorder.keys[0].shape == (24, 3) and len(np.unique(recorder.all_keys())) == 144
+
+
+def test_a_rollout_buffer_of_another_length_stores_the_noise():
+    model = build()
+    model.n_steps = model.rollout_buffer.buffer_size = 8
+    probe = ReplayProbe(8)
+    model.learn(48, callback=probe)
+    assert probe.rollouts == 2 and probe.worst_ratio < 1e-5 < 1e-3 < probe.least_effect
+
+
+def test_a_buffer_without_keys_says_what_it_needs():
+    model = build()
+    model.rollout_buffer = by_hand(model, 16, ReplayLike)
+    model.n_steps = 16
+    with pytest.raises(TypeError, match=r"cannot store noise keys: it must be a subclass of RolloutBuffer"):
+        model.learn(48)
+    fitting = build()
+    obs = fitting.env.reset()
+    with th.no_grad():
+        actions, values, log_prob = fitting.policy(th.as_tensor(obs))
+    step = (obs, actions.numpy(), np.zeros(3), np.ones(3), values)
+    with pytest.raises(ValueError, match=r"carries no noise keys.*very log-probabilities that policy\(obs\) gave"):
+        fitting.rollout_buffer.add(*step, log_prob.numpy().sum() + th.zeros(3))
+    assert fitting.rollout_buffer.pos == 0 and not fitting.rollout_buffer.noise_keys.any()
+    fitting.rollout_buffer.add(*step, log_prob)  # the remedy
+
+
+class ReplayLike:
+    """No rollout buffer, but it looks like one."""
+
+    def __init__(self, buffer_size, *args, **kwargs):
+        self.buffer_size = buffer_size

@@ -17,6 +17,7 @@ from torch.distributions import kl_divergence
 
 from sb3_flipout import perturbed
 from sb3_flipout.callbacks import MonitorNoise
+from sb3_flipout.layers import effective_weight
 from sb3_flipout.noise import noise_of
 from sb3_flipout.noise.carried import without_noise
 
@@ -79,7 +80,7 @@ class Onlooker(BaseCallback):
         with th.no_grad(), th.random.fork_rng(devices=[]):
             self.model.policy(obs)
             self.model.policy(obs, deterministic=True)
-            self.model.predict(obs.numpy(), deterministic=False)
+            self.model.policy.predict(obs.numpy(), deterministic=False)
         self.asked += 1
 
     def _on_rollout_start(self):
@@ -146,6 +147,17 @@ def test_an_extractor_in_double_precision(noise):
     assert probe.rollouts == 2 and probe.worst_ratio <= 1e-5 and probe.least_effect > 1e-3
 
 
+def test_each_layer_has_its_noise_in_its_own_precision():
+    kwargs = dict(features_extractor_class=Double, family="factorised")
+    policy = PPO("FlipoutMlpPolicy", vector_env(), n_steps=8, batch_size=8, seed=1, policy_kwargs=kwargs).policy
+    layer, x, keys = policy.features_extractor.net[0], th.rand(6, 5).double(), th.arange(6)
+    with th.no_grad(), perturbed(policy, keys):
+        found = layer(x)
+    for row, key in enumerate(keys):
+        weight, bias = effective_weight(layer, key)
+        th.testing.assert_close(found[row], weight @ x[row] + bias, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("algorithm", [DQN, SAC])
 def test_an_extractor_in_double_precision_off_policy(algorithm):
     arguments = REPLAYED | (GREEDY if algorithm is DQN else {})
@@ -180,11 +192,12 @@ class Padded(BaseFeaturesExtractor):
         self.encoder = nn.TransformerEncoder(layer, 1)
 
     def forward(self, x):
-        padding = x[..., 0] > 0.5
-        padding[:, 0] = False
+        lengths = 1 + (2 * (x[:, 0, 0] + 1)).long()
+        padding = th.arange(x.shape[1]) >= lengths[:, None]
         return self.encoder(x, src_key_padding_mask=padding)[:, 0]
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
 def test_sequences_with_padding_and_a_monitor_of_their_noise():
     space = spaces.Box(-1, 1, (5, 6), np.float32)
     env = make_vec_env(lambda: RandomEnv(spaces.Discrete(4), space), n_envs=5, seed=0)
