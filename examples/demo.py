@@ -1,86 +1,126 @@
-"""Demo: PPO that explores CartPole-v1 by weight noise, next to stock PPO; run by `make demo`.
+"""Demo: DQN that explores DeepSea by weight noise, next to stock DQN with epsilon-greedy; run by `make demo`.
 
-    python examples/demo.py [--out demo_output] [--seed 0] [--no-comparison]
+    python examples/demo.py [--out demo_output] [--seed 0] [--size 14] [--no-comparison]
 
-Trains until the mean weights (`deterministic=True`) score at least 475 on average over 20 episodes, and then stock PPO in
-the same way. Leaves models, TensorBoard logs and a learning curve in demo_output/, and says where each of them lies.
-It takes a minute or two on one core. The exit status is 1 if the flipout policy did not reach 475.
+DeepSea (Osband et al.) is a grid that a diver falls through, one row a step, left or right. One treasure lies in the bottom
+right corner, each step to the right costs a little, and 2^14 random dives find the treasure once. With `members=10` the
+weight noise has ten keys, so one network is ten value functions, which disagree where nobody has been yet: each dive follows
+one of them. Trains until more than 90 of the last 100 dives reach the treasure, and then stock DQN for as many dives.
+
+Leaves models, TensorBoard logs and a picture in demo_output/, and says where each of them lies. It takes a minute or two. The
+exit status is 1 if the treasure was not learned.
 """
 
 import argparse
 import sys
 import time
+from collections import deque
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch as th
 from matplotlib.figure import Figure
-from stable_baselines3 import PPO
-from stable_baselines3.common.callbacks import EvalCallback, StopTrainingOnRewardThreshold
+from stable_baselines3 import DQN
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
-from stable_baselines3.common.utils import LinearSchedule
 
-import sb3_flipout  # noqa: F401  (gives PPO the policy names "FlipoutMlpPolicy" and so on)
+from sb3_flipout.callbacks import MonitorNoise
+from sb3_flipout.envs import DeepSea
 
-ENV, THRESHOLD, EPISODES, MAX_STEPS, EVAL_EVERY = "CartPole-v1", 475.0, 20, 100_000, 2048
-LABELS = {"flipout": "FlipoutMlpPolicy, mean weights", "stock": "MlpPolicy (stock SB3)"}
-
-# rl_zoo3's tuned hyperparameters for CartPole-v1; no entropy bonus.
-PPO_SETTINGS = dict(
-    n_steps=32,
-    batch_size=256,
-    gae_lambda=0.8,
-    gamma=0.98,
-    n_epochs=20,
-    learning_rate=LinearSchedule(1e-3, 0.0, 1.0),
-    clip_range=LinearSchedule(0.2, 0.0, 1.0),
-    ent_coef=0.0,
+WINDOW, NEEDED, LIMIT = 100, 90, 800  # episodes
+DQN_SETTINGS = dict(
+    learning_rate=1e-3,
+    batch_size=128,
+    buffer_size=50_000,
+    learning_starts=100,
+    train_freq=1,
+    target_update_interval=4,
     device="cpu",
 )
-# Gaussian noise on all weights that the action depends on, new for every environment at every step, with learned sigma.
+NET = dict(net_arch=[50, 50])
+#: Policy, its settings, and how epsilon falls: weight noise explores alone.
 POLICIES = {
-    "flipout": ("FlipoutMlpPolicy", dict(family="gaussian", sigma_init=0.5, resample="step")),
-    "stock": ("MlpPolicy", {}),
+    "flipout": (
+        "FlipoutMlpPolicy",
+        dict(members=10, prior_scale=0.35),
+        dict(exploration_initial_eps=0.0, exploration_final_eps=0.0),
+    ),
+    "stock": ("MlpPolicy", {}, dict(exploration_fraction=0.25, exploration_final_eps=0.1)),
 }
+LABELS = {"flipout": "weight noise (FlipoutMlpPolicy, 10 members)", "stock": "epsilon-greedy (stock MlpPolicy)"}
 
 
-def train(name: str, out: Path, seed: int) -> float:
-    """Train one policy up to the threshold or MAX_STEPS, save it, and return the score of its last evaluation."""
-    policy, policy_kwargs = POLICIES[name]
-    env = make_vec_env(ENV, n_envs=8, seed=seed)
-    model = PPO(policy, env, policy_kwargs=policy_kwargs, seed=seed, tensorboard_log=str(out / "tensorboard"), **PPO_SETTINGS)
-    evaluation = EvalCallback(
-        make_vec_env(ENV, n_envs=EPISODES, seed=seed + 1000),
-        callback_on_new_best=StopTrainingOnRewardThreshold(THRESHOLD),
-        n_eval_episodes=EPISODES,
-        eval_freq=EVAL_EVERY // env.num_envs,
-        log_path=str(out / "evaluations" / name),
-        deterministic=True,
-        verbose=0,
-    )
-    print(f"\n{policy}: training on {ENV} until {THRESHOLD:g} is reached, {MAX_STEPS} steps at most")
+@dataclass
+class Result:
+    """What a training has seen: visits of each cell, and whether each episode reached the treasure."""
+
+    visits: np.ndarray
+    reached: list[bool] = field(default_factory=list)
+
+    @property
+    def learned(self) -> bool:
+        return sum(self.reached[-WINDOW:]) > NEEDED
+
+
+class Watch(BaseCallback):
+    """Notes visits and ends of episodes; stops when the treasure is learned, or at the limit."""
+
+    def __init__(self, size: int, limit: int) -> None:
+        super().__init__()
+        self.result, self.limit = Result(np.zeros((size, size), dtype=int)), limit
+        self._last: deque[bool] = deque(maxlen=WINDOW)
+
+    def _on_step(self) -> bool:
+        result = self.result
+        result.visits.flat[int(self.model._last_obs[0].argmax())] += 1
+        if self.locals["dones"][0]:
+            result.reached.append(bool(self.locals["infos"][0]["reached_goal"]))
+            self._last.append(result.reached[-1])
+            self.logger.record("rollout/treasure_rate", float(np.mean(self._last)))
+        return not result.learned and len(result.reached) < self.limit
+
+
+def train(name: str, out: Path, seed: int, size: int, limit: int) -> Result:
+    """Train one policy until the treasure is learned, or for so many episodes; save it and give what it has seen."""
+    policy, noise, epsilon = POLICIES[name]
+    env = make_vec_env(lambda: DeepSea(size, mapping_seed=seed), seed=seed)
+    logs, settings = str(out / "tensorboard"), {**DQN_SETTINGS, **epsilon}
+    model = DQN(policy, env, policy_kwargs={**NET, **noise}, seed=seed, tensorboard_log=logs, **settings)
+    watch = Watch(size, limit)
+    callbacks: list[BaseCallback] = [watch, MonitorNoise()] if name == "flipout" else [watch]
+    print(f"\n{LABELS[name]}: {limit} dives at most", flush=True)
     start = time.perf_counter()
-    model.learn(MAX_STEPS, callback=evaluation, tb_log_name=name, progress_bar=True)
-    model.save(out / f"{name}_ppo_cartpole.zip")
-    score = evaluation.last_mean_reward
-    print(f"{policy}: {score:.1f} after {model.num_timesteps} steps, {time.perf_counter() - start:.0f} s")
-    return score
+    model.learn(limit * size, callback=callbacks, tb_log_name=name, progress_bar=True, log_interval=20)
+    model.save(out / f"{name}_dqn_deep_sea.zip")
+    result = watch.result
+    word = "learned" if result.learned else "not learned"
+    print(
+        f"{LABELS[name]}: treasure {word} after {len(result.reached)} dives, reached {sum(result.reached)} times, "
+        f"{time.perf_counter() - start:.0f} s"
+    )
+    return result
 
 
-def plot(names: list[str], out: Path) -> Path:
-    """Draw the evaluations of each policy against training steps."""
-    figure = Figure(figsize=(7, 4.5), layout="constrained")  # without pyplot: no window, no display needed
-    axes = figure.subplots()
-    for name in names:
-        log = np.load(out / "evaluations" / name / "evaluations.npz")
-        (line,) = axes.plot(log["timesteps"], log["results"].mean(1), marker="o", markersize=3, label=LABELS[name])
-        axes.fill_between(log["timesteps"], log["results"].min(1), log["results"].max(1), alpha=0.15, color=line.get_color())
-    axes.axhline(THRESHOLD, color="grey", linestyle="--", label=f"threshold {THRESHOLD:g}")
-    axes.set_xlabel("environment steps")
-    axes.set_ylabel("return of the deterministic policy")
-    axes.set_title(f"PPO on {ENV}: mean and range of {EPISODES} evaluation episodes")
-    axes.legend()
-    path = out / "learning_curve.png"
+def plot(results: dict[str, Result], size: int, out: Path) -> Path:
+    """Draw where each agent has been, and how often the treasure was reached, dive by dive."""
+    figure = Figure(figsize=(4.2 * (len(results) + 1), 4.4), layout="constrained")  # no pyplot: no window, no display needed
+    maps = figure.subplots(1, len(results) + 1)
+    curve = maps[-1]
+    top = max(result.visits.max() for result in results.values())
+    for axes, (name, result) in zip(maps, results.items(), strict=False):
+        never = np.ma.masked_equal(result.visits, 0)
+        image = axes.imshow(never, cmap="viridis", norm="log", vmin=1, vmax=top)
+        axes.plot(size - 1, size - 1, marker="*", markersize=14, color="gold", markeredgecolor="black")
+        axes.set(title=LABELS[name].replace(" (", "\n("), xticks=[], yticks=[], xlabel="where it has been (white: never)")
+        of_all = np.array(result.reached, dtype=float)
+        curve.plot(np.arange(1, len(of_all) + 1), of_all.cumsum(), label=LABELS[name].split(" (")[0])
+    figure.colorbar(image, ax=list(maps[:-1]), label="visits", shrink=0.8)
+    curve.set(
+        title=f"treasures found, DeepSea {size} x {size}", xlabel="dive", ylabel="dives that reached the treasure so far"
+    )
+    curve.legend()
+    path = out / "treasure.png"
     figure.savefig(path, dpi=150)
     return path
 
@@ -90,32 +130,33 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("demo_output"), help="output folder (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
-    parser.add_argument("--no-comparison", action="store_true", help="do not train stock PPO")
+    parser.add_argument("--size", type=int, default=14, help="rows and columns of DeepSea (default: %(default)s)")
+    parser.add_argument("--no-comparison", action="store_true", help="do not train stock DQN")
     arguments = parser.parse_args()
-    out: Path = arguments.out
+    out, seed, size = arguments.out, arguments.seed, arguments.size
+    out.mkdir(parents=True, exist_ok=True)
     th.set_num_threads(1)  # the nets are small
 
-    names = ["flipout"] if arguments.no_comparison else ["flipout", "stock"]
-    scores = {name: train(name, out, arguments.seed) for name in names}
-    curve = plot(names, out)
+    results = {"flipout": train("flipout", out, seed, size, LIMIT)}
+    if not arguments.no_comparison:
+        results["stock"] = train("stock", out, seed, size, len(results["flipout"].reached))
+    picture = plot(results, size, out)
 
-    model = out / "flipout_ppo_cartpole.zip"
     print(f"""
-model           {model}
-learning curve  {curve}
-evaluations     {out / "evaluations"}
-logs            {out / "tensorboard"}
+picture  {picture}
+model    {out / "flipout_dqn_deep_sea.zip"}
+logs     {out / "tensorboard"}
 
-See the logs:   tensorboard --logdir {out / "tensorboard"}
-Load and play:
-    import stable_baselines3 as sb3
-    model = sb3.PPO.load("{model}")  # imports sb3_flipout by itself
-    print(sb3.common.evaluation.evaluate_policy(model, sb3.common.env_util.make_vec_env("{ENV}")))
+See the logs:   tensorboard --logdir {out / "tensorboard"}   (rollout/treasure_rate, noise/...)
+Next:           python examples/05_dqn_deep_exploration.py   (how the members come to disagree)
+                python examples/06_anneal_and_watch.py       (PPO, and what the callbacks show)
 """)
-    if scores["flipout"] < THRESHOLD:
-        print(f"FAILED: the flipout policy scored {scores['flipout']:.1f}, below {THRESHOLD:g}.", file=sys.stderr)
+    ours = results["flipout"]
+    if not ours.learned:
+        print(f"FAILED: the treasure was not learned within {len(ours.reached)} dives.", file=sys.stderr)
         return 1
-    print(f"Reached: the mean weights scored {scores['flipout']:.1f} (threshold {THRESHOLD:g}).")
+    stock = f"; epsilon-greedy found it {sum(results['stock'].reached)} times in as many" if "stock" in results else ""
+    print(f"Learned: weight noise found the treasure {sum(ours.reached)} times in {len(ours.reached)} dives{stock}.")
     return 0
 
 

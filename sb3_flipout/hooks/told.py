@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from inspect import signature
 from typing import Any
 
@@ -178,7 +179,7 @@ def collect_rollout(original: Method, algorithm: Any, *args: Any, **kwargs: Any)
         store_noise(algorithm.rollout_buffer)
     _follow_schedule(algorithm)
     policy.begin_rollout()
-    with policy.collecting(algorithm.n_envs):
+    with _counted_steps(algorithm), policy.collecting(algorithm.n_envs):
         finished = original(algorithm, *args, **kwargs)
     return _after_collection(algorithm, finished)
 
@@ -186,7 +187,28 @@ def collect_rollout(original: Method, algorithm: Any, *args: Any, **kwargs: Any)
 def collect_transitions(original: Method, algorithm: Any, *args: Any, **kwargs: Any) -> Any:
     """The same for replayed transitions, whose collection steps are marked one by one."""
     policy_of(algorithm).begin_rollout()
-    return _after_collection(algorithm, original(algorithm, *args, **kwargs))
+    with _counted_steps(algorithm):
+        finished = original(algorithm, *args, **kwargs)
+    return _after_collection(algorithm, finished)
+
+
+@contextmanager
+def _counted_steps(algorithm: Any) -> Iterator[None]:
+    """Say, once per model, that a collection of the user's own leaves out what tells steps: `resample` counts them."""
+    policy = policy_of(algorithm)
+    steps, before = policy._keys.step, algorithm.num_timesteps
+    yield
+    made = (algorithm.num_timesteps - before) // algorithm.n_envs
+    if made > policy._keys.step - steps and "steps" not in policy.marks.warned:
+        policy.marks.warned.add("steps")
+        warnings.warn(
+            f"{type(algorithm).__name__} has made {made} collection steps, and the noise has been told of "
+            f"{policy._keys.step - steps}, so resample={policy.noise_settings.resample!r} is not kept: the other steps drew "
+            "fresh noise, or none. In a collect_rollouts of your own, call self._update_info_buffer(infos, dones) after each "
+            "step of the environments, and off-policy choose actions by self._sample_action(learning_starts, action_noise, "
+            "n_envs), as SB3's do.",
+            stacklevel=5,
+        )
 
 
 def _after_collection(algorithm: Any, finished: Any) -> Any:

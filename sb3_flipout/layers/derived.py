@@ -11,6 +11,7 @@ from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 
 from sb3_flipout.layers.attention import (
+    ChildrenBypassed,
     FlipoutMultiheadAttention,
     FlipoutTransformerEncoder,
     FlipoutTransformerEncoderLayer,
@@ -58,6 +59,7 @@ _WAYS_TO_USE_WEIGHTS = ("forward", "__call__", "_conv_forward", "_output_padding
 
 # By plain class: classes made at run time, so that equal layers have one class.
 _DERIVED: dict[type[nn.Module], type[FlipoutLayer]] = {}
+_DERIVED_PARENTS: dict[type[nn.Module], type[nn.Module]] = {}
 
 
 def perturbed_class(layer: nn.Module) -> type[FlipoutLayer] | None:
@@ -107,6 +109,43 @@ def empty_derived(kind: type[nn.Module]) -> nn.Module:
     known = _known_base(kind)
     assert known is not None, "it was derived once"
     derived = _derived(kind, PERTURBED_CLASSES[known])
+    return derived.__new__(derived)
+
+
+def guarded_parent(parent: nn.Module) -> type[nn.Module] | None:
+    """
+    Choose what a parent of perturbed layers becomes whose fused path would go round them, or a subclass of one.
+
+    :param parent: Module
+    :return: Class; ``None`` if it has no such path, or is guarded already
+    """
+    kind = type(parent)
+    if kind in BYPASSING_PARENTS:
+        return BYPASSING_PARENTS[kind]
+    if isinstance(parent, tuple(BYPASSING_PARENTS)) and not isinstance(parent, ChildrenBypassed):
+        return _derived_parent(kind)
+    return None
+
+
+def _derived_parent(kind: type[nn.Module]) -> type[nn.Module]:
+    if kind not in _DERIVED_PARENTS:
+        members = {
+            "DERIVED_FROM": (_empty_parent, kind),
+            "__module__": __name__,
+            "__doc__": f"{kind.__name__} that calls its children while their noise is active.",
+            "__reduce_ex__": _reduce_parent,
+        }
+        _DERIVED_PARENTS[kind] = type(f"Flipout{kind.__name__}", (ChildrenBypassed, kind), members)
+    return _DERIVED_PARENTS[kind]
+
+
+def _reduce_parent(parent: nn.Module, protocol: Any) -> Any:
+    """Pickle by the class that the class was derived from, since it is made at run time."""
+    return _empty_parent, (vars(type(parent))["DERIVED_FROM"][1],), parent.__dict__
+
+
+def _empty_parent(kind: type[nn.Module]) -> nn.Module:
+    derived = _derived_parent(kind)
     return derived.__new__(derived)
 
 

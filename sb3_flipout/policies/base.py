@@ -10,12 +10,12 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch as th
-from stable_baselines3.common.policies import BaseModel, BasePolicy
+from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import Schedule
 from torch import nn
 
 from sb3_flipout.layers import FlipoutLayer, PerturbedNetwork
-from sb3_flipout.layers.convert import Wanted, checked_patterns, perturb_named, warn_of_plain
+from sb3_flipout.layers.convert import Wanted, checked_patterns, names_to_skip, perturb_named, warn_of_plain
 from sb3_flipout.noise import RowNoise, Scales, noise_of
 from sb3_flipout.noise.carried import lost_by
 from sb3_flipout.policies.guard import VisitGuard
@@ -58,7 +58,7 @@ class FlipoutPolicyMixin(NoiseState):
         """Set the noise up; called in the constructor, after SB3 has built the stock policy."""
         self.guard = VisitGuard()
         self._init_state(settings)
-        checked_patterns(settings.skip, [name for name, _ in self.named_modules()])
+        checked_patterns(settings.skip, names_to_skip(dict(self.named_modules())))
 
     def _perturb(self, modules: Sequence[nn.Module], quietly: bool = False) -> None:
         """
@@ -80,23 +80,23 @@ class FlipoutPolicyMixin(NoiseState):
         names = {known.get(id(layer), f"{type(layer).__name__} {i}"): layer for i, layer in enumerate(inside)}
         wanted = Wanted(settings.layers, tuple(settings.skip), settings.perturb_frozen)
         left = perturb_named(names, settings.layer_noise(), wanted, lambda: self._base_key(0))
-        if not quietly:  # SB3's networks hold layers; a matrix of their own, as gSDE's, is no layer that stays plain
-            warn_of_plain({name: why for name, why in left.items() if not isinstance(names[name], BaseModel)}, stacklevel=6)
+        if not quietly:  # the matrix of gSDE is noise of its own, and no weight that stays plain
+            warn_of_plain({name: why for name, why in left.items() if name.split(".")[-1] != "log_std"}, stacklevel=6)
 
     def _last_linear(self, module: nn.Module) -> nn.Module:
         """The layer that perturb="heads" stands for."""
         found = [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
         if not found:
             raise ValueError(
-                f'perturb="heads" stands for the last linear layer, and {type(module).__name__} has none. Use perturb="policy", '
-                "and leave out by skip what is to stay plain."
+                f'perturb="heads" stands for the last linear layer, and {type(module).__name__} has none. Use '
+                'perturb="policy", and leave out by skip what is to stay plain.'
             )
         return found[-1]
 
     def _find_layouts(self, network: PerturbedNetwork, run: Callable[[Any], Any]) -> None:
         """Find out where the rows of a batch lie in what the layers of a network get."""
         names = {layer: name for name, layer in self.named_modules() if isinstance(layer, FlipoutLayer)}
-        give_layouts({names[layer]: layer for layer in network.layers if layer in names}, run, self)
+        self.guard.reached = give_layouts({names[layer]: layer for layer in network.layers if layer in names}, run, self)
 
     def _make_optimizer(self, parameters: Iterable[nn.Parameter], lr_schedule: Schedule) -> th.optim.Optimizer:
         """

@@ -18,7 +18,8 @@ from sb3_flipout.layers import FlipoutLayer, PerturbedNetwork
 
 _REMEDY = (
     "Their weights are read by a module that does not call them, so their noise is lost there. Leave them out: "
-    "policy_kwargs=dict(skip={names!r}); or call the layers themselves in its forward."
+    "policy_kwargs=dict(skip={names!r}); or call the layers themselves in its forward. (Layers that are left out at "
+    "random, as by stochastic depth, are named too: leave all of them out.)"
 )
 
 
@@ -29,6 +30,7 @@ class VisitGuard:
         self.collected: set[int] | None = None
         self.updated: set[int] = set()
         self.done = False
+        self.reached = True  # whether layers were called when the policy was made, as far as is known
 
     def __reduce__(self) -> Any:
         return VisitGuard, ()
@@ -51,13 +53,13 @@ class VisitGuard:
             yield
         finally:
             self.collected, network.visited = network.visited or None, None
-        if network.asked and not self.collected:
+        if network.asked and not self.collected and not self.reached:
             names = ", ".join(name for name, layer in policy.named_modules() if layer in network.layers)
             raise ValueError(
-                f"the policy has acted, and none of its perturbed layers was called, so nothing explores: {names}. Their weights "
-                'are not used, or are read by a module that does not call them. Call them in its forward, or choose others: '
-                'perturb="policy" takes all, and perturb="heads" the last linear layer that the network has, in the order in '
-                "which its modules are registered."
+                f"the policy has acted, and none of its perturbed layers was called, so nothing explores: {names}. Their "
+                "weights are not used, or are read by a module that does not call them. Call them in its forward, or choose "
+                'others: perturb="policy" takes all, and perturb="heads" the last linear layer that the network has, in the '
+                "order in which its modules are registered."
             )
 
     @staticmethod
@@ -74,9 +76,10 @@ class VisitGuard:
         if gone:
             raise ValueError(
                 f"{len(gone)} of {len(network.layers)} perturbed layers are no longer in the policy: "
-                f"{', '.join(map(str, gone))}. They have been replaced since it was made, and what stands in their place has no "
-                "noise. Make the network as you want it in a policy of your own (its _build, make_q_net or make_actor), so that "
-                "it is whole before it is perturbed; or leave the module that you replace out: policy_kwargs=dict(skip=[...])."
+                f"{', '.join(map(str, gone))}. They have been replaced since it was made, and what stands in their place has "
+                "no noise. Make the network as you want it in a policy of your own (its _build, make_q_net or make_actor), so "
+                "that it is whole before it is perturbed; or leave out the module that you replace: "
+                "policy_kwargs=dict(skip=[...])."
             )
 
     @contextmanager

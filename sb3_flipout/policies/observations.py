@@ -26,8 +26,8 @@ def n_rows(obs: Any) -> int:
 @contextmanager
 def looked_at(*networks: nn.Module) -> Iterator[None]:
     """
-    Run networks to see what they do, in evaluation mode, and leave everything as it was: modes, torch's generator, and buffers,
-    which a network may write into in each forward pass (running statistics).
+    Run networks to see what they do, in evaluation mode, and leave everything as it was: modes, torch's generator, and
+    buffers, which a network may write into in each forward pass (running statistics).
 
     :param networks: Networks
     :return: Context manager

@@ -18,13 +18,14 @@ from sb3_flipout.policies.observations import looked_at
 _TRIES = 3  # sets of observations: units that are dead for one may live for another
 
 
-def give_layouts(layers: Mapping[str, FlipoutLayer], run: Callable[[Any], Any], policy: BasePolicy) -> None:
+def give_layouts(layers: Mapping[str, FlipoutLayer], run: Callable[[Any], Any], policy: BasePolicy) -> bool:
     """
     Find out where the rows of a batch lie in the inputs of layers, and tell the layers.
 
     :param layers: Layers by their names in the policy
     :param run: Runs on a batch of observations what calls the layers
     :param policy: The policy, in which nothing changes
+    :return: Whether a layer was called
     :raises ValueError: If what a layer gets has no rows of the batch
     """
     with looked_at(policy):
@@ -33,13 +34,13 @@ def give_layouts(layers: Mapping[str, FlipoutLayer], run: Callable[[Any], Any], 
         if layout is None:
             raise ValueError(
                 f"{name} ({type(layers[name]).__name__}) gets an input in which it cannot be told which entry belongs to "
-                f"which "
-                "row of the batch: it mixes rows (attention and recurrent layers do that to input that is batch first, unless they "
-                "are made with batch_first=True), or is the same for all of them. So no row could have weights of its own "
-                "there. "
+                "which row of the batch: it mixes rows (attention and recurrent layers do that to input that is batch first, "
+                "unless they are made with batch_first=True), or is the same for all of them. So no row could have weights of "
+                "its own there. "
                 f"Leave the module out: policy_kwargs=dict(skip=[{name!r}])."
             )
         layers[name].row_layout = layout
+    return bool(found)
 
 
 def _found(layers: Mapping[str, FlipoutLayer], run: Callable[[Any], Any], policy: BasePolicy) -> dict[str, Any]:

@@ -133,6 +133,10 @@ class ActorMixin(OffPolicyMixin):
         self._perturb_targets(perturbs_critics)
         self._keep_members()
         self._find_layouts(self.perturbed_network, lambda obs: self.outputs_of(self, obs))
+        for name, followed in self.targets:
+            for layer, model in zip(getattr(self, name).modules(), getattr(self, followed).modules(), strict=True):
+                if isinstance(layer, FlipoutLayer) and isinstance(model, FlipoutLayer):
+                    layer.row_layout = model.row_layout
         for net in online:
             net.optimizer = self._make_optimizer(_with_sigma(net, net.optimizer), lr_schedule)
 

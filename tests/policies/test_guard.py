@@ -155,7 +155,7 @@ NOTHING_WRONG = {
             kind,
             "box",
             SIZES,
-            dict(perturb="all", share_features_extractor=True, features_extractor_class=Tied),
+            dict(perturb="policy", share_features_extractor=True, features_extractor_class=Tied),
         )
         for kind in (SAC, TD3)
     },

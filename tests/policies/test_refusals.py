@@ -14,8 +14,9 @@ import torch as th
 from helpers import vector_env
 from sb3_contrib import QRDQN, TQC, TRPO, CrossQ, MaskablePPO, RecurrentPPO
 from stable_baselines3 import A2C, DDPG, DQN, PPO, SAC, TD3
+from stable_baselines3.common.policies import ActorCriticPolicy
 
-from sb3_flipout.policies import NoiseStateError
+from sb3_flipout.policies import FlipoutActorCriticPolicy, NoiseStateError
 
 ON_POLICY = [PPO, A2C, TRPO, MaskablePPO, RecurrentPPO]
 VALUES = [DQN, QRDQN]
@@ -107,6 +108,18 @@ def test_arguments_of_sb3_and_far_names_are_left_to_sb3(algorithm: Any) -> None:
     build(algorithm, net_arch=[4], optimizer_kwargs=dict(eps=1e-5))
     with refuses(TypeError, "unexpected keyword argument 'zzz'", algorithm):
         build(algorithm, zzz=1)
+
+
+def test_an_argument_of_ones_own_policy_may_look_like_a_setting() -> None:
+    class Own(ActorCriticPolicy):
+        def __init__(self, *args: Any, layer: int = 0, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.layer = layer
+
+    class Noisy(FlipoutActorCriticPolicy, Own):
+        pass
+
+    assert PPO(Noisy, vector_env(), policy_kwargs=dict(layer=3)).policy.layer == 3
 
 
 # ---- settings without effect ----------------------------------------------------------------------------------------------
