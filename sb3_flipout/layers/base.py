@@ -43,8 +43,6 @@ class FlipoutLayer(PerturbedWeights):
     noise_on: str = "all"
     row_layout: RowLayout = FIRST
     base_key: int
-    keeps_base: bool = False  # whether base draws are part of the state_dict: those of an ensemble are as much as weights
-    _base_draws: dict[str, th.Tensor]
     _network: Network | None = None
     _slot: int = -1
 
@@ -204,16 +202,6 @@ class FlipoutLayer(PerturbedWeights):
             return
         for name, draw in draws.items():  # a copy: what is in a state_dict is written into by others
             self.register_buffer(name, draw.clone())
-
-    def base_of(self, block: Block) -> MaybePair:
-        """
-        Look up the base draws of a weight and its bias.
-
-        :param block: Which weight
-        :return: Draws; ``None`` where the family has none
-        """
-        kept: Any = self._buffers if self.keeps_base else self._base_draws
-        return kept.get(block.weight_base), kept.get(block.bias_base)
 
     def _apply(self, fn: Callable[[th.Tensor], th.Tensor], recurse: bool = True) -> Any:
         """Follow the weights to another device or type: draws are slices of tables, one for each of both."""

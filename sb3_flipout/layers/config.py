@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any, Literal, TypedDict, get_args
 
 from sb3_flipout.checks import check_choice, check_flag, check_names, check_number
@@ -76,7 +77,7 @@ class LayerNoise:
                 f"{NOISYNET_SIGMA} by definition. Leave one of the two out."
             )
 
-    @property
+    @cached_property
     def spec(self) -> Family:
         """The family's row of the table."""
         return FAMILIES[self.family]

@@ -47,17 +47,6 @@ class _Channels(OneWeightLayer, _ConvNd):
 class _Conv(_Channels):
     """Convolutions: kernels are (out, in / groups, ...)."""
 
-    def forward(self, input: th.Tensor) -> th.Tensor:
-        """
-        Apply the layer: the mean kernel, or each row's own while noise is active.
-
-        :param input: Inputs, shape (N, in_channels, ...)
-        :return: Outputs, shape (N, out_channels, ...)
-        :raises ValueError: If noise is active for another number of rows
-        """
-        view = self.row_view()
-        return super().forward(input) if view is None else self.forward_rows(input, view)
-
     def _op(self, x: th.Tensor, weight: th.Tensor, bias: th.Tensor | None) -> th.Tensor:
         found: th.Tensor = self._conv_forward(x, weight, bias)
         return found
@@ -83,7 +72,7 @@ class _ConvTransposed(_Channels, _ConvTransposeNd):
         """
         view = self.row_view()
         if view is None:
-            return super().forward(input, output_size)
+            return super(OneWeightLayer, self).forward(input, output_size)
         if output_size is not None:
             raise ValueError(
                 f"{type(self).__name__} cannot serve output_size={output_size!r} under noise; set output_padding instead."

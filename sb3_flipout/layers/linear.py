@@ -41,19 +41,7 @@ class FlipoutLinear(OneWeightLayer, nn.Linear):  # type: ignore[misc]
         nn.Linear.__init__(self, in_features, out_features, bias, device, dtype)
         self.init_noise(config)
 
-    def forward(self, input: th.Tensor) -> th.Tensor:
-        """
-        Apply the layer: mean weights, or each row's own while noise is active.
-
-        :param input: Inputs, shape (N, ..., in_features)
-        :return: Outputs, shape (N, ..., out_features)
-        :raises ValueError: If noise is active for another number of rows
-        """
-        view = self.row_view()
-        return super().forward(input) if view is None else self.forward_rows(input, view)
-
-    def _op(self, x: th.Tensor, weight: th.Tensor, bias: th.Tensor | None) -> th.Tensor:
-        return nn.functional.linear(x, weight, bias)
+    _op = staticmethod(nn.functional.linear)  # type: ignore[assignment]
 
     def _op_per_row(self, x: th.Tensor, weight: th.Tensor, bias: th.Tensor | None) -> th.Tensor:
         dim = self.row_layout.dim

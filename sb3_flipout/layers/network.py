@@ -85,7 +85,9 @@ class PerturbedNetwork:
         """
         if th.compiler.is_compiling():
             return None if self._now.views is None else self._now.views[slot]
-        now = recomputation.seen(self, self._now, self._now.place)
+        now = self._now
+        if recomputation.top_hooks(False) is not None or recomputation.backward_task() != -1:
+            now = recomputation.seen(self, now, now.place)
         if now.what is Ask.EXPLICIT and now.views is None:
             raise RuntimeError(
                 f"a perturbed {type(layer).__name__} was called in an update without noise, so what it learned from would not "
@@ -110,10 +112,10 @@ class PerturbedNetwork:
         return kind(self, Ask.MEAN_WEIGHTS if what is None else what, only)
 
     def _seen(self, what: RowNoise | Ask, only: Sequence[FlipoutLayer] | None) -> _Seen:
-        views: tuple[RowView | None, ...] | None = None
-        if isinstance(what, RowNoise):
-            views = self._views(what)
-        place = None if th.compiler.is_compiling() else recomputation.place()
+        views: tuple[RowView | None, ...] | None = self._views(what) if isinstance(what, RowNoise) else None
+        place = None
+        if not th.compiler.is_compiling() and (recomputation.top_hooks(False) or recomputation.backward_task() != -1):
+            place = recomputation.place()
         if only is None:
             return _Seen(what, views, place)
         before = self._now.views or (None,) * len(self.layers)
@@ -123,15 +125,14 @@ class PerturbedNetwork:
 
     def _views(self, noise: RowNoise) -> tuple[RowView, ...]:
         """What each layer needs of row noise: the noise itself, and the factor vectors of its rows."""
-        noise.materialise()
-        self.asked = True
+        rows, self.asked = noise.materialise(), True
         if not self.plan.width:
-            return tuple([RowView(noise, ()) for _ in self.layers])
-        dtypes = {layer.like.dtype for layer in self.layers}
+            return tuple([RowView(noise, (), rows) for _ in self.layers])
+        dtypes = {getattr(layer, layer.blocks[0].weight).dtype for layer in self.layers}
         # In networks of several types the factors are made in full precision, and each layer casts its own.
         dtype = dtypes.pop() if len(dtypes) == 1 else th.float64 if th.float64 in dtypes else th.float32
         vectors = noise.factors(self.plan, dtype).split(self.plan.sizes, dim=1)  # type: ignore[no-untyped-call]
-        return tuple([RowView(noise, tuple([vectors[piece] for piece in pieces])) for pieces in self.plan.pieces])
+        return tuple([RowView(noise, tuple([vectors[piece] for piece in pieces]), rows) for pieces in self.plan.pieces])
 
     # ---- base perturbations --------------------------------------------------------------------------------------
 

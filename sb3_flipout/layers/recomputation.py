@@ -17,6 +17,10 @@ import torch as th
 
 T = TypeVar("T")
 
+# Asked for in every pass of every layer, so by torch's own names: the hooks that stand ready, and the backward pass that runs.
+top_hooks: Any = th._C._autograd._top_saved_tensors_default_hooks
+backward_task: Any = th._C._current_graph_task_id
+
 _MARK = "_seen_by_sb3_flipout"
 _BACKWARD = object()
 
@@ -74,7 +78,7 @@ def seen(owner: object, now: T, switched_on_at: object | None) -> T:
 
 def _in_backward() -> bool:
     """Whether autograd is running a backward pass in this thread."""
-    return bool(th._C._current_graph_task_id() != -1)
+    return bool(backward_task() != -1)
 
 
 def _check_no_function_repeats_it() -> None:
@@ -91,7 +95,7 @@ def _checkpoints() -> list[_Checkpoint]:
     """The checkpoints that code runs in now, the innermost first."""
     autograd: Any = th._C._autograd
     hooks: list[Any] = []
-    while (top := autograd._top_saved_tensors_default_hooks(False)) is not None:
+    while (top := top_hooks(False)) is not None:
         hooks.append(top)
         autograd._pop_saved_tensors_default_hooks()
     for pair in reversed(hooks):

@@ -17,10 +17,12 @@ class RowView(NamedTuple):
     :param noise: Row noise
     :param vectors: The layer's factor vectors, alternately over inputs and outputs, each (N, units), those over outputs
         multiplied by the noise scale; none where rows are not told apart by factors
+    :param rows: Number of rows N
     """
 
     noise: RowNoise
     vectors: tuple[th.Tensor, ...]
+    rows: int
 
 
 class Network(Protocol):

@@ -8,6 +8,7 @@ import torch as th
 
 from sb3_flipout.layers import functional
 from sb3_flipout.layers.base import FlipoutLayer
+from sb3_flipout.layers.row_layout import FIRST
 from sb3_flipout.layers.row_view import RowView
 
 _REMEDY = (
@@ -25,6 +26,18 @@ class OneWeightLayer(FlipoutLayer):
     weight_sigma: th.nn.Parameter | None
     bias_sigma: th.nn.Parameter | None
 
+    def forward(self, input: th.Tensor) -> th.Tensor:
+        """
+        Apply the layer: mean weights, or each row's own while noise is active.
+
+        :param input: Inputs, shape (N, ..., in_features) or (N, in_channels, ...)
+        :return: Outputs, shape (N, ..., out_features) or (N, out_channels, ...)
+        :raises ValueError: If noise is active for another number of rows
+        """
+        network = self._network
+        view = None if network is None else network.view(self._slot, self)
+        return super().forward(input) if view is None else self.forward_rows(input, view)
+
     def forward_rows(self, x: th.Tensor, view: RowView) -> th.Tensor:
         """
         Compute the layer, each row with its own weights.
@@ -34,11 +47,16 @@ class OneWeightLayer(FlipoutLayer):
         :return: Outputs of N rows
         :raises ValueError: If ``x`` has another number of rows than there are keys
         """
-        self._check_rows(x, len(view.noise))
-        mean = (self.weight, self.bias)
+        mean, dim = (self.weight, self.bias), x.dim()
+        if view.vectors and dim == self._least_dims == 2 and x.shape[0] == view.rows and self.row_layout == FIRST:
+            s, r = view.vectors  # the usual case, where nothing has to be moved
+            return functional.flipout(self._op, x, mean, self.deltas(), s.to(mean[0].dtype), r.to(mean[0].dtype))
+        self._check_rows(x, view.rows)
         if view.vectors:
             s, r = (self._unit_dims(self._spread(vector, x), x) for vector in view.vectors)
             return functional.flipout(self._op, x, mean, self.deltas(), s, r)
+        if self._is_silent():
+            return super().forward(x)
         scale = view.noise.scale.to(self.weight.dtype)
         if self.noise_config.noise_sharing == "shared":
             c = self._unit_dims(self._spread(scale[:, None], x), x)

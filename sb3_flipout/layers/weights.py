@@ -6,7 +6,8 @@ keys. It is what the fast passes of the layers are held to.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import ABC
+from typing import Any
 
 import torch as th
 from torch import nn
@@ -27,7 +28,9 @@ class PerturbedWeights(nn.Module, ABC):
     blocks: tuple[Block, ...] = (Block(),)  # the perturbed ones
     quiet_blocks: tuple[Block, ...] = ()  # those that noise_on= leaves alone
 
-    @abstractmethod
+    keeps_base: bool = False  # whether base draws are part of the state_dict: those of an ensemble are as much as weights
+    _base_draws: dict[str, th.Tensor]
+
     def base_of(self, block: Block) -> MaybePair:
         """
         Look up the base draws of a weight and its bias.
@@ -35,6 +38,8 @@ class PerturbedWeights(nn.Module, ABC):
         :param block: Which weight
         :return: Draws; ``None`` where the family has none
         """
+        kept: Any = self._buffers if self.keeps_base else self._base_draws
+        return kept.get(block.weight_base), kept.get(block.bias_base)
 
     @property
     def like(self) -> th.Tensor:
@@ -62,21 +67,22 @@ class PerturbedWeights(nn.Module, ABC):
         :return: Perturbation of weight and bias, before row factors and noise scale
         """
         spec, block = self.noise_config.spec, block or self.blocks[0]
-        weight, bias = block.means(self)
-        weight_sigma, bias_sigma = block.sigmas(self)
+        weight, weight_sigma = getattr(self, block.weight), getattr(self, block.weight_sigma)
         weight_base, bias_base = self.base_of(block)
         delta_weight = functional.delta(weight, weight_sigma, weight_base if weight_eps is None else weight_eps, spec.relative)
-        delta_weight = self._unpruned(delta_weight, block.weight)
-        if bias is None:
-            return delta_weight, None
-        bias_sigma = weight_sigma if spec.sigma == "per_layer" else bias_sigma
+        bias = None if block.bias is None else getattr(self, block.bias)
+        if bias is None or block.bias_sigma is None:
+            return (delta_weight, None) if not self._buffers else self._unpruned((delta_weight, None), block)
+        bias_sigma = weight_sigma if spec.sigma == "per_layer" else getattr(self, block.bias_sigma)
         delta_bias = functional.delta(bias, bias_sigma, bias_base if bias_eps is None else bias_eps, spec.relative)
-        return delta_weight, self._unpruned(delta_bias, block.bias)
+        return (delta_weight, delta_bias) if not self._buffers else self._unpruned((delta_weight, delta_bias), block)
 
-    def _unpruned(self, delta: th.Tensor, name: str | None) -> th.Tensor:
-        """Without noise where ``torch.nn.utils.prune`` has taken the weight away."""
-        mask = self._buffers.get(f"{name}_mask")
-        return delta if mask is None else delta * mask
+    def _unpruned(self, deltas: Pair, block: Block) -> Pair:
+        """Without noise where ``torch.nn.utils.prune`` has taken weights away: it keeps masks of them."""
+        (weight, bias), masks = deltas, (self._buffers.get(f"{name}_mask") for name in (block.weight, block.bias))
+        of_weight, of_bias = masks
+        weight = weight if of_weight is None else weight * of_weight
+        return weight, bias if bias is None or of_bias is None else bias * of_bias
 
     def vectors(self) -> LayerVectors:
         """

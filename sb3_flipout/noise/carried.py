@@ -176,6 +176,8 @@ def without_noise(data: Any) -> Any:
     :param data: Observations
     :return: The same storage as plain tensors
     """
+    if type(data) is th.Tensor:  # the usual case of what is collected
+        return data
     if isinstance(data, KeyedDict):
         return {name: _plain(part) for name, part in data.items()}
     return _plain(data)

@@ -62,9 +62,15 @@ class RowNoise:
             self._scale = th.ones_like(self.keys, dtype=th.float32) if parent is None else _take(parent[0].scale, parent[1])
         return self._scale
 
-    def materialise(self) -> None:
-        """Take keys and scales out of the parent now, so that compiled code finds tensors and no index that changes."""
-        _ = self.keys, self.scale
+    def materialise(self) -> int:
+        """
+        Take keys and scales out of the parent now, so that compiled code finds tensors and no index that changes.
+
+        :return: Number of rows
+        """
+        if self._keys is None or self._scale is None:
+            self._keys, self._scale = self.keys, self.scale
+        return int(self._keys.shape[0])
 
     @property
     def _device(self) -> th.device:

@@ -130,16 +130,14 @@ class KeyStream:
             self._unit = self._ahead = None
         self._shape, self._scales, self._held = (n_envs, device), scales, None
 
-    def _scaled(self, unit: RowNoise) -> RowNoise:
-        return unit if self._row_scale is None else unit.at_scale(self._row_scale)
-
     def _step_noise(self, n_envs: int, device: th.device) -> RowNoise:
         if self._ahead is None or not 0 <= self.step - self._ahead[0] < _STEPS_AHEAD:
             steps = np.arange(self.step, self.step + _STEPS_AHEAD)
             keys = self._keys(np.repeat(steps, n_envs), np.tile(np.arange(n_envs), _STEPS_AHEAD), device)
             self._ahead = (self.step, RowNoise(keys, owner=self.owner))
         first = (self.step - self._ahead[0]) * n_envs
-        return self._scaled(self._ahead[1][first : first + n_envs])
+        noise = self._ahead[1][first : first + n_envs]
+        return noise if self._row_scale is None else noise.at_scale(self._row_scale)
 
     def _held_noise(self, n_envs: int, device: th.device) -> RowNoise:
         drawn = self._drawn
@@ -151,7 +149,7 @@ class KeyStream:
         if self._unit is None:
             self._unit = RowNoise(self._keys(drawn, np.arange(n_envs), device), owner=self.owner)
         if self._held is None:
-            self._held = self._scaled(self._unit)
+            self._held = self._unit if self._row_scale is None else self._unit.at_scale(self._row_scale)
         return self._held
 
     def _draw(self, drawn: np.ndarray) -> np.ndarray:

@@ -122,7 +122,8 @@ class FlipoutPolicyMixin(NoiseState):
     @eager
     def _collection_noise(self, n_envs: int) -> RowNoise:
         """Noise of the next collection step: one row per environment. The only place that advances the training noise."""
-        return self._keys.next(n_envs, Scales(self.effective_scale, self._noise_ladder), self.device)
+        device = next(self.perturbed_network.layers[0].parameters()).device
+        return self._keys.next(n_envs, Scales(self.effective_scale, self._noise_ladder), device)
 
     @eager
     def _prediction_noise(self, obs: Any, deterministic: bool) -> RowNoise | None:
@@ -158,10 +159,6 @@ class FlipoutPolicyMixin(NoiseState):
             "by with_noise(result, noise_of(observations)[rows]). To learn by mean weights, write "
             "`with sb3_flipout.perturbed(policy, None):` around the call."
         )
-
-    def _said(self) -> bool:
-        """Whether somebody has said what the rows see: a ``perturbed`` block, or a method of the policy that calls another."""
-        return self.perturbed_network.active is not None
 
     # ---- what the algorithm tells -------------------------------------------------------------------------------
 

@@ -159,7 +159,7 @@ class ValueMixin(OffPolicyMixin):
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = True) -> th.Tensor:
         votes = deterministic and self._acting_noise is None and self.noise_settings.members is not None
-        if votes and not self._said():
+        if votes and self.perturbed_network.active is None:
             return self._vote(observation)
         with self._acts(observation, deterministic):
             return self.online._predict(observation, deterministic=True)

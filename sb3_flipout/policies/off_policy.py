@@ -115,7 +115,7 @@ class OffPolicyMixin(FlipoutPolicyMixin):
         :return: Context manager; the acting base is as before when it is left
         """
         acting_bases = self.perturbed_network.bases()
-        said = self._said()
+        said = self.perturbed_network.active is not None
         self.learning.active, self.learning.scale = not said, self.effective_scale
         self.marks.updates = True
         # Hung on here, not once for all: copies of an optimizer, and another one put in its place, have no hooks.
@@ -142,7 +142,7 @@ class OffPolicyMixin(FlipoutPolicyMixin):
     def _acts(self, observation: PyTorchObs, deterministic: bool) -> ExitStack:
         """Activate the noise of a prediction, unless somebody has said what the rows see."""
         stack = ExitStack()
-        if not self._said():
+        if self.perturbed_network.active is None:
             noise = self._acting_noise or self._prediction_noise(observation, deterministic)
             stack.enter_context(self.perturbed_network.activate(noise))
         return stack

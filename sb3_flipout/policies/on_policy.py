@@ -155,7 +155,7 @@ class OnPolicyMixin(OnPolicyPasses):
         """
         self.marks.updates = True
         try:
-            with nullcontext() if self._said() else self.perturbed_network.activate(Ask.EXPLICIT):
+            with nullcontext() if self.perturbed_network.active is not None else self.perturbed_network.activate(Ask.EXPLICIT):
                 yield
             self.guard.compare(self, self.perturbed_network)
         finally:

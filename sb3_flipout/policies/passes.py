@@ -43,7 +43,9 @@ class OnPolicyPasses(FlipoutPolicyMixin):
         :param kwargs: The same by name
         :return: Actions, values, log-probabilities, and what else SB3's policy returns
         """
-        with self._acting(obs, self._is_deterministic(args, kwargs), self._takes_step()):
+        # The algorithm's own step is the first pass after the last step was told to be over.
+        takes_step, self.marks.step_due = self.marks.collects and self.marks.step_due, False
+        with self._acting(obs, args, kwargs, takes_step):
             outputs = super().forward(without_noise(obs), *args, **kwargs)
             self._hang_noise(outputs[2])
         return outputs
@@ -104,31 +106,25 @@ class OnPolicyPasses(FlipoutPolicyMixin):
         :return: Features
         :raises ValueError: During an update, if the observations carry no noise
         """
+        if self.perturbed_network.active is not None:
+            return super().extract_features(obs, *args, **kwargs)
         with self._replaying(obs):
             return super().extract_features(without_noise(obs), *args, **kwargs)
 
     @steps_aside
     def _predict(self, observation: Any, *args: Any, **kwargs: Any) -> Any:
-        with self._acting(observation, self._is_deterministic(args, kwargs), takes_step=False):
+        with self._acting(observation, args, kwargs, takes_step=False):
             return super()._predict(without_noise(observation), *args, **kwargs)  # type: ignore[safe-super]
 
     @eager
-    def _is_deterministic(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        at = self.deterministic_at
-        return bool(args[at] if len(args) > at else kwargs.get("deterministic", False))
-
-    @eager
-    def _takes_step(self) -> bool:
-        """Whether a forward pass now is the algorithm's own step: the first one after the last step was told to be over."""
-        takes = self.marks.collects and self.marks.step_due
-        self.marks.step_due = False
-        return takes
-
-    @eager
-    def _acting(self, obs: Any, deterministic: bool, takes_step: bool) -> AbstractContextManager[None]:
+    def _acting(
+        self, obs: Any, args: tuple[Any, ...], kwargs: dict[str, Any], takes_step: bool
+    ) -> AbstractContextManager[None]:
         """Activate the noise of a step of collection or prediction, unless somebody has said what the rows see."""
-        if self._said():
+        if self.perturbed_network.active is not None:
             return nullcontext()
+        at = self.deterministic_at
+        deterministic = bool(args[at] if len(args) > at else kwargs.get("deterministic", False))
         if takes_step and not deterministic:
             return self.perturbed_network.activate(self._collection_noise(n_rows(obs)))
         return self.perturbed_network.activate(self._prediction_noise(obs, deterministic))
@@ -137,7 +133,7 @@ class OnPolicyPasses(FlipoutPolicyMixin):
     def _replaying(self, obs: Any) -> Iterator[None]:
         """Activate the noise that a batch brings with it, unless somebody has said what the rows see."""
         with ExitStack() as stack:
-            if not self._said():
+            if self.perturbed_network.active is None:
                 noise = self._own_noise(obs)
                 self._check_brought(obs, noise)
                 stack.enter_context(self.perturbed_network.activate(noise))
@@ -157,7 +153,7 @@ class OnPolicyPasses(FlipoutPolicyMixin):
     def _warn_of_unregistered(self, obs: Any) -> None:
         """Say that an algorithm that nobody has registered loses the noise: it acts under it and learns without."""
         unmarked = self.marks.acted_unmarked
-        learns = self.training and th.is_grad_enabled() and not self.marks.updates and not self._said()
+        learns = self.training and th.is_grad_enabled() and not self.marks.updates and self.perturbed_network.active is None
         if unmarked and learns and self._own_noise(obs) is None and "unregistered" not in self.marks.warned:
             self.marks.warned.add("unregistered")
             warnings.warn(

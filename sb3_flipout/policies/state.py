@@ -112,8 +112,8 @@ class NoiseState(BasePolicy):
         """Let a callback steer the noise scale: until the next call of ``learn`` the setting ``schedule`` has no effect."""
         if not self.marks.steered and self.noise_settings.schedule != "constant":
             warnings.warn(
-                f"a callback steers the noise scale in this call of learn(), so schedule={self.noise_settings.schedule!r} of the "
-                'policy has no effect in it. Leave one of them out: schedule="constant" says that the callback is meant.',
+                f"a callback steers the noise scale in this call of learn(), so schedule={self.noise_settings.schedule!r} of "
+                'the policy has no effect in it. Leave one of them out: schedule="constant" says that the callback is meant.',
                 stacklevel=4,
             )
         self.marks.steered, self._schedule_factor = True, 1.0

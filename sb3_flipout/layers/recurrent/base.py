@@ -168,7 +168,7 @@ class RecurrentLayer(FlipoutLayer, nn.RNNBase):
         if layout.order == "plain" or not layout.fits(sequences, len(view.noise)):
             return view
         rows = layout.spread(th.arange(len(view.noise), device=view.noise.keys.device), sequences)
-        return RowView(view.noise[rows], tuple(vector.index_select(0, rows) for vector in view.vectors))
+        return RowView(view.noise[rows], tuple(vector.index_select(0, rows) for vector in view.vectors), len(rows))
 
     def _layers(
         self, x: th.Tensor, states: States, steps: Steps, kept: Sequence[th.Tensor] | None, view: RowView
@@ -187,7 +187,7 @@ class RecurrentLayer(FlipoutLayer, nn.RNNBase):
 
     def _projection(self, weight: str, steps: Steps, view: RowView) -> Projection:
         """One weight as the rows see it."""
-        noise, vectors = view
+        noise, vectors, _ = view
         block = next(block for block in (*self.blocks, *self.quiet_blocks) if block.weight == weight)
         mean = block.means(self)
         if block in self.quiet_blocks:
