@@ -84,7 +84,10 @@ def recorded(model: DQN, path: Path) -> Iterator[None]:
             assert layer.row_view() is not None, "nothing here runs by mean weights"
             learning = policy.learning.active
             name, step = (role, policy.learning.step) if learning else ("acting", policy._keys.step - 1)
-            bases = [(one.bases()[1]["weight_base"].flatten()[:4].tolist(), one.bases()[1]["bias_base"][:2].tolist()) for one in layers]
+            bases = [
+                (one.bases()[1]["weight_base"].flatten()[:4].tolist(), one.bases()[1]["bias_base"][:2].tolist())
+                for one in layers
+            ]
             out.write(json.dumps([name, step, layer.row_view().noise.keys.tolist(), bases]) + "\n")
             out.flush()
 

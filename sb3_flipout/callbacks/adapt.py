@@ -17,7 +17,7 @@ from sb3_flipout.checks import check_choice, check_integer, check_number
 from sb3_flipout.diagnostics.distances import MEASURES, MeasureName, count_actions, policy_distance
 from sb3_flipout.diagnostics.recent import recent_replayed, recent_rollout
 from sb3_flipout.noise import RowNoise, Stream, fold, fold_in
-from sb3_flipout.noise.stream import restrict
+from sb3_flipout.noise.keys import restrict
 
 _MEASURING = fold(Stream.ADAPT)  # seed of the keys for measuring
 _LIMITS = (1e-4, 1e4)  # of the scale: where the target is out of reach it would run away

@@ -20,7 +20,7 @@ from sb3_flipout.diagnostics.views import ActionView, action_view, stacked
 from sb3_flipout.diagnostics.weights import sigmas, signal_to_noise
 from sb3_flipout.layers import FlipoutLayer, perturbed
 from sb3_flipout.noise import RowNoise, fold, fold_in
-from sb3_flipout.noise.stream import restrict
+from sb3_flipout.noise.keys import restrict
 from sb3_flipout.policies.base import FlipoutPolicyMixin
 from sb3_flipout.policies.observations import n_rows
 

@@ -7,8 +7,6 @@ overrides are wrapped too, when a model of it is built.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from stable_baselines3.common.base_class import BaseAlgorithm
@@ -44,22 +42,15 @@ _OFF_POLICY = {
 }
 
 
-@contextmanager
-def _first_to_tell(algorithm: Any, what: str) -> Iterator[bool]:
-    """A subclass's method calls its parent's inside its own, and both are wrapped: the outer one tells."""
-    if getattr(algorithm, "policy", None) is None:
-        yield True
-        return
-    with told.policy_of(algorithm).once(what) as first:
-        yield first
-
-
 def _wrap(original: Method, wrapper: Method) -> Method:
     @functools.wraps(original)
     def method(self: BaseAlgorithm, *args: Any, **kwargs: Any) -> Any:
         if not told.has_flipout_policy(self):
             return original(self, *args, **kwargs)
-        with _first_to_tell(self, wrapper.__name__) as first:
+        if getattr(self, "policy", None) is None:
+            return wrapper(original, self, *args, **kwargs)
+        # A subclass's method calls its parent's inside its own, and both are wrapped: the outer one tells.
+        with told.policy_of(self).once(wrapper.__name__) as first:
             return wrapper(original, self, *args, **kwargs) if first else original(self, *args, **kwargs)
 
     method.wraps_for_flipout = True  # type: ignore[attr-defined]

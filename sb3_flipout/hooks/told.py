@@ -42,7 +42,7 @@ def has_flipout_policy(algorithm: Any) -> bool:
     policy = getattr(algorithm, "policy", None)
     if policy is None:
         return issubclass(algorithm.policy_class, FlipoutPolicyMixin)
-    return isinstance(policy_of(algorithm), FlipoutPolicyMixin)
+    return isinstance(getattr(policy, "_orig_mod", policy), FlipoutPolicyMixin)
 
 
 # ---- building, saving, loading ----------------------------------------------------------------------------------------

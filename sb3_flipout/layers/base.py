@@ -162,7 +162,7 @@ class FlipoutLayer(PerturbedWeights):
 
     def _draw_bases(self, base_key: int) -> list[MaybePair]:
         sharing, law = self.noise_config.noise_sharing, self.noise_config.spec.base
-        means = [block.means(self) for block in self.blocks]
+        means = [(getattr(self, b.weight), None if b.bias is None else getattr(self, b.bias)) for b in self.blocks]
         like = means[0][0]
         if law is not None and sharing != "independent":
             shapes = [mean.shape for pair in means for mean in pair if mean is not None]

@@ -14,7 +14,7 @@ from typing_extensions import Unpack
 from sb3_flipout.checks import check_choice, check_flag, check_integer, check_strings, did_you_mean
 from sb3_flipout.layers.base import FlipoutLayer, drawn_base_key
 from sb3_flipout.layers.config import LayerNoise, NoiseKwargs, layer_noise
-from sb3_flipout.layers.derived import PERTURBED_CLASSES, guarded_parent, perturbed_class, plain_class, why_plain
+from sb3_flipout.layers.derived import PERTURBED_CLASSES, guarded_parent, own_matrices, perturbed_class, plain_class, why_plain
 from sb3_flipout.layers.interface import without
 from sb3_flipout.layers.weights import PerturbedWeights
 
@@ -155,8 +155,8 @@ def _sorted_out(names: Mapping[str, nn.Module], wanted: Wanted) -> tuple[list[_C
             reason = (
                 "is frozen; perturb_frozen=True perturbs it" if _is_frozen(layer) and not wanted.frozen else why_plain(layer)
             )
-        elif wanted.layers == "all" and _own_matrices(layer):
-            left |= {own: why for own, why in _uncalled(name, layer).items() if not is_skipped(own, wanted.skip)}
+        elif wanted.layers == "all" and (matrices := own_matrices(name, layer)):
+            left |= {own: why for own, why in matrices.items() if not is_skipped(own, wanted.skip)}
         elif wanted.layers == "all" and name and _has_weights(layer):
             reason = why_plain(layer)
         if reason is not None:
@@ -191,19 +191,6 @@ def _has_weights(layer: nn.Module) -> bool:
     return any(parameter.dim() > 1 for parameter in parameters if not _is_lazy(parameter))
 
 
-def _own_matrices(layer: nn.Module) -> list[str]:
-    """Matrices that a module of other modules holds beside them: learned queries, or the low-rank part of an adapter."""
-    parametrized = isinstance(layer, parametrize.ParametrizationList) or parametrize.is_parametrized(layer)
-    if isinstance(layer, tuple(PERTURBED_CLASSES)) or parametrized or not any(layer.children()):
-        return []
-    return [name for name, own in layer.named_parameters(recurse=False) if not _is_lazy(own) and own.dim() > 1]
-
-
-def _uncalled(name: str, layer: nn.Module) -> dict[str, str]:
-    """The matrices of a module by name, and why they stay plain; the module itself may hold layers that do not."""
-    return {f"{name}.{own}".lstrip("."): f"a matrix that {type(layer).__name__} uses itself" for own in _own_matrices(layer)}
-
-
 def names_to_skip(names: Mapping[str, nn.Module]) -> list[str]:
     """
     List what ``skip`` may name.
@@ -211,7 +198,7 @@ def names_to_skip(names: Mapping[str, nn.Module]) -> list[str]:
     :param names: Modules by name
     :return: Their names, and those of matrices that modules hold beside other modules
     """
-    return [*names, *(of_matrix for name, module in names.items() for of_matrix in _uncalled(name, module))]
+    return [*names, *(of_matrix for name, module in names.items() for of_matrix in own_matrices(name, module))]
 
 
 def _is_lazy(parameter: nn.Parameter) -> bool:

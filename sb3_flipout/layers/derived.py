@@ -185,6 +185,21 @@ def why_plain(layer: nn.Module) -> str | None:
     return flipout.why_not(layer)
 
 
+def own_matrices(name: str, module: nn.Module) -> dict[str, str]:
+    """
+    Find matrices that a module of other modules holds beside them: learned queries, or the low-rank part of an adapter.
+
+    :param name: Name of the module
+    :param module: Module
+    :return: Their names, and why they stay plain
+    """
+    if isinstance(module, tuple(PERTURBED_CLASSES)) or parametrize.is_parametrized(module) or not any(module.children()):
+        return {}
+    why = f"a matrix that {type(module).__name__} uses itself"
+    matrices = module.named_parameters(recurse=False)
+    return {f"{name}.{own}".lstrip("."): why for own, w in matrices if not th.nn.parameter.is_lazy(w) and w.dim() > 1}
+
+
 def _normalises_by_iteration(layer: nn.Module) -> bool:
     hooks: Any = layer._forward_pre_hooks.values()
     if any(isinstance(hook, SpectralNorm) for hook in hooks):

@@ -54,11 +54,12 @@ def base_draws(law: BaseLaw, key: int, shapes: Sequence[th.Size], like: th.Tenso
     :param like: Tensor whose floating-point type and device the draws get
     :return: One tensor per shape
     """
-    n = sum(shape.numel() for shape in shapes)
+    lengths = [shape.numel() for shape in shapes]
+    n = sum(lengths)
     size = table_size(n)
     start = key % (size - n + 1)
-    flat = _table(law, size, like.dtype, like.device)[start : start + n]
-    return [part.view(shape) for part, shape in zip(flat.split([s.numel() for s in shapes]), shapes, strict=True)]  # type: ignore[no-untyped-call]
+    parts = _table(law, size, like.dtype, like.device)[start : start + n].split(lengths)  # type: ignore[no-untyped-call]
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 def _table(law: BaseLaw, size: int, dtype: th.dtype, device: th.device) -> th.Tensor:

@@ -67,3 +67,14 @@ def fold(key: int, *data: int) -> int:
         for shift, multiplier in FINALISER:
             key = ((key ^ (key >> shift)) * multiplier) & _MASK
     return signed(key)
+
+
+def restrict(keys: th.Tensor, members: int | None) -> th.Tensor:
+    """
+    Map keys to those of an ensemble's members.
+
+    :param keys: Keys, int64
+    :param members: Number K of members, whose keys are 0 to K - 1; ``None`` leaves the keys as they are
+    :return: Keys, same shape
+    """
+    return keys if members is None else th.remainder(keys, members)

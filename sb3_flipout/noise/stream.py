@@ -11,7 +11,7 @@ import numpy as np
 import torch as th
 
 from sb3_flipout.checks import check_choice
-from sb3_flipout.noise.keys import fold, fold_in
+from sb3_flipout.noise.keys import fold, fold_in, restrict
 from sb3_flipout.noise.ladder import environment_scales
 from sb3_flipout.noise.rows import NoiseOwner, RowNoise
 
@@ -45,17 +45,6 @@ class Scales(NamedTuple):
 
     scale: float
     ladder: tuple[float, ...] | None = None
-
-
-def restrict(keys: th.Tensor, members: int | None) -> th.Tensor:
-    """
-    Map keys to those of an ensemble's members.
-
-    :param keys: Keys, int64
-    :param members: Number K of members, whose keys are 0 to K - 1; ``None`` leaves the keys as they are
-    :return: Keys, same shape
-    """
-    return keys if members is None else th.remainder(keys, members)
 
 
 class KeyStream:

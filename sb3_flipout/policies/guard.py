@@ -109,6 +109,8 @@ class VisitGuard:
         :param acting: What of the policy acts, if not all of that network: critics are not called in collection
         :raises ValueError: If one called layers that the other did not, or if layers have learned that nobody called
         """
+        if self.done or self.collected is None:
+            return
         inside = set(map(id, (acting or policy).modules()))
         expected = {slot for slot, layer in enumerate(network.layers) if id(layer) in inside}
         # Where critics share an extractor, its calls may be theirs: that the actor took part is told by its other layers.
@@ -116,7 +118,7 @@ class VisitGuard:
         shared = {id(module) for child in others for module in child.modules()}
         own = {slot for slot in expected if id(network.layers[slot]) not in shared} or expected
         updated, self.updated = self.updated & expected, set()
-        if self.done or self.collected is None or not updated & own:
+        if not updated & own:
             return
         self.done = True
         layers, names = network.layers, {id(layer): name for name, layer in policy.named_modules()}

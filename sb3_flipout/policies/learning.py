@@ -19,8 +19,7 @@ from torch import nn
 
 from sb3_flipout.layers import PerturbedNetwork
 from sb3_flipout.noise import RowNoise, Stream, fold, fold_in
-from sb3_flipout.noise.carried import without_noise
-from sb3_flipout.noise.stream import restrict
+from sb3_flipout.noise.keys import restrict
 from sb3_flipout.policies.observations import n_rows
 from sb3_flipout.policies.prior import Prior
 from sb3_flipout.policies.settings import LearningSettings
@@ -154,7 +153,6 @@ class LearningValueNetwork(LearnsUnderNoise, BasePolicy):
         :param obs: Observations, shape (N, ...)
         :return: Values, shape (N, n_actions), or quantiles, shape (N, n_quantiles, n_actions)
         """
-        obs = without_noise(obs)
         with self.step_noise(obs):
             values: th.Tensor = super().forward(obs)
             noise = self.perturbed_network.active

@@ -125,19 +125,15 @@ class OffPolicyMixin(FlipoutPolicyMixin):
                 if not said:
                     for network in self._perturbed_networks():
                         stack.enter_context(network.activate(Ask.EXPLICIT))
-                stack.enter_context(self._guarded())
+                if not self.guard.done:
+                    stack.enter_context(self.guard.update(self.perturbed_network))
                 yield
-            self.guard.compare(self, self.perturbed_network, self._acting_network())
+            if not self.guard.done:
+                self.guard.compare(self, self.perturbed_network, self._acting_network())
         finally:
             hook.remove()
             self.learning.active = self.marks.updates = False
             self.perturbed_network.bind(acting_bases)
-
-    @contextmanager
-    def _guarded(self) -> Iterator[None]:
-        """Compare what is called in this update with what collection has called."""
-        with self.guard.update(self.perturbed_network):
-            yield
 
     def _acts(self, observation: PyTorchObs, deterministic: bool) -> ExitStack:
         """Activate the noise of a prediction, unless somebody has said what the rows see."""
