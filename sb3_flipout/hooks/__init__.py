@@ -12,8 +12,8 @@ from typing import Any
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
-from sb3_flipout.hooks import told
-from sb3_flipout.hooks.told import Method
+from sb3_flipout.hooks import _told as told
+from sb3_flipout.hooks._told import Method
 
 # What is put in place of the methods of each class, with what stood in the class itself (None where it was inherited).
 _INSTALLED: dict[type[BaseAlgorithm], dict[str, Any]] = {}

@@ -46,7 +46,8 @@ def ornstein_uhlenbeck():
 STOCK = [
     *((algorithm, "Mlp", {}, {}, dict(perturb=perturb)) for algorithm in ALGORITHMS for perturb in ("policy", "all")),
     *((algorithm, "Mlp", {}, {}, dict(target_noise="same", family="factorised")) for algorithm in ALGORITHMS),
-    *((algorithm, "Mlp", {}, {}, dict(target_noise="same", noise_sharing="independent", perturb="all")) for algorithm in (SAC, TD3)),
+    *((algorithm, "Mlp", {}, {}, dict(target_noise="same", noise_sharing="independent", perturb="all"))
+      for algorithm in (SAC, TD3)),
     *((algorithm, "Cnn", IMAGE, dict(share_features_extractor=share), dict(perturb=perturb))
       for algorithm in (SAC, TD3, TQC) for share in (False, True) for perturb in ("policy", "all")),
     *((algorithm, "MultiInput", DICT, {}, dict(perturb="all")) for algorithm in (SAC, TD3)),
