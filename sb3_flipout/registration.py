@@ -32,7 +32,7 @@ _NAMES: dict[type[BaseAlgorithm], list[str]] = {}
 
 def register(algorithm_class: type[BaseAlgorithm] | None = None, aliases: Aliases | None = None) -> None:
     """
-    Give an algorithm class its flipout policy names; called at import for those of SB3. Repeating it changes nothing.
+    Add the flipout policy names to an algorithm class; called at import for those of SB3. Repeating it changes nothing.
 
     Subclasses of a registered class need no registration of their own, whatever methods they override.
 

@@ -49,7 +49,7 @@ _LAYOUT: dict[str, Charts] = {
 
 def layout(members: bool) -> dict[str, Charts]:
     """
-    Give the layout of tensorboard's custom scalars.
+    Make the layout of tensorboard's custom scalars.
 
     :param members: Whether there are members to show
     :return: Charts by group

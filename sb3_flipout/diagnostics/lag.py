@@ -95,7 +95,7 @@ def best_lags(mean: Returns, sampled: Returns, error: float) -> bool:
 
 def excelling(mean: Sequence[float], sampled: Sequence[float]) -> list[float]:
     """
-    Give the returns of sampled weights that no episode of the mean weights came near.
+    Select the returns of sampled weights that no episode of the mean weights came near.
 
     :param mean: Returns of the mean weights, episode by episode
     :param sampled: Those of sampled weights

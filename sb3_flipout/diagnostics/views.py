@@ -37,7 +37,7 @@ class ActionView(NamedTuple):
 
 def components(distribution: Any) -> list[Any]:
     """
-    Give the independent parts of an action distribution.
+    List the independent parts of an action distribution.
 
     :param distribution: SB3's or sb3-contrib's distribution
     :return: One of torch's distributions for each part

@@ -26,7 +26,7 @@ def sigmas(layer: FlipoutLayer) -> th.Tensor | None:
 
 def noise_deviation(layer: FlipoutLayer, scale: float) -> th.Tensor:
     r"""
-    Give the standard deviation of each weight's perturbation, over draws of base and row factors.
+    Compute the standard deviation of each weight's perturbation, over draws of base and row factors.
 
     It is :math:`c\,|\sigma|`, times :math:`|\bar W|` in the families that are relative to the mean weights, and times the
     deviation of Gaussian row factors in the factorised one (0.80 for a weight, 0.89 for a bias).
@@ -50,7 +50,7 @@ def noise_deviation(layer: FlipoutLayer, scale: float) -> th.Tensor:
 
 def signal_to_noise(layer: FlipoutLayer, scale: float) -> th.Tensor:
     """
-    Give abs(mean weight) over the standard deviation of its perturbation.
+    Compute abs(mean weight) over the standard deviation of its perturbation.
 
     :param layer: Perturbed layer
     :param scale: Noise scale c

@@ -109,7 +109,7 @@ class FlipoutEmbedding(FlipoutLayer, nn.Embedding):
         return delta * kept, None
 
     def _of_entries(self, values: th.Tensor, index: th.Tensor) -> th.Tensor:
-        """Give what rows have, shape (N,), to each of their indices."""
+        """Repeat what rows have, shape (N,), for each of their indices."""
         spread = self.row_layout.spread(values, len(index))
         return spread.view(len(index), *[1] * (index.dim() - 1)).expand(index.shape)
 

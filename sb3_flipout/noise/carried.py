@@ -2,9 +2,8 @@
 
 :func:`with_noise` hangs row noise on a tensor or a dictionary of tensors, :func:`noise_of` reads it back. What users do to
 observations on the way from the buffer to the policy keeps it as far as rows stay rows: slicing takes the noise of the slice,
-arithmetic, casts and reshapes behind the first dimension keep it, ``torch.cat`` joins it. Whatever else gives a plain
-tensor that
-remembers which operation lost the noise, so that the error in the update can say so.
+arithmetic, casts and reshapes behind the first dimension keep it, ``torch.cat`` joins it. Whatever else gives a
+plain tensor that remembers which operation lost the noise, so that the error in the update can say so.
 """
 
 from __future__ import annotations

@@ -95,7 +95,7 @@ class RowNoise:
 
     def at_scale(self, scale: th.Tensor) -> RowNoise:
         """
-        Give the same rows other scales. Where a scale moves at each step, their keys are not hashed again for it.
+        Set other scales for the same rows. Where a scale moves at each step, their keys are not hashed again for it.
 
         :param scale: Noise scales, shape (N,), on the device of the keys
         :return: Noise of these rows at those scales

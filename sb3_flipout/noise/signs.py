@@ -238,7 +238,7 @@ class FactorPlan:
 
     def scaled(self, block: th.Tensor, scale: th.Tensor) -> th.Tensor:
         """
-        Give factors that :meth:`expand` computed without a scale another one; nothing is hashed.
+        Multiply factors that :meth:`expand` computed without a scale by one; nothing is hashed.
 
         :param block: Block of factors of scale 1, shape (N, ``width``)
         :param scale: Noise scales, shape (N,)

@@ -53,7 +53,7 @@ class KeyStream:
 
     :param seed: Seed of the stream
     :param resample: How long an environment keeps its key: ``"step"``, ``"episode"``, ``"rollout"``, or a number of steps
-    :param members: Number of keys that exist; ``None`` for no end of them
+    :param members: Number of keys that exist; ``None`` for keys without limit
     :param owner: Whose noise it is
     """
 
@@ -156,7 +156,7 @@ class EvaluationStream:
 
     :param seed: Seed of the stream
     :param calls: How many batches of keys have been given out
-    :param members: Number of keys that exist; ``None`` for no end of them
+    :param members: Number of keys that exist; ``None`` for keys without limit
     :param owner: Whose noise it is
     """
 

@@ -110,7 +110,7 @@ class OffPolicyMixin(FlipoutPolicyMixin):
         """
         Mark the gradient steps of an update; inside it, networks that are given no noise draw that of the gradient step.
 
-        ``perturbed(policy, None)`` around an update goes before it: mean weights learn then.
+        Inside a ``perturbed(policy, None)`` block the mean weights learn instead.
 
         :return: Context manager; the acting base is as before when it is left
         """

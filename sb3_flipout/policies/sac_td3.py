@@ -68,7 +68,7 @@ class ActorMixin(OffPolicyMixin):
     :param schedule_fraction: Share of training over which it falls; default 0.5
     :param target_noise: Noise of the next actions, and of target critics where critics have noise: ``"mean"`` weights (the
         default), ``"independent"`` of the online networks, or the ``"same"`` (the default with members)
-    :param members: Number K of keys that exist; ``None``: no end of them
+    :param members: Number K of keys that exist; ``None``: keys are drawn without limit
     :param act_by_mode: Whether collection takes the most likely action of each row's perturbed actor, so that weight noise
         alone explores; for actors that sample
     :param kwargs: Further keyword arguments of SB3's policy

@@ -181,7 +181,7 @@ class LearningSettings(NoiseSettings):
         default of value-based policies), the ``"same"`` (the default with members: each learns from its own target), or
         ``"mean"`` weights (the default of actors)
     :param members: Number K of keys that exist; the base is frozen then, so each key is a member of an implicit ensemble.
-        ``None``: no end of keys
+        ``None``: keys are drawn without limit
     """
 
     resample: str | int | None = None  # type: ignore[assignment]
