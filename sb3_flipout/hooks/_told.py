@@ -135,8 +135,10 @@ class _TellsRolloutStart(BaseCallback):
 def set_up_learning(original: Method, algorithm: Any, *args: Any, **kwargs: Any) -> Any:
     """Tell that the environments were reset: SB3 binds a new first observation when it does so."""
     _warn_of_epsilon(algorithm)
-    policy_of(algorithm).guard.check_whole(policy_of(algorithm), policy_of(algorithm).perturbed_network)
-    policy_of(algorithm).marks.steered = False
+    policy = policy_of(algorithm)
+    policy.guard.check_whole(policy, policy.perturbed_network)
+    policy.guard.check_own(_networks(algorithm), getattr(policy, "learning", None))
+    policy.marks.steered = False
     before = algorithm._last_obs
     total, callback = original(algorithm, *args, **kwargs)
     if algorithm._last_obs is not before:
@@ -145,6 +147,23 @@ def set_up_learning(original: Method, algorithm: Any, *args: Any, **kwargs: Any)
     for one in (listed, listed.callbacks[0], listed.callbacks[-1]):
         one.model = algorithm
     return total, listed
+
+
+def _networks(algorithm: Any) -> dict[str, Any]:
+    """Networks that learn, and those of the target, as the algorithm and its policy know them."""
+    names = (
+        "q_net",
+        "q_net_target",
+        "quantile_net",
+        "quantile_net_target",
+        "actor",
+        "actor_target",
+        "critic",
+        "critic_target",
+    )
+    owners = {"model": algorithm, "model.policy": policy_of(algorithm)}
+    found = {f"{owner}.{name}": getattr(holder, name, None) for owner, holder in owners.items() for name in names}
+    return {name: net for name, net in found.items() if net is not None}
 
 
 def _warn_of_epsilon(algorithm: Any) -> None:

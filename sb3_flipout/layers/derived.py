@@ -193,7 +193,8 @@ def own_matrices(name: str, module: nn.Module) -> dict[str, str]:
     :param module: Module
     :return: Their names, and why they stay plain
     """
-    if isinstance(module, tuple(PERTURBED_CLASSES)) or parametrize.is_parametrized(module) or not any(module.children()):
+    served = isinstance(module, (*PERTURBED_CLASSES, parametrize.ParametrizationList)) or parametrize.is_parametrized(module)
+    if served or not any(module.children()):
         return {}
     why = f"a matrix that {type(module).__name__} uses itself"
     matrices = module.named_parameters(recurse=False)

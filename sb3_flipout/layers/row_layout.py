@@ -59,6 +59,7 @@ FIRST = RowLayout()
 
 # How many observations the search looks at: a size that no fold of a real network is likely to have by chance.
 PROBED_ROWS = 7
+_FEWER_ROWS = 5  # in one more look: what has a size by chance keeps it
 
 
 class _Unclear(Exception):
@@ -92,7 +93,17 @@ def find_layouts(
                 if before.shape != after.shape:
                     return {}
                 changes[name][number].append(_changed(before, after))
-    return {name: _common(layers[name], seen[name], changes[name], dim_of_rows) for name in seen}
+    found = {name: _common(layers[name], seen[name], changes[name], dim_of_rows) for name in seen}
+    fewer = _inputs(layers, run, observations[:_FEWER_ROWS])
+    return {name: layout if _grows(layout, seen[name], fewer.get(name, [])) else None for name, layout in found.items()}
+
+
+def _grows(layout: RowLayout | None, inputs: list[th.Tensor], of_fewer: list[th.Tensor]) -> bool:
+    """Whether the dimension in which the rows are said to lie grows with their number."""
+    if layout is None or len(inputs) != len(of_fewer):
+        return layout is not None  # calls that depend on the number of rows tell nothing
+    sizes = [(x.shape[layout.dim], y.shape[layout.dim]) for x, y in zip(inputs, of_fewer, strict=True)]
+    return all(size * _FEWER_ROWS == smaller * PROBED_ROWS for size, smaller in sizes)
 
 
 def _changed(before: th.Tensor, after: th.Tensor) -> th.Tensor:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch as th
 
-from sb3_flipout.noise.row_operations import noise_after, same_noise
+from sb3_flipout.noise.row_operations import noise_after, overwrites, same_noise
 from sb3_flipout.noise.rows import RowNoise
 
 _LOST_BY = "noise_lost_by"
@@ -23,7 +23,7 @@ _LOST_BY = "noise_lost_by"
 class KeyedTensor(th.Tensor):
     """Observations that carry the noise of their rows."""
 
-    row_noise: RowNoise
+    row_noise: RowNoise | None  # None after rows of other noise were written into it
 
     @classmethod
     def __torch_function__(
@@ -42,6 +42,8 @@ class KeyedTensor(th.Tensor):
         with th._C.DisableTorchFunctionSubclass():
             result = func(*map(_plain, args), **{name: _plain(value) for name, value in kwargs.items()})
         name = getattr(func, "__name__", "")
+        if overwrites(name, args) and isinstance(args[0], KeyedTensor):
+            args[0].__dict__.update({"row_noise": None, _LOST_BY: name})
         if name in ("__get__", "__set__", "__repr__") or not isinstance(result, (th.Tensor, tuple, list)):
             return result
         if isinstance(result, (tuple, list)) and not any(isinstance(part, th.Tensor) for part in result):
@@ -68,7 +70,8 @@ class KeyedTensor(th.Tensor):
         :param memo: What has been copied already
         :return: Copy
         """
-        return with_noise(_plain(self).clone(), self.row_noise)
+        copied = _plain(self).clone()
+        return copied if self.row_noise is None else with_noise(copied, self.row_noise)
 
 
 class KeyedDict(dict[str, Any]):

@@ -20,6 +20,7 @@ _ROW_BY_ROW = frozenset(
     masked_fill masked_fill_ maximum minimum mul mul_ multiply nan_to_num neg negative pin_memory pow relu remainder
     requires_grad_ round rsqrt rsub sigmoid sign sin sqrt square sub sub_ subtract tanh to to_dense true_divide trunc type
     type_as where zero_ copysign divide empty_like fill_ full_like normal_ ones_like rand_like randn_like zeros_like
+    dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout
     """.split()
 )
 # Operations on dimensions that keep rows if the first dimension takes no part: where their dimension arguments stand.
@@ -37,6 +38,8 @@ _ON_DIMENSIONS = {
     "log_softmax": slice(1, 2),
     "cumsum": slice(1, 2),
 }
+# Operations that write the rows of their later arguments into their first.
+_WRITES = {"__setitem__", "copy_", "index_copy_", "index_put_", "scatter_", "masked_scatter_", "set_"}
 _NAMED_DIMENSIONS = {"dim", "dims", "start_dim", "dim0", "dim1", "axis0", "axis1", "source", "destination"}
 
 
@@ -51,6 +54,8 @@ def noise_after(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], result
     :return: Noise of the rows, one for each part where there are several; ``None`` where it cannot be told what they are
     """
     found = list(_noises((*args, *kwargs.values())))
+    if not found:
+        return None
     first = found[0]
     if name in ("cat", "concat", "concatenate"):
         return _after_cat(args, kwargs, found)
@@ -62,8 +67,8 @@ def noise_after(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], result
         return _after_index(args[0], args[1], first, result)
     if name == "index_select" and (args[1] if len(args) > 1 else kwargs.get("dim")) == 0:
         return first[args[2] if len(args) > 2 else kwargs["index"]]
-    if name in ("view", "reshape", "expand", "repeat", "permute"):
-        return first if _keeps_rows(name, args, first) else None
+    if name in ("view", "reshape", "expand", "repeat", "permute", "pad"):
+        return first if _keeps_rows(name, args, kwargs, first) else None
     if name in _ON_DIMENSIONS:
         n_dims = args[0].dim() + (name == "unsqueeze")  # of the result, where the new dimension is counted
         return first if _spares_first(args[_ON_DIMENSIONS[name]], kwargs, n_dims) else None
@@ -72,6 +77,18 @@ def noise_after(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], result
     # With more dimensions than before, broadcasting has put another one first.
     widened = any(_is_keyed(value) and value.dim() != result.dim() for value in (*args, *kwargs.values()))
     return None if widened else first
+
+
+def overwrites(name: str, args: tuple[Any, ...]) -> bool:
+    """
+    Tell whether an operation has written rows with other noise into a tensor, which then no longer knows whose rows it has.
+
+    :param name: Name of torch's operation
+    :param args: Its arguments, the tensor first
+    :return: Whether it has
+    """
+    written = [noise for noise in _noises(args[1:])] if name in _WRITES else []
+    return bool(written) and not all(same_noise(noise, getattr(args[0], "row_noise", None)) for noise in written)
 
 
 def _noises(values: Any) -> Iterator[RowNoise]:
@@ -83,7 +100,7 @@ def _noises(values: Any) -> Iterator[RowNoise]:
 
 
 def _is_keyed(value: Any) -> bool:
-    return isinstance(value, th.Tensor) and hasattr(value, "row_noise")
+    return isinstance(value, th.Tensor) and getattr(value, "row_noise", None) is not None
 
 
 def same_noise(a: RowNoise, b: RowNoise | None) -> bool:
@@ -142,8 +159,10 @@ def _come_first(index: tuple[Any, ...]) -> bool:
     return len(places) > 1 and places[-1] - places[0] >= len(places)
 
 
-def _keeps_rows(name: str, args: tuple[Any, ...], noise: RowNoise) -> bool:
+def _keeps_rows(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], noise: RowNoise) -> bool:
     """Whether a change of shape leaves the first dimension what it was."""
+    if name == "pad":  # from the last dimension on, two numbers for each
+        return len(args[1] if len(args) > 1 else kwargs["pad"]) <= 2 * (args[0].dim() - 1)
     sizes = args[1] if len(args) > 1 and isinstance(args[1], (tuple, list, th.Size)) else args[1:]
     if not sizes or isinstance(sizes[0], th.dtype):
         return False

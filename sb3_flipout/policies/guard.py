@@ -82,6 +82,23 @@ class VisitGuard:
                 "policy_kwargs=dict(skip=[...])."
             )
 
+    @staticmethod
+    def check_own(networks: Mapping[str, Any], learning: object) -> None:
+        """
+        Look, before training, whether the networks that learn, and those of the target, are the policy's own.
+
+        :param networks: Networks by name, those that the algorithm holds and those that the policy holds
+        :param learning: The noise of the policy's gradient steps
+        :raises ValueError: If one of them is a copy, which would see no noise
+        """
+        foreign = [name for name, net in networks.items() if getattr(net, "learning", learning) is not learning]
+        if foreign:
+            raise ValueError(
+                f"{', '.join(foreign)} is a copy of a perturbed network and would learn without noise: a copy belongs to no "
+                "policy. Keep the network that was there, and copy the weights into it: "
+                "network.load_state_dict(other.state_dict())."
+            )
+
     @contextmanager
     def update(self, network: PerturbedNetwork) -> Iterator[None]:
         """

@@ -343,3 +343,27 @@ def test_first_ratio_with_samples_of_ones_own(buffer: type[RolloutBuffer]) -> No
         model.learn(16, reset_num_timesteps=False)
         assert abs(model.logger.name_to_value["train/approx_kl"]) <= 1e-7
         assert model.logger.name_to_value["train/clip_fraction"] == 0
+
+
+def test_rows_of_other_noise_written_in_place_take_the_noise_away():
+    """Else the keys would stay in the old order, without a sign."""
+    noise = RowNoise(th.arange(4))
+    order = th.tensor([2, 0, 3, 1])
+    for write in (lambda x: x.__setitem__(slice(None), x[order]), lambda x: x.copy_(x[order])):
+        obs = with_noise(th.rand(4, 3), noise)
+        write(obs)
+        assert noise_of(obs) is None and lost_by(obs) in ("__setitem__", "copy_")
+        assert noise_of(copy.deepcopy(obs)) is None
+    obs = with_noise(th.rand(4, 3), noise)
+    obs[:, 0] = 0.0  # values, and rows stay where they are
+    obs[:] = obs * 2
+    assert noise_of(obs) is noise
+
+
+def test_padding_and_dropout_behind_the_rows_keep_the_noise():
+    noise = RowNoise(th.arange(4))
+    obs = with_noise(th.rand(4, 3, 8, 8), noise)
+    assert noise_of(th.nn.functional.pad(obs, (2, 2, 2, 2), mode="replicate")) is noise
+    assert noise_of(th.nn.functional.dropout(obs, 0.5)) is noise
+    lost = th.nn.functional.pad(obs, (0, 0, 0, 0, 0, 0, 0, 1))
+    assert noise_of(lost) is None and lost_by(lost) == "pad"

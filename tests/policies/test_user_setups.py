@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 import warnings
 
@@ -248,3 +249,32 @@ def test_a_collection_that_does_not_tell_its_steps_is_named_once():
     with pytest.warns(UserWarning, match="ActsByPredict has made 1 collection steps.*told of 0.*_sample_action") as caught:
         model.learn(12)
     assert len([warning for warning in caught if "collection steps" in str(warning.message)]) == 1
+
+
+# ---- targets put there by hand, sizes that agree by luck, rows written in place ----------------------------------------
+
+
+@pytest.mark.parametrize("owner", ["model", "policy"])
+def test_a_copy_in_place_of_the_target_is_refused_before_it_learns_without_noise(owner):
+    model = DQN("FlipoutMlpPolicy", "CartPole-v1", seed=0, device="cpu", exploration_initial_eps=0, exploration_final_eps=0)
+    (model if owner == "model" else model.policy).q_net_target = copy.deepcopy(model.policy.q_net)
+    with pytest.raises(ValueError, match=r"model\S*q_net_target is a copy of a perturbed network .*load_state_dict"):
+        model.learn(10)
+
+
+class _Positions(BaseFeaturesExtractor):
+    """Adds an embedding of each of T positions: the same for all rows."""
+
+    def __init__(self, space, steps):
+        super().__init__(space, steps)
+        self.steps, self.embedding = steps, nn.Embedding(steps, 1)
+
+    def forward(self, obs):
+        return obs[:, :1] + self.embedding(th.arange(self.steps)).view(1, -1)
+
+
+@pytest.mark.parametrize("steps", [5, 6, 7])
+def test_positions_are_no_rows_whatever_their_number(steps):
+    extractor = dict(features_extractor_class=_Positions, features_extractor_kwargs=dict(steps=steps))
+    with pytest.raises(ValueError, match=r"features_extractor\.embedding .*skip=\['features_extractor\.embedding'\]"):
+        PPO("FlipoutMlpPolicy", "CartPole-v1", device="cpu", policy_kwargs=extractor)
