@@ -27,7 +27,7 @@ def trained(algorithm, policy, case, noise):
     _, make_env, arguments = CASES[case]
     kwargs = {k: v for k, v in arguments.get("policy_kwargs", {}).items() if noise or k != "perturb"}
     arguments = {**arguments, "policy_kwargs": {**kwargs, **noise}}
-    return algorithm(policy, make_env(), seed=3, **arguments, **SIZES[algorithm]).learn(512)
+    return algorithm(policy, make_env(), seed=3, **arguments, **SIZES[algorithm]).learn(256 if algorithm is TRPO else 512)
 
 
 def assert_equal_weights(stock, ours):
