@@ -1,5 +1,6 @@
 """One torch thread per worker, and what several rings' tests need."""
 
+import re
 from collections.abc import Iterator
 
 import numpy as np
@@ -7,6 +8,38 @@ import pytest
 import torch as th
 
 th.set_num_threads(1)
+
+# Cases that repeat, at some length, what others of the same test show in the fast tier: they run with those marked slow.
+SLOW_CASES = re.compile(
+    "|".join(
+        (
+            r"test_stock\.py::test_sigma_frozen_at_zero_trains_bitwise_as_stock\[TRPO-(?!mlp-discrete|dict)",
+            r"test_stock\.py::test_sigma_frozen_at_zero_trains_bitwise_as_stock\[A2C-(?!mlp-discrete|image\])",
+            r"test_stock\.py::test_every_family_at_sigma_zero_is_stock\[(multiplicative|isotropic)",
+            r"test_theorem\.py::test_(gradients|a_rows|rows|layers|successive).*\[(multiplicative|dropconnect|isotropic)",
+            r"test_diagnostics\.py::test_theorem_2_for_the_means\[(4-.*|.*-4)\]",
+            r"test_diagnostics\.py::test_the_variance_falls_as_one_over_the_batch_size\[independent",
+            r"test_adapt\.py::test_reaches_the_target_on_a_fixed_network\[.*-50\.0\]",
+            r"test_lstm_gradients\.py::test_gradcheck\[(?!.*flipout)",
+            r"test_save_load\.py::test_loads_in_a_fresh_process_that_never_imported_the_plugin\[(mlp-box|image)\]",
+            r"test_minatar\.py::test_names_the_extra_when_the_package_is_missing\[minatar\.gym\]",
+            r"test_demo_atari\.py::test_names_the_extra_when_it_is_missing\[cv2\]",
+            r"test_schedule\.py::test_it_falls_with_the_steps_of_training\[(SAC|A2C|DQN)-(cosine|exponential)\]",
+            r"test_noise_eval\.py::test_chance_alone_warns_once_in_a_thousand_times\[5\]",
+            r"test_recurrent\.py::test_without_noise_training_is_stock\[(?!.*(box|dict))",
+            r"test_visit_guard\.py::test_nothing_is_said_where_nothing_is_wrong\[(crossq|tqc|qrdqn|ddpg)",
+            r"test_policy_diagnostics\.py::test_deviation_is_that_of_drawn_weights\[.*(multiplicative|isotropic|dropconnect)",
+        )
+    )
+)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark those cases before `-m` is looked at."""
+    for item in items:
+        if SLOW_CASES.search(item.nodeid):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture
