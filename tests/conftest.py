@@ -28,6 +28,16 @@ SLOW_CASES = re.compile(
             r"test_noise_eval\.py::test_chance_alone_warns_once_in_a_thousand_times\[5\]",
             r"test_recurrent\.py::test_without_noise_training_is_stock\[(?!.*(box|dict))",
             r"test_visit_guard\.py::test_nothing_is_said_where_nothing_is_wrong\[(crossq|tqc|qrdqn|ddpg)",
+            r"test_demo\.py::test_a_small_sea_is_learned_at_once",
+            r"test_atari_names\.py::test_registers_the_games_for_make_atari_env",
+            r"test_demo_atari\.py::test_names_the_extra_when_it_is_missing\[ale_py\]",
+            r"test_sac_td3_options\.py::test_all_but_contrib_works_without_it",
+            r"test_lstm_gradients\.py::test_full_gradcheck",
+            r"test_compiled\.py::test_every_noise_compiles\[(?!.*flipout)",
+            r"test_(compiled|prediction)\.py::test_(a_)?compiled_.*\[aot_eager\]",
+            r"test_replay\.py::test_(ratio_is_one|replay_of_every).*\[TRPO-(dict|image|separate)",
+            r"test_on_policy_contrib\.py::test_maskable_ratio_is_one.*\[(dict|image|separate-extractors)-False\]",
+            r"test_diagnostics\.py::test_gradient_variance_on_fixed_data_is_that_of_the_formula\[shared\]",
             r"test_policy_diagnostics\.py::test_deviation_is_that_of_drawn_weights\[.*(multiplicative|isotropic|dropconnect)",
         )
     )
