@@ -84,19 +84,19 @@ $(CORE): $(MANIFEST) | $(BIN)/python
 	$(INSTALL) -e .
 	@touch $@
 
-# The other levels come on top of the core one, so that a finished one also satisfies `make demo`.
-$(DEV): $(CORE)
+# The other levels hold the core one, so that a finished one also satisfies `make demo`.
+$(DEV): $(MANIFEST) | $(BIN)/python
 	$(INSTALL) -e ".[dev]"
-	@touch $@
+	@touch $(CORE) $@
 
-$(ATARI): $(CORE)
+$(ATARI): $(MANIFEST) | $(BIN)/python
 	$(INSTALL) -e ".[atari]"
-	@touch $@
+	@touch $(CORE) $@
 
-$(DOCS): $(CORE)
+$(DOCS): $(MANIFEST) | $(BIN)/python
 	$(INSTALL) -e ".[docs]"
-	@touch $@
+	@touch $(CORE) $@
 
-$(BENCH): $(CORE)
+$(BENCH): $(MANIFEST) | $(BIN)/python
 	$(INSTALL) -e ".[dev,bench]"
-	@touch $@
+	@touch $(CORE) $@
