@@ -8,7 +8,8 @@ PYTEST_WORKERS ?= 2
 
 BIN := $(VENV)/bin
 CONSTRAINTS := -c constraints.txt
-INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS)
+# --no-compile: what is never imported need not be compiled, which takes pip half a minute.
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile $(CONSTRAINTS)
 MANIFEST := pyproject.toml constraints.txt
 
 # One stamp per level of installation; each is renewed when the manifest changes, otherwise reused.
