@@ -79,7 +79,6 @@ clean:  ## Remove caches and build outputs (the environment and the runs stay)
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
-	$(INSTALL) --upgrade pip
 
 $(CORE): $(MANIFEST) | $(BIN)/python
 	$(INSTALL) -e .
