@@ -8,7 +8,8 @@ PYTEST_WORKERS ?= 2
 
 BIN := $(VENV)/bin
 CONSTRAINTS := -c constraints.txt
-# --no-compile: what is never imported need not be compiled, which takes pip half a minute.
+# --no-compile: pip would compile all for a minute, most of it never imported. What is, Python compiles and keeps by itself.
+unexport PYTHONDONTWRITEBYTECODE
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile $(CONSTRAINTS)
 MANIFEST := pyproject.toml constraints.txt
 
