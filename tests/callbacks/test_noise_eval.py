@@ -24,7 +24,7 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
 
 from sb3_flipout.callbacks import AnnealNoise, NoiseEvalCallback
-from sb3_flipout.callbacks.evaluate import _Sampled
+from sb3_flipout.callbacks.evaluate import ARMS, _Sampled
 from sb3_flipout.diagnostics.lag import LagTest, best_lags, excelling, mean_lags, student_tail
 from sb3_flipout.layers import Ask
 
@@ -167,6 +167,41 @@ def test_the_vote_is_what_the_policy_does() -> None:
         evaluate_policy(callback.model, again, 4, warn=False)
     # Episodes of this environment do not depend on the actions, so the same ones come third.
     assert callback.returns["vote"][0] == pytest.approx(evaluate_policy(callback.model, again, 4, warn=False)[0])
+
+
+def test_a_vote_has_no_chance_in_it_whatever_deterministic_says() -> None:
+    """With epsilon at 1, `predict(deterministic=False)` would act at random."""
+    model = make(DQN, **MEMBERS)
+    model.exploration_rate = 1.0
+    obs = np.random.default_rng(0).uniform(-1, 1, (64, 5)).astype(np.float32)
+    arm, start = ARMS["vote"](model, None), np.ones(64, dtype=bool)
+    voted, asked = (arm.predict(obs, None, start, deterministic)[0] for deterministic in (True, False))
+    np.testing.assert_array_equal(voted, asked)
+    np.testing.assert_array_equal(voted, model.predict(obs, deterministic=True)[0])
+
+
+class SplitInLives(gym.Wrapper):
+    """Ends an episode at each third step, as wrappers do that make one of each life; the game inside goes on."""
+
+    def step(self, action: Any) -> Any:
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        self.over = terminated or truncated
+        return obs, reward, terminated or self.unwrapped.t % 3 == 0, truncated, info
+
+    def reset(self, **kwargs: Any) -> Any:
+        over, self.over = getattr(self, "over", True), False
+        return self.env.reset(**kwargs) if over else (np.array([0.5, 1.0], np.float32), {})
+
+
+def test_lives_that_a_wrapper_makes_episodes_of_are_none() -> None:
+    """evaluate_policy counts what the Monitor inside reports, and one draw of the weights lasts as long."""
+    env = DummyVecEnv([lambda: SplitInLives(Monitor(Sized()))] * 2)
+    callback = Watched(env, n_eval_episodes=4, eval_freq=8, verbose=0)
+    silent().learn(16, callback=callback)
+    assert [len(played) for played in callback._episodes["sampled"]] == [4]
+    assert np.mean(callback._episodes["sampled"][0]) == pytest.approx(callback.returns["sampled"][0])
+    keys = [noise.keys.tolist() for noise in callback.noises[:10]]
+    assert keys[:5] == [keys[0]] * 5 and keys[5:] == [keys[5]] * 5 and keys[0] != keys[5]
 
 
 # ---- what is saved --------------------------------------------------------------------------------------------------
