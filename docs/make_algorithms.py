@@ -68,7 +68,7 @@ HEAD = """# Algorithms and policy names
 
 NOTES = """
 "Perturbed" is what `perturb="policy"` means, the default. `"heads"` is the last layer of it, `"all"` adds what its
-column says. Of what is perturbed, `layers="linear"` leaves convolutions and LSTMs out, and `layers="hidden"` takes the
+column says. Of what is perturbed, `layers="linear"` leaves all other kinds out, and `layers="hidden"` takes the
 hidden-to-hidden weights of LSTMs and GRUs alone. An extractor that is shared is perturbed once, and its noise then reaches all
 that is computed from it; only the critics of {critics} see its mean weights, unless `"all"` is asked for.
 

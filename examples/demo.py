@@ -88,7 +88,7 @@ def train(name: str, out: Path, seed: int, size: int, limit: int) -> Result:
     logs, settings = str(out / "tensorboard"), {**DQN_SETTINGS, **epsilon}
     model = DQN(policy, env, policy_kwargs={**NET, **noise}, seed=seed, tensorboard_log=logs, **settings)
     watch = Watch(size, limit)
-    callbacks: list[BaseCallback] = [watch, MonitorNoise()] if name == "flipout" else [watch]
+    callbacks: list[BaseCallback] = [watch, MonitorNoise(every=1_000)] if name == "flipout" else [watch]
     print(f"\n{LABELS[name]}: {limit} dives at most", flush=True)
     start = time.perf_counter()
     model.learn(limit * size, callback=callbacks, tb_log_name=name, progress_bar=True, log_interval=20)

@@ -1,6 +1,6 @@
 """Rollout buffers that store the noise of each transition and hand it back with the observations.
 
-Collection hangs the row noise on the log-probabilities (``policies/on_policy.py``); ``add`` reads it there, and the
+Collection hangs the row noise on the log-probabilities (``policies/passes.py``); ``add`` reads it there, and the
 samples carry it on their observations, so the update finds exactly the noise under which each action was drawn. It
 costs 12 bytes per transition: an int64 key and a float32 scale.
 """

@@ -148,10 +148,10 @@ class NoiseEvalCallback(_EpisodesEval):
     Evaluate the mean weights, sampled weights and, with members, their vote; save the best by one of them.
 
     ===========  =======================================================================================================
-    ``mean``     the mean weights, what ``predict(deterministic=True)`` uses without members
+    ``mean``     the mean weights, what ``predict(deterministic=True)`` uses (DQN and QRDQN: without members)
     ``sampled``  perturbed weights at the present noise scale and base, a fresh draw for each episode, held until it ends
                  (with ``noise_sharing="shared"`` one draw for all environments, fresh for each episode of the first)
-    ``vote``     the action that most members prefer, what ``predict(deterministic=True)`` does with members; a vote has no
+    ``vote``     the action that most members prefer, what ``predict(deterministic=True)`` of DQN and QRDQN does with members; a vote has no
                  chance in it, whatever ``deterministic`` says
     ===========  =======================================================================================================
 
@@ -166,8 +166,8 @@ class NoiseEvalCallback(_EpisodesEval):
     **Warning.** With constant weight noise an agent learns a policy that is good on average over the perturbations, and
     nothing asks the mean weights alone to be good. So the callback warns, once, when the mean weights lag behind the sampled
     ones, unless the noise scale has fallen meanwhile, since annealing it is the remedy. It looks at every fifth evaluation, at
-    the later half of them all (10 at least), and is strict enough that chance alone warns in one *training* of a thousand,
-    however long: the k-th look may err in 1/(k(k+1)) of a thousandth. They lag when
+    the later half of them all (the last 10 at least, where there are so many), and is strict enough that chance alone warns
+    in one *training* of a thousand, however long: the k-th look may err in 1/(k(k+1)) of a thousandth. They lag when
 
     - the mean of the differences of their returns exceeds 0 by Student's t, and is a tenth of the larger return at least;
     - or, from 10 evaluations on, a tenth of the perturbed episodes or more exceed *every* episode of the mean weights, by a

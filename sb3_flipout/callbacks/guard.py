@@ -45,7 +45,8 @@ class StopOnNonFinite(NoiseCallback):
     :param every: Gradient steps between two looks. On-policy also at the starts of rollouts
     :param save_every: Timesteps between checkpoints. The first one is made when training starts
     :param verbose: Verbosity level of SB3's callbacks
-    :raises ValueError: If a number is no integer >= 1, or ``save_path`` is a folder
+    :raises TypeError: If a number is no integer
+    :raises ValueError: If a number is below 1, or ``save_path`` is a folder
     """
 
     def __init__(self, save_path: str | os.PathLike[str], every: int = 1, save_every: int = 10_000, verbose: int = 0) -> None:

@@ -44,6 +44,7 @@ class MonitorNoise(NoiseCallback):
     :param observations: Number of observations to measure with, 2 or more
     :param draws: Number of draws of the noise to measure with, 2 or more
     :param verbose: Verbosity level of SB3's callbacks
+    :raises TypeError: If a number is no integer, or a flag no boolean
     :raises ValueError: If a number is out of range; at the start of training, if the policy is no flipout policy
     """
 

@@ -1,4 +1,4 @@
-"""What :class:`~sb3_flipout.diagnostics.MonitorNoise` measures: the numbers behind the tags of docs/logged_values.md."""
+"""What :class:`~sb3_flipout.callbacks.MonitorNoise` measures: the numbers behind the tags of docs/logged_values.md."""
 
 from __future__ import annotations
 

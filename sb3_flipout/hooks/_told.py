@@ -98,8 +98,8 @@ def set_parameters(original: Method, algorithm: Any, load_path_or_dict: Any, *ar
         others = [name for name in load_path_or_dict if name != "policy"]
         if others or given.get("exact_match", True):
             raise ValueError(
-                "these are the parameters of a policy without noise: it has no sigma, and its optimizer none for it. To take "
-                "its "
+                "these are the parameters of a policy without noise: it has no sigma, and its optimizer none for it. "
+                "To take its "
                 'weights as mean weights and keep the sigma that is here: model.set_parameters({"policy": params["policy"]}, '
                 "exact_match=False)."
             )

@@ -114,8 +114,8 @@ class FlipoutMultiheadAttention(FlipoutLayer, nn.MultiheadAttention):
         if x.dim() != 3 or x.is_nested or not self.row_layout.fits(x.shape[0], rows):
             raise ValueError(
                 f"FlipoutMultiheadAttention got {'nested ' if x.is_nested else ''}queries of shape {tuple(x.shape)} (batch "
-                f"first) and keys for {rows} rows; it needs one sequence per row. If the network folds something else into "
-                f"the "
+                f"first) and keys for {rows} rows; it needs one sequence per row. "
+                "If the network folds something else into the "
                 "batch, leave the module out with skip=."
             )
 

@@ -29,10 +29,9 @@ class FlipoutLayer(PerturbedWeights):
     Mixin of all perturbed layers; stands before the torch.nn class in their bases.
 
     Parameters beside the parent's: one named ``<name>_sigma`` for each perturbed weight and bias. Nothing keeps sigma
-    positive,
-    and 0 is exactly the plain layer. Where the base is symmetric about 0 (all families but ``factorised``) sigma's sign
-    changes
-    no law; with ``factorised``, where the factors alone are the noise, one flipped sign changes how weights go together.
+    positive, and 0 is exactly the plain layer. Where the base is symmetric about 0 (all families but ``factorised``) sigma's
+    sign changes no law; with ``factorised``, where the factors alone are the noise, one flipped sign changes how weights go
+    together.
     """
 
     #: What ``noise_on=`` may name.

@@ -12,8 +12,8 @@ from sb3_flipout.layers.row_layout import FIRST
 from sb3_flipout.layers.row_view import RowView
 
 _REMEDY = (
-    "The rows of a batch must be the first dimension of what a perturbed layer gets. If the network folds others into it, "
-    "leave "
+    "The rows of a batch must be the first dimension of what a perturbed layer gets. "
+    "If the network folds others into it, leave "
     'the module out: perturb(net, skip=["its.name"]), or policy_kwargs=dict(skip=["its.name"]).'
 )
 

@@ -1,8 +1,7 @@
 """The tables that pieces of a hashed word are looked up in: eight signs per byte, or one quantile per sixteen bits.
 
 They belong to the process. So they are made in fixed types, outside whatever mode the caller is in (``inference_mode``,
-another
-default type or device), and from numbers that do not depend on the machine.
+another default type or device), and from numbers that do not depend on the machine.
 """
 
 from __future__ import annotations

@@ -150,12 +150,12 @@ class FlipoutPolicyMixin(NoiseState):
         else:
             cause = "it never had any, or was made of single rows or through several operations that do not hand them on"
         raise ValueError(
-            f"a batch reached {type(self).__name__} in an update without its noise keys, so its noise cannot be replayed: "
-            f"{cause}. "
-            "Batches of the rollout buffer carry them on their observations. A buffer with a `get` of its own hangs them on "
-            "by "
-            "sb3_flipout.noise.with_noise(observations, self.row_noise(batch_inds)); an operation that changes rows hands "
-            "them on "
+            f"a batch reached {type(self).__name__} in an update without its noise keys, "
+            f"so its noise cannot be replayed: {cause}. "
+            "Batches of the rollout buffer carry them on their observations. "
+            "A buffer with a `get` of its own hangs them on by "
+            "sb3_flipout.noise.with_noise(observations, self.row_noise(batch_inds)); "
+            "an operation that changes rows hands them on "
             "by with_noise(result, noise_of(observations)[rows]). To learn by mean weights, write "
             "`with sb3_flipout.perturbed(policy, None):` around the call."
         )

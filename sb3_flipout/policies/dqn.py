@@ -35,8 +35,8 @@ class ValueMixin(OffPolicyMixin):
     Mixin that gives a value-based policy its noise.
 
     A network of your own (dueling heads, action masks) is given as SB3 has it: a policy whose ``make_q_net`` returns it.
-    Put the
-    flipout class before that policy, ``class Mine(FlipoutDQNPolicy, MyPolicy)``, or override ``make_q_net`` in a subclass.
+    Put the flipout class before that policy, ``class Mine(FlipoutDQNPolicy, MyPolicy)``, or override ``make_q_net`` in a
+    subclass.
 
     :param observation_space: Observation space
     :param action_space: Action space, Discrete
@@ -56,7 +56,8 @@ class ValueMixin(OffPolicyMixin):
     :param perturb_frozen: Whether layers are perturbed whose weights do not learn
     :param init: ``"keep"`` SB3's initialisation, or ``"noisynet"``
     :param schedule: How the noise falls over training: ``"constant"``, ``"linear"``, ``"cosine"`` or ``"exponential"``
-    :param schedule_end: What is left of the noise at the end of the schedule, as a share of the noise scale; default 0
+    :param schedule_end: What is left of the noise at the end of the schedule, as a share of the noise scale; default 0, for
+        ``"exponential"`` 0.01
     :param schedule_fraction: Share of training over which it falls; default 0.5
     :param target_noise: Noise of the target network: ``"independent"`` (NoisyNet's rule, the default), the ``"same"`` (the
         default with members), or ``"mean"`` weights

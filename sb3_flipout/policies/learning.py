@@ -142,8 +142,7 @@ class LearningValueNetwork(LearnsUnderNoise, BasePolicy):
     """Mixin of a value network that learns under noise, and adds its members' prior."""
 
     # Held as a function's argument would be, so that the prior is no part of this network's parameters: it is neither
-    # trained nor
-    # copied by polyak.
+    # trained nor copied by polyak.
     prior: tuple[Prior, float] | None = None
 
     def forward(self, obs: PyTorchObs) -> th.Tensor:

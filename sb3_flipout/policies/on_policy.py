@@ -51,7 +51,8 @@ class OnPolicyMixin(OnPolicyPasses):
     :param perturb_frozen: Whether layers are perturbed whose weights do not learn
     :param init: ``"keep"`` SB3's initialisation, or ``"noisynet"``
     :param schedule: How the noise falls over training: ``"constant"``, ``"linear"``, ``"cosine"`` or ``"exponential"``
-    :param schedule_end: What is left of the noise at the end of the schedule, as a share of the noise scale; default 0
+    :param schedule_end: What is left of the noise at the end of the schedule, as a share of the noise scale; default 0, for
+        ``"exponential"`` 0.01
     :param schedule_fraction: Share of training over which it falls; default 0.5
     :param kwargs: Further keyword arguments of SB3's policy
     :raises TypeError: If an argument is unknown, or a value has a wrong type

@@ -157,8 +157,8 @@ class OnPolicyPasses(FlipoutPolicyMixin):
         if unmarked and learns and self._own_noise(obs) is None and "unregistered" not in self.marks.warned:
             self.marks.warned.add("unregistered")
             warnings.warn(
-                f"{type(self).__name__} has acted under weight noise and is now evaluated for learning without it. If this "
-                f"is an "
+                f"{type(self).__name__} has acted under weight noise and is now evaluated for learning without it. "
+                "If this is an "
                 "algorithm of your own, call sb3_flipout.register(YourAlgorithm) before you make the model: its rollouts then "
                 "carry their noise to the update. Else call policy.set_training_mode(False) first.",
                 stacklevel=3,

@@ -48,8 +48,8 @@ def plain_copy(policy: Any, mixin: type) -> BasePolicy:
 
 def _refusal(policy: Any, plain_class: type) -> str:
     return (
-        f"{type(policy).__name__} computes something else than {plain_class.__name__}, from which a plain policy would be "
-        f"made. "
+        f"{type(policy).__name__} computes something else than {plain_class.__name__}, "
+        "from which a plain policy would be made. "
         "Write what you change as a plain policy of your own, and put the flipout class before it: "
         f"class {type(policy).__name__}(sb3_flipout.policies.{_nearest(policy)}, YourPlainPolicy). Then that is the plain one."
     )

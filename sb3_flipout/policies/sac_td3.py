@@ -43,8 +43,7 @@ class ActorMixin(OffPolicyMixin):
     Mixin that gives an off-policy actor-critic its noise.
 
     Networks of your own are given as SB3 has them: a policy whose ``make_actor`` and ``make_critic`` return them. Put the
-    flipout
-    class before that policy, ``class Mine(FlipoutSACPolicy, MyPolicy)``, or override these methods in a subclass.
+    flipout class before that policy, ``class Mine(FlipoutSACPolicy, MyPolicy)``, or override these methods in a subclass.
 
     :param observation_space: Observation space
     :param action_space: Action space, Box
@@ -64,7 +63,8 @@ class ActorMixin(OffPolicyMixin):
     :param perturb_frozen: Whether layers are perturbed whose weights do not learn
     :param init: ``"keep"`` SB3's initialisation, or ``"noisynet"``
     :param schedule: How the noise falls over training: ``"constant"``, ``"linear"``, ``"cosine"`` or ``"exponential"``
-    :param schedule_end: What is left of the noise at the end of the schedule, as a share of the noise scale; default 0
+    :param schedule_end: What is left of the noise at the end of the schedule, as a share of the noise scale; default 0, for
+        ``"exponential"`` 0.01
     :param schedule_fraction: Share of training over which it falls; default 0.5
     :param target_noise: Noise of the next actions, and of target critics where critics have noise: ``"mean"`` weights (the
         default), ``"independent"`` of the online networks, or the ``"same"`` (the default with members)

@@ -161,8 +161,8 @@ class NoiseState(BasePolicy):
         differing = self.noise_settings.unlike(state["settings"])
         if differing:
             raise NoiseStateError(
-                f"the saved weights do not fit the noise settings of this policy ({'; '.join(differing)}). Load it with the "
-                f"saved "
+                f"the saved weights do not fit the noise settings of this policy ({'; '.join(differing)}). "
+                "Load it with the saved "
                 'settings: Algorithm.load(path, custom_objects={"policy_kwargs": dict(...)}), or leave policy_kwargs out.'
             )
         self._noise_seed = int(state["seed"])
@@ -186,8 +186,8 @@ class NoiseState(BasePolicy):
         own_sigma = [name for name in self.state_dict() if name.endswith("_sigma")]
         if strict and own_sigma and not any(name.endswith("_sigma") for name in state_dict):
             raise NoiseStateError(
-                "the weights are those of a policy without noise: they have no sigma. To take them as mean weights and keep "
-                "the "
+                "the weights are those of a policy without noise: they have no sigma. "
+                "To take them as mean weights and keep the "
                 'sigma that is here: model.set_parameters({"policy": weights}, exact_match=False), or '
                 "policy.load_state_dict(weights, strict=False)."
             )
