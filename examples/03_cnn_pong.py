@@ -1,6 +1,6 @@
 """Weight noise in convolutions: PPO with "FlipoutCnnPolicy" on real frames of Atari Pong.
 
-    pip install '.[atari]'
+    pip install 'sb3_flipout[atari]'
     python examples/03_cnn_pong.py [--steps 512]
 
 You should see how much of the network is perturbed, that environments which look at the same frame act by different
@@ -17,7 +17,7 @@ try:
 
     gym.register_envs(ale_py)
 except ImportError:
-    raise SystemExit("This example needs the Atari games: pip install '.[atari]'") from None
+    raise SystemExit("This example needs the Atari games: pip install 'sb3_flipout[atari]'") from None
 
 import torch as th
 from stable_baselines3 import PPO

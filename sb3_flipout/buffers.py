@@ -65,7 +65,10 @@ class KeyedBufferMixin(RolloutBuffer):
         :param protocol: Pickle protocol
         :return: How to make it again
         """
-        return _empty_keyed, (type(self).__mro__[2],), self.__dict__
+        derived_from = vars(type(self)).get("DERIVED_FROM")
+        if derived_from is None:  # a class of the user's, who derived it from one of ours
+            return super().__reduce_ex__(protocol)
+        return _empty_keyed, (derived_from,), self.__dict__
 
     def _rollout_noise(self) -> RowNoise:
         """Noise of padding, then of all transitions in the order of the flattened buffer; made once per rollout."""
@@ -135,7 +138,11 @@ def keyed(buffer_class: type[RolloutBuffer]) -> type[RolloutBuffer]:
     if issubclass(buffer_class, KeyedBufferMixin):
         return buffer_class
     # __module__ would be "abc" otherwise, which confuses readers of tracebacks.
-    members = {"__module__": __name__, "__doc__": f"{buffer_class.__name__} that stores noise keys."}
+    members = {
+        "DERIVED_FROM": buffer_class,
+        "__module__": __name__,
+        "__doc__": f"{buffer_class.__name__} that stores noise keys.",
+    }
     stock = next(base for base in buffer_class.__mro__ if base.__module__.startswith(("stable_baselines3.", "sb3_contrib.")))
     behind = () if stock is buffer_class else (type(f"Keyed{stock.__name__}", (_SamplesByPlace, stock), {}),)
     return type(f"Keyed{buffer_class.__name__}", (KeyedBufferMixin, buffer_class, *behind), members)

@@ -1,5 +1,6 @@
 """Keyed rollout buffers with sequences: each transition gets its own key back, wherever padding has put it."""
 
+import copy
 import pickle
 
 import gymnasium as gym
@@ -97,9 +98,9 @@ def test_next_rollout_has_its_own_noise(kind):
 
 def test_recurrent_buffer_pickles():
     buffer = filled("box")
-    copy = pickle.loads(pickle.dumps(buffer))
-    assert type(copy) is type(buffer)
-    np.testing.assert_array_equal(copy.noise_keys, buffer.noise_keys)
+    twin = pickle.loads(pickle.dumps(buffer))
+    assert type(twin) is type(buffer)
+    np.testing.assert_array_equal(twin.noise_keys, buffer.noise_keys)
 
 
 @pytest.mark.parametrize("kind", SPACES)
@@ -150,3 +151,18 @@ def test_what_is_no_rollout_buffer_is_refused_and_left_alone():
     with pytest.raises(TypeError, match="must be a subclass of RolloutBuffer"):
         store_noise(other)
     assert type(other) is Other
+
+
+class DerivedFromKeyed(keyed(RolloutBuffer)):
+    """A user's buffer that stands on ours."""
+
+
+class WithMixin(KeyedBufferMixin, RolloutBuffer):
+    """The same, by the mixin itself."""
+
+
+@pytest.mark.parametrize("kind", [keyed(RolloutBuffer), DerivedFromKeyed, WithMixin])
+def test_copies_and_pickles_keep_the_class_of_the_buffer(kind):
+    buffer = kind(4, spaces.Box(-1, 1, (2,)), spaces.Discrete(2), n_envs=1)
+    for twin in (copy.deepcopy(buffer), pickle.loads(pickle.dumps(buffer))):
+        assert type(twin) is kind and twin.buffer_size == 4

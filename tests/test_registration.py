@@ -12,6 +12,7 @@ import pytest
 from stable_baselines3 import A2C, DDPG, PPO, SAC, TD3
 from stable_baselines3.common.buffers import DictRolloutBuffer, ReplayBuffer, RolloutBuffer
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from stable_baselines3.common.policies import ActorCriticPolicy
 
 import sb3_flipout
 import sb3_flipout.policies
@@ -323,3 +324,16 @@ for name in ("FlipoutTQCPolicy", "FlipoutRecurrentPolicy"):
         assert f"{name} needs sb3-contrib" in str(error) and "pip install 'sb3_flipout[contrib]'" in str(error)
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+@pytest.mark.parametrize("flipout", [False, True])
+def test_a_function_may_make_the_policy(flipout):
+    """SB3 takes any callable for a policy class, and importing this package changes nothing in that."""
+    kind = FlipoutActorCriticPolicy if flipout else ActorCriticPolicy
+
+    def make(*args, **kwargs):
+        return kind(*args, **kwargs)
+
+    model = PPO(make, "CartPole-v1", n_steps=16, batch_size=16, n_epochs=1, seed=0).learn(32)
+    assert type(model.policy) is kind
+    assert isinstance(model.rollout_buffer, KeyedBufferMixin) == flipout

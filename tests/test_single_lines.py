@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from torch import nn
 
-from sb3_flipout import FlipoutLinear, perturb, perturbed
+from sb3_flipout import FlipoutLinear, flipout_policy, perturb, perturbed
 from sb3_flipout.callbacks import AdaptNoise, NoiseEvalCallback, StopOnNonFinite
 from sb3_flipout.noise import RowNoise, Scales
 from sb3_flipout.policies.prior import FIRST_NUMBER
@@ -174,3 +175,72 @@ def test_numbers_of_the_prior_s_layers_are_apart_from_the_network_s() -> None:
         network.plan.expand(RowNoise(th.arange(3)).keys, None, th.float32) for network in (policy.perturbed_network, prior)
     ]
     assert factors[0].shape == factors[1].shape and not th.equal(*factors)
+
+
+def test_ppo_ends_where_its_schedule_ends() -> None:
+    model = ppo(schedule="linear", schedule_fraction=1.0).learn(64)
+    assert flipout_policy(model).effective_scale == 0.0  # and not where its last rollout began
+
+
+def test_a_training_that_was_broken_off_ends_the_episodes_of_replayed_collection_too() -> None:
+    class Stops(BaseCallback):
+        def _on_step(self) -> bool:
+            return self.n_calls < 7
+
+    model = dqn(resample="episode").learn(20, callback=Stops())
+    policy: Any = model.policy
+    assert policy._keys._drawn.tolist() == [policy._keys.step]
+
+
+def test_a_copy_made_in_a_collection_step_is_in_none() -> None:
+    policy: Any = dqn().policy
+    with policy.collecting(1):
+        twin = copy.deepcopy(policy)
+    assert twin._acting_noise is None
+
+
+def test_a_prior_whose_unit_is_loaded_is_asked_for_it_again() -> None:
+    trained, fresh = dqn(members=3, prior_scale=1.0).learn(12), dqn(members=3, prior_scale=1.0)
+    trained.set_parameters(fresh.get_parameters())  # whose unit is not measured yet
+    policy: Any = trained.policy
+    assert not th.isfinite(policy.prior.unit)
+    assert th.isfinite(policy.member_values(np.ones((2, 4), np.float32))).all()
+
+
+@pytest.mark.filterwarnings("ignore:the mean weights lag")
+def test_evaluations_of_all_arms_go_on_over_calls_of_learn(tmp_path: Path) -> None:
+    model = ppo()
+    callback = NoiseEvalCallback(make_vec_env("CartPole-v1", seed=1), n_eval_episodes=1, eval_freq=16, log_path=str(tmp_path))
+    model.learn(64, callback=callback)
+    model.learn(64, callback=callback, reset_num_timesteps=False)
+    for log in (tmp_path / "evaluations.npz", tmp_path / "sampled" / "evaluations.npz"):
+        assert np.load(log)["timesteps"].tolist() == [32, 64, 96, 128]
+    assert len(callback.returns["sampled"]) == len(callback.returns["mean"]) == 4
+
+
+def test_members_keep_their_base_draws_over_an_update() -> None:
+    model = dqn(members=3).learn(12)
+    before = [draw.data_ptr() for draw in model.policy.buffers()]
+    model.train(gradient_steps=1, batch_size=4)
+    assert [draw.data_ptr() for draw in model.policy.buffers()] == before
+
+
+def test_an_update_that_cannot_start_marks_nothing() -> None:
+    policy: Any = dqn().policy
+    policy.optimizer = object()  # an optimizer of the user's that takes no hooks
+    with pytest.raises(AttributeError), policy.updating():
+        pass
+    assert not policy.marks.updates and not policy.learning.active
+
+
+def test_a_damaged_noise_state_changes_nothing() -> None:
+    for policy in (flipout_policy(ppo()), flipout_policy(dqn())):
+        before = policy.noise_state()
+        for damage in ({"noise_scale": -1.0}, {"noise_ladder": [math.nan]}, {"steps": "x"}):
+            with pytest.raises(ValueError):
+                policy.set_noise_state({**before, "seed": 5, **damage})
+        for name in ("rollouts", "gradient_steps"):
+            if name in before:
+                with pytest.raises(KeyError):
+                    policy.set_noise_state({key: value for key, value in {**before, "seed": 5}.items() if key != name})
+        assert policy.noise_state() == before

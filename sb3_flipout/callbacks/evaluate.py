@@ -151,8 +151,8 @@ class NoiseEvalCallback(_EpisodesEval):
     ``mean``     the mean weights, what ``predict(deterministic=True)`` uses (DQN and QRDQN: without members)
     ``sampled``  perturbed weights at the present noise scale and base, a fresh draw for each episode, held until it ends
                  (with ``noise_sharing="shared"`` one draw for all environments, fresh for each episode of the first)
-    ``vote``     the action that most members prefer, what ``predict(deterministic=True)`` of DQN and QRDQN does with members; a vote has no
-                 chance in it, whatever ``deterministic`` says
+    ``vote``     the action that most members prefer, what ``predict(deterministic=True)`` of DQN and QRDQN does with
+                 members; a vote has no chance in it, whatever ``deterministic`` says
     ===========  =======================================================================================================
 
     Each takes the most likely action (unless ``deterministic=False``), so that what differs is the weights. Each plays
@@ -189,6 +189,7 @@ class NoiseEvalCallback(_EpisodesEval):
         self.best_by = best
         self.returns: dict[str, list[float]] = {}  # mean return of each evaluation, by how it acted
         self._episodes: dict[str, list[list[float]]] = {name: [] for name in ("mean", "sampled")}
+        self._others: dict[str, _EpisodesEval] = {}
         self._scales: list[float] = []
         self._lag = LagTest()
         self._warned = False
@@ -203,7 +204,8 @@ class NoiseEvalCallback(_EpisodesEval):
             )
         self._policy = policy
         self.returns = self.returns or {name: [] for name in ARMS if name != "vote" or has_members(policy)}
-        self._others = {name: self._other(name) for name in self.returns if name != self.best_by}
+        # Kept from one call of learn() to the next, as EvalCallback keeps its own evaluations.
+        self._others = self._others or {name: self._other(name) for name in self.returns if name != self.best_by}
 
     def _other(self, name: str) -> _EpisodesEval:
         """EvalCallback of an arm by which nothing is saved."""

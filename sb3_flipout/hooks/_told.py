@@ -41,7 +41,8 @@ def has_flipout_policy(algorithm: Any) -> bool:
     """
     policy = getattr(algorithm, "policy", None)
     if policy is None:
-        return issubclass(algorithm.policy_class, FlipoutPolicyMixin)
+        kind = algorithm.policy_class  # which may be a function that makes a policy
+        return isinstance(kind, type) and issubclass(kind, FlipoutPolicyMixin)
     return isinstance(getattr(policy, "_orig_mod", policy), FlipoutPolicyMixin)
 
 

@@ -92,7 +92,7 @@ class FlipoutLayer(PerturbedWeights):
     def _init_sigma(self, block: Block) -> None:
         config, spec = self.noise_config, self.noise_config.spec
         weight, bias = block.means(self)
-        learned = config.learn_sigma and spec.sigma == "per_weight"
+        learned = config.learns
         sigma = config.sigma(self.fan_in(block))
         per_layer = spec.sigma == "per_layer"
         for name, mean in ((block.weight_sigma, weight), (block.bias_sigma, None if per_layer else bias)):
@@ -205,9 +205,8 @@ class FlipoutLayer(PerturbedWeights):
     def _apply(self, fn: Callable[[th.Tensor], th.Tensor], recurse: bool = True) -> Any:
         """Follow the weights to another device or type: draws are slices of tables, one for each of both."""
         result = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self._base_draws and next(iter(self._base_draws.values())).dtype != self.like.dtype:
-            self.redraw(self.base_key)
-        elif self._base_draws and next(iter(self._base_draws.values())).device != self.like.device:
+        draw, like = next(iter(self._base_draws.values()), None), self.like
+        if draw is not None and (draw.dtype, draw.device) != (like.dtype, like.device):
             self.redraw(self.base_key)
         return result
 

@@ -83,6 +83,11 @@ class LayerNoise:
         return FAMILIES[self.family]
 
     @property
+    def learns(self) -> bool:
+        """Whether there is a sigma that is trained."""
+        return self.learn_sigma and self.spec.sigma == "per_weight"
+
+    @property
     def draws_base(self) -> bool:
         """Whether there is a base draw that can be redrawn: not where row factors alone are the noise, or each row's own."""
         return self.noise_sharing == "shared" or (self.spec.base is not None and self.noise_sharing == "flipout")

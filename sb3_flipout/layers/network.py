@@ -179,7 +179,7 @@ class PerturbedNetwork:
         :param state: What :meth:`__getstate__` gave
         """
         self.__dict__.update(state)
-        self.visited, self._now = None, _NOTHING
+        self.visited, self.asked, self._now = None, False, _NOTHING
         for slot, layer in enumerate(self.layers):
             layer.join(self, slot)
 

@@ -55,12 +55,12 @@ class OneWeightLayer(FlipoutLayer):
         if view.vectors:
             s, r = (self._unit_dims(self._spread(vector, x), x) for vector in view.vectors)
             return functional.flipout(self._op, x, mean, self.deltas(), s, r)
-        if self._is_silent():
-            return super().forward(x)
         scale = view.noise.scale.to(self.weight.dtype)
         if self.noise_config.noise_sharing == "shared":
             c = self._unit_dims(self._spread(scale[:, None], x), x)
             return functional.shared(self._op, x, mean, self.deltas(), c)
+        if self._is_silent():  # asked here and not in `row_view`, so that it costs nothing elsewhere
+            return super().forward(x)
         return self._op_per_row(*self._with_own_rows(x, view, scale))
 
     def _spread(self, vector: th.Tensor, x: th.Tensor) -> th.Tensor:

@@ -151,7 +151,7 @@ def without_noise(data: Any) -> Any:
     """
     if type(data) is th.Tensor:  # the usual case of what is collected
         return data
-    if isinstance(data, KeyedDict):
+    if isinstance(data, dict):
         return {name: _plain(part) for name, part in data.items()}
     return _plain(data)
 

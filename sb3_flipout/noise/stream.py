@@ -114,7 +114,8 @@ class KeyStream:
     def _prepare(self, n_envs: int, scales: Scales, device: th.device) -> None:
         """Keep keys and factors: a callback may move the scale at each step, and hashing costs more than the rest."""
         row_scale = environment_scales(*scales, n_envs, device)
-        self._row_scale = None if bool((row_scale == 1).all()) else row_scale
+        at_one = all(scales.scale * multiplier == 1 for multiplier in scales.ladder or (1.0,))  # no device is asked
+        self._row_scale = None if at_one else row_scale
         if self._shape != (n_envs, device):
             self._unit = self._ahead = None
         self._shape, self._scales, self._held = (n_envs, device), scales, None
@@ -129,12 +130,12 @@ class KeyStream:
         return noise if self._row_scale is None else noise.at_scale(self._row_scale)
 
     def _held_noise(self, n_envs: int, device: th.device) -> RowNoise:
-        drawn = self._drawn
-        if drawn is None or len(drawn) != n_envs:
-            drawn = self._draw(np.full(n_envs, self.step))
-        if isinstance(self.resample, int) and drawn[0] != self.step - self.step % self.resample:
+        drawn, start = self._drawn, self.step
+        if isinstance(self.resample, int):
             # Counted from step 0, not from the last draw, so that a loaded model continues in the same rhythm.
-            drawn = self._draw(np.full(n_envs, self.step - self.step % self.resample))
+            start -= start % self.resample
+        if drawn is None or len(drawn) != n_envs or (isinstance(self.resample, int) and drawn[0] != start):
+            drawn = self._draw(np.full(n_envs, start))
         if self._unit is None:
             self._unit = RowNoise(self._keys(drawn, np.arange(n_envs), device), owner=self.owner)
         if self._held is None:

@@ -15,7 +15,6 @@ class Stream(IntEnum):
     LEARNING_KEYS = 16  # keys of the rows in a gradient step
     LEARNING_BASE = 17  # base perturbations of gradient steps
     PRIOR = 18  # base perturbation of the members' priors
-    MEMBER_CHOICE = 19  # which members learn from a transition
     # Seeds of what only looks: training never sees their keys.
     ADAPT = 0xADA
     MONITOR = 0x6D6F6E

@@ -108,9 +108,8 @@ class FlipoutPolicyMixin(NoiseState):
         """
         kwargs = dict(self.optimizer_kwargs)
         chosen = kwargs | getattr(self.optimizer_class, "keywords", {})  # what a functools.partial has chosen
-        learned = self.noise_settings.learn_sigma and self.noise_settings.layer_noise().spec.sigma == "per_weight"
         if (
-            learned
+            self.noise_settings.layer_noise().learns
             and "fused" in signature(self.optimizer_class).parameters
             and not {"fused", "foreach", "differentiable"} & chosen.keys()
         ):

@@ -30,6 +30,7 @@ class VisitGuard:
         self.collected: set[int] | None = None
         self.updated: set[int] = set()
         self.done = False
+        self.compiled = False  # whether a part of the policy is: what it calls cannot be noted
         self.reached = True  # whether layers were called when the policy was made, as far as is known
 
     def __reduce__(self) -> Any:
@@ -45,7 +46,7 @@ class VisitGuard:
         :return: Context manager
         :raises ValueError: If rows were given noise and no layer took it
         """
-        if self.done or self.collected or _is_compiled(policy):
+        if self.done or self.collected or self.compiled:
             yield
             return
         network.visited, network.asked = set(), False
@@ -62,8 +63,7 @@ class VisitGuard:
                 "order in which its modules are registered."
             )
 
-    @staticmethod
-    def check_whole(policy: nn.Module, network: PerturbedNetwork) -> None:
+    def check_whole(self, policy: nn.Module, network: PerturbedNetwork) -> None:
         """
         Look, before training, whether all layers that are perturbed are still those that the policy has.
 
@@ -71,6 +71,7 @@ class VisitGuard:
         :param network: The network of its layers that act
         :raises ValueError: If some have been replaced
         """
+        self.compiled = _is_compiled(policy)
         inside = {id(module) for module in policy.modules()}
         gone = [layer for layer in network.layers if id(layer) not in inside]
         if gone:

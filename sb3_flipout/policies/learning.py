@@ -7,7 +7,7 @@ threaded through SB3's ``train``. A network that learns under noise is of a clas
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import IntEnum
 from typing import Any
@@ -105,7 +105,6 @@ class LearnsUnderNoise(BaseModel):
     #: The network of perturbed layers that it is part of, or is; several networks can share one.
     perturbed_network: PerturbedNetwork
     is_perturbed: bool = True  # or it only shares layers with one that is, and sees their mean weights
-    guarded: Callable[[], Any] | None = None  # the policy's guard against layers that are not called
 
     def join_noise(self, network: PerturbedNetwork, learning: LearningNoise, role: Role, is_perturbed: bool = True) -> None:
         """

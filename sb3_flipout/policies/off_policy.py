@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch as th
@@ -85,8 +85,9 @@ class OffPolicyMixin(FlipoutPolicyMixin):
         :return: Context manager
         """
         step = self._keys.step
-        self._acting_noise = self._collection_noise(n_envs)
-        self._move_acting_base(step, self._acting_noise)
+        noise = self._collection_noise(n_envs)
+        self._move_acting_base(step, noise)
+        self._acting_noise = noise
         try:
             with self.guard.collection(self, self.perturbed_network):
                 yield
@@ -114,12 +115,12 @@ class OffPolicyMixin(FlipoutPolicyMixin):
 
         :return: Context manager; the acting base is as before when it is left
         """
-        acting_bases = self.perturbed_network.bases()
+        acting_bases = self.perturbed_network.bases() if self.learning.base_moves else None
         said = self.perturbed_network.active is not None
-        self.learning.active, self.learning.scale = not said, self.effective_scale
-        self.marks.updates = True
         # Hung on here, not once for all: copies of an optimizer, and another one put in its place, have no hooks.
         hook = self.step_optimizer.register_step_post_hook(self.learning.count)
+        self.learning.active, self.learning.scale = not said, self.effective_scale
+        self.marks.updates = True
         try:
             with ExitStack() as stack:
                 if not said:
@@ -133,15 +134,15 @@ class OffPolicyMixin(FlipoutPolicyMixin):
         finally:
             hook.remove()
             self.learning.active = self.marks.updates = False
-            self.perturbed_network.bind(acting_bases)
+            if acting_bases is not None:
+                self.perturbed_network.bind(acting_bases)
 
-    def _acts(self, observation: PyTorchObs, deterministic: bool) -> ExitStack:
+    def _acts(self, observation: PyTorchObs, deterministic: bool) -> AbstractContextManager[None]:
         """Activate the noise of a prediction, unless somebody has said what the rows see."""
-        stack = ExitStack()
-        if self.perturbed_network.active is None:
-            noise = self._acting_noise or self._prediction_noise(observation, deterministic)
-            stack.enter_context(self.perturbed_network.activate(noise))
-        return stack
+        if self.perturbed_network.active is not None:
+            return nullcontext()
+        noise = self._acting_noise or self._prediction_noise(observation, deterministic)
+        return self.perturbed_network.activate(noise)
 
     # ---- save and load ------------------------------------------------------------------------------------------
 
@@ -164,8 +165,9 @@ class OffPolicyMixin(FlipoutPolicyMixin):
         :param state: What :meth:`noise_state` gave
         :raises NoiseStateError: If the weights saved with it mean something else under the settings of this policy
         """
+        gradient_steps = int(state["gradient_steps"])
         super().set_noise_state(state)
-        self.learning.seed, self.learning.step = self._noise_seed, int(state["gradient_steps"])
+        self.learning.seed, self.learning.step = self._noise_seed, gradient_steps
         self._acting_base_key = int(state.get("acting_base", self._base_key(0)))
         if self.noise_settings.members is None:  # members' base is a weight, and loaded with the weights
             for network in self._perturbed_networks():

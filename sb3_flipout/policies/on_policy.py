@@ -194,8 +194,9 @@ class OnPolicyMixin(OnPolicyPasses):
         :param state: What :meth:`noise_state` gave
         :raises NoiseStateError: If the weights saved with it mean something else under the settings of this policy
         """
+        rollouts = int(state["rollouts"])
         super().set_noise_state(state)
-        self._rollouts = int(state["rollouts"])
+        self._rollouts = rollouts
         every = self.noise_settings.rollouts_per_base
         self.perturbed_network.redraw(self._base_key(0 if every is None else max(self._rollouts - 1, 0) // every))
 

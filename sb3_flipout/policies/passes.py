@@ -137,7 +137,7 @@ class OnPolicyPasses(FlipoutPolicyMixin):
                 noise = self._own_noise(obs)
                 self._check_brought(obs, noise)
                 stack.enter_context(self.perturbed_network.activate(noise))
-                if noise is not None and self.marks.updates:
+                if noise is not None and self.marks.updates and not self.guard.done:
                     stack.enter_context(self.guard.update(self.perturbed_network))
             yield
 

@@ -70,7 +70,7 @@ def _found(layers: Mapping[str, FlipoutLayer], run: Callable[[Any], Any], policy
                 layers, lambda batch: run(policy.obs_to_tensor(_stacked(batch))[0]), rows, changed, _batch_dimension
             )
         except Exception:  # a network that cannot take such a batch is taken as it is: rows first
-            return {}
+            return found
         found = {name: new.get(name) or found.get(name) for name in {**found, **new}}
         if all(layout is not None for layout in found.values()):
             break

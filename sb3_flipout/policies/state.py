@@ -165,12 +165,14 @@ class NoiseState(BasePolicy):
                 "Load it with the saved "
                 'settings: Algorithm.load(path, custom_objects={"policy_kwargs": dict(...)}), or leave policy_kwargs out.'
             )
-        self._noise_seed = int(state["seed"])
-        self._keys.restart(int(state["steps"]), fold(self._noise_seed, Stream.COLLECTION))
-        self._evaluation.seed, self._evaluation.calls = fold(self._noise_seed, Stream.EVALUATION), int(state["evaluations"])
+        # All is read before anything is changed: a damaged state changes nothing.
+        seed, steps, evaluations = (int(state[name]) for name in ("seed", "steps", "evaluations"))
+        scale, factor = check_number("noise_scale", state["noise_scale"]), float(state.get("schedule_factor", 1.0))
         ladder = state.get("noise_ladder")
-        self.noise_scale, self.noise_ladder = state["noise_scale"], None if ladder is None else tuple(ladder)
-        self._schedule_factor = float(state.get("schedule_factor", 1.0))
+        self.noise_ladder = None if ladder is None else tuple(ladder)
+        self._noise_seed, self._noise_scale, self._schedule_factor = seed, scale, factor
+        self._keys.restart(steps, fold(seed, Stream.COLLECTION))
+        self._evaluation.seed, self._evaluation.calls = fold(seed, Stream.EVALUATION), evaluations
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """

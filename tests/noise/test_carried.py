@@ -367,3 +367,8 @@ def test_padding_and_dropout_behind_the_rows_keep_the_noise():
     assert noise_of(th.nn.functional.dropout(obs, 0.5)) is noise
     lost = th.nn.functional.pad(obs, (0, 0, 0, 0, 0, 0, 0, 1))
     assert noise_of(lost) is None and lost_by(lost) == "pad"
+
+
+def test_plain_dictionaries_are_stripped_too():
+    keyed = with_noise(th.rand(4, 3), RowNoise(th.arange(4)))
+    assert all(type(part) is th.Tensor for part in without_noise({"a": keyed, "b": th.rand(4)}).values())

@@ -158,7 +158,7 @@ def test_hidden_weights_need_an_lstm(algorithm):
         algorithm("FlipoutMlpPolicy", env, policy_kwargs=dict(layers="hidden"))
 
 
-@pytest.mark.parametrize("name", ["members", "target_noise", "prior_scale", "noise_scale", "noise_ladder"])
+@pytest.mark.parametrize("name", ["members", "target_noise", "prior_scale", "act_by_mode", "noise_scale", "noise_ladder"])
 def test_settings_that_belong_elsewhere_are_named(name):
     with pytest.raises(TypeError, match=f"'{name}': 5.* is no setting of this policy: {name} is (for|set)"):
         PPO("FlipoutMlpPolicy", vector_env(), policy_kwargs={name: 5})
