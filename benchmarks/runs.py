@@ -1,0 +1,90 @@
+"""Many training runs, over seeds, in processes, that can be stopped and repeated: one line of JSON for each that is done."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tqdm import tqdm
+
+Row = dict[str, Any]
+RunT = TypeVar("RunT")
+
+
+def read(path: Path) -> list[Row]:
+    """Read the lines; a last one that a stopped process left half-written does not count."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number == len(lines) and not line.endswith("\n"):
+                break
+            raise ValueError(
+                f"{path}, line {number} is no JSON: {line[:60]!r}. Remove the line; its run is made again."
+            ) from error
+    return rows
+
+
+def append(path: Path, row: Row) -> None:
+    """Append a run, after taking a half-written last line away: the new one must not be glued to it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = path.read_text() if path.exists() else ""
+    if text and not text.endswith("\n"):
+        whole = text[: text.rfind("\n") + 1]
+        try:
+            json.loads(text[len(whole) :])
+        except json.JSONDecodeError:
+            path.write_text(whole)
+        else:
+            path.write_text(text + "\n")
+    with path.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def results(train: Callable[[RunT], Row], runs: Sequence[RunT], jobs: int) -> Iterator[tuple[RunT, Callable[[], Row]]]:
+    """Give each run with the function that returns its row, or raises what the run raised."""
+    if jobs == 1:
+        yield from ((run, lambda run=run: train(run)) for run in runs)
+        return
+    # Not forked: a process that torch has been used in cannot be forked safely.
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        futures = {pool.submit(train, run): run for run in runs}
+        try:
+            yield from ((futures[future], future.result) for future in as_completed(futures))
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def execute(
+    train: Callable[[RunT], Row], left: Sequence[RunT], out: Path, jobs: int, brief: Callable[[Row], str]
+) -> int:
+    """Make runs, and append each as it ends; give how many failed."""
+    failed = 0
+    with tqdm(total=len(left), unit="run") as bar:
+        for run, result in results(train, left, jobs):
+            try:
+                row = result()
+            except Exception as error:  # the other runs are worth having
+                failed += 1
+                tqdm.write(f"{run} failed: {error!r}", file=sys.stderr)
+            else:
+                append(out, row)
+                tqdm.write(brief(row))
+            bar.update()
+    return failed
+
+
+def made_with() -> Row:
+    """Say what a run was made with: the commit of the working tree ("+" if it was changed), and versions."""
+    here = Path(__file__).parent
+    commit = subprocess.run(["git", "describe", "--always", "--dirty=+"], cwd=here, capture_output=True, text=True).stdout.strip()
+    return dict(commit=commit, **{name: version(name) for name in ("sb3_flipout", "stable_baselines3", "torch", "gymnasium")})
