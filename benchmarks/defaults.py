@@ -79,7 +79,9 @@ def main() -> int:
     seeds = range(args.first_seed, args.first_seed + args.seeds)
     runs = [Run(task, arm, seed) for seed, task, arm in product(seeds, args.tasks, args.arms)]
     left = [run for run in runs if run not in done]
-    return execute(make, left, args.out, args.jobs, lambda row: f"{row['task']}, {row['arm']}, {row['seed']}: {row['score']:.1f}")
+    return execute(
+        make, left, args.out, args.jobs, lambda row: f"{row['task']}, {row['arm']}, {row['seed']}: {row['score']:.1f}"
+    )
 
 
 if __name__ == "__main__":

@@ -64,9 +64,7 @@ def results(train: Callable[[RunT], Row], runs: Sequence[RunT], jobs: int) -> It
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def execute(
-    train: Callable[[RunT], Row], left: Sequence[RunT], out: Path, jobs: int, brief: Callable[[Row], str]
-) -> int:
+def execute(train: Callable[[RunT], Row], left: Sequence[RunT], out: Path, jobs: int, brief: Callable[[Row], str]) -> int:
     """Make runs, and append each as it ends; give how many failed."""
     failed = 0
     with tqdm(total=len(left), unit="run") as bar:
@@ -86,5 +84,7 @@ def execute(
 def made_with() -> Row:
     """Say what a run was made with: the commit of the working tree ("+" if it was changed), and versions."""
     here = Path(__file__).parent
-    commit = subprocess.run(["git", "describe", "--always", "--dirty=+"], cwd=here, capture_output=True, text=True).stdout.strip()
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty=+"], cwd=here, capture_output=True, text=True
+    ).stdout.strip()
     return dict(commit=commit, **{name: version(name) for name in ("sb3_flipout", "stable_baselines3", "torch", "gymnasium")})

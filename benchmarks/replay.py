@@ -1,0 +1,161 @@
+"""What is exact replay worth? PPO under weight noise, with and without it, at three noise scales.
+
+    python benchmarks/replay.py --jobs 2
+    python benchmarks/replay.py --report
+
+All arms explore alike, under fixed sigma and noise held for an episode. They differ in what the update makes of the rollout:
+
+- `exact`: each transition is learned under the very weights that chose its action; the package's own way.
+- `uncorrected`: by the mean weights, as if they had acted: the old log-probabilities are theirs.
+- `truncated`: the same, and each advantage is multiplied by the ratio of the probabilities of the action under the mean
+  weights and under the weights that chose it, at most 2: truncated importance sampling, as in PSN-RLVR (2026).
+
+Advantages are normalised once over the rollout, in all arms, so that weights of single transitions keep their meaning. Score:
+mean return of the *mean weights* over 100 episodes at the end. Needs `pip install ".[bench,zoo]" "gymnasium[box2d]"`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from contextlib import nullcontext
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch as th
+from gymnasium.spaces import Discrete
+from rl_zoo3.utils import ALGOS
+from runs import Row, execute, read
+from stable_baselines3 import PPO
+from stable_baselines3.common.callbacks import BaseCallback
+from zoo_runs import Run as ZooRun
+from zoo_runs import Task, train
+
+import sb3_flipout
+
+SCALES = (0.25, 0.5, 1.0)
+TRUNCATED_AT = 2.0
+_DENSE = dict(resample="episode", learn_sigma=False, schedule="constant")
+
+TASKS: dict[str, tuple[Task, dict[str, Any]]] = {
+    "CartPole-v1": (Task("ppo", "CartPole-v1", 50_000), _DENSE),
+    "Acrobot-v1": (Task("ppo", "Acrobot-v1", 100_000), _DENSE),
+    "LunarLander-v3": (Task("ppo", "LunarLander-v3", 100_000), _DENSE),
+    # The settings of mountain_car_continuous.py.
+    "MountainCarContinuous-v0": (
+        Task(
+            "ppo",
+            "MountainCarContinuous-v0",
+            40_000,
+            changes=dict(
+                n_envs=4, n_steps=256, learning_rate=3e-4, ent_coef=0.004, vf_coef=0.19, use_sde=False, policy_kwargs="dict()"
+            ),
+        ),
+        dict(_DENSE, schedule="linear", schedule_fraction=0.625),
+    ),
+}
+ARMS = ("exact", "uncorrected", "truncated")
+
+
+class Run(NamedTuple):
+    """One training run."""
+
+    task: str
+    arm: str
+    seed: int
+    scale: float
+
+
+class Studied(PPO):
+    """PPO whose update takes the rollout as its arm says, and that notes what came of it."""
+
+    arm: str
+    notes: dict[str, list[float]]
+
+    def train(self) -> None:
+        buffer, exact = self.rollout_buffer, self.arm == "exact"
+        buffer.advantages = (buffer.advantages - buffer.advantages.mean()) / (buffer.advantages.std() + 1e-8)
+        of_mean = self.log_probs_of_mean_weights()
+        ratio = np.exp(of_mean - buffer.log_probs)
+        self.note("mean_against_acting", np.abs(ratio - 1).mean())
+        if not exact:
+            buffer.log_probs = of_mean
+        if self.arm == "truncated":
+            buffer.advantages *= np.minimum(ratio, TRUNCATED_AT)
+        with nullcontext() if exact else sb3_flipout.perturbed(self.policy, None):
+            self.note("first_ratio", self.worst_first_ratio())
+            super().train()
+        for name in ("approx_kl", "clip_fraction"):
+            self.note(name, self.logger.name_to_value[f"train/{name}"])
+
+    def note(self, name: str, value: float) -> None:
+        self.notes.setdefault(name, []).append(float(value))
+
+    def log_probs_of_mean_weights(self) -> np.ndarray:
+        buffer = self.rollout_buffer
+        obs = th.as_tensor(buffer.observations).flatten(0, 1)
+        actions = th.as_tensor(buffer.actions).flatten(0, 1)
+        with th.no_grad(), sb3_flipout.perturbed(self.policy, None):
+            _, log_probs, _ = self.policy.evaluate_actions(obs, self._of_space(actions))
+        return log_probs.numpy().reshape(buffer.log_probs.shape)
+
+    def worst_first_ratio(self) -> float:
+        batch = next(iter(self.rollout_buffer.get(None)))
+        with th.no_grad():
+            _, log_probs, _ = self.policy.evaluate_actions(batch.observations, self._of_space(batch.actions))
+        return float((th.exp(log_probs - batch.old_log_prob) - 1).abs().max())
+
+    def _of_space(self, actions: th.Tensor) -> th.Tensor:
+        return actions.long().flatten() if isinstance(self.action_space, Discrete) else actions
+
+
+class Curve(BaseCallback):
+    """Collect the returns of training episodes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.returns: list[float] = []
+
+    def _on_step(self) -> bool:
+        self.returns += [info["episode"]["r"] for info in self.locals["infos"] if "episode" in info]
+        return True
+
+
+def make(run: Run) -> Row:
+    task, noise = TASKS[run.task]
+    notes: dict[str, list[float]] = {}
+    ALGOS["ppo"] = type("StudiedPPO", (Studied,), dict(arm=run.arm, notes=notes))
+    curve = Curve()
+    changes = {**task.changes, "policy": "FlipoutMlpPolicy"}
+    row = train(task, ZooRun(run.task, run.arm, run.seed), changes, dict(noise, sigma_init=run.scale), curve)
+    worst = max(notes["first_ratio"])
+    means = {name: float(np.mean(values)) for name, values in notes.items() if name != "first_ratio"}
+    return dict(row, scale=run.scale, training_return=float(np.mean(curve.returns)), worst_first_ratio=worst, **means)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--scales", nargs="+", type=float, default=list(SCALES))
+    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--first-seed", type=int, default=100)
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--report", action="store_true")
+    parser.add_argument("--out", type=Path, default=Path("docs/benchmarks/replay.jsonl"))
+    args = parser.parse_args()
+    done = {Run(*(row[name] for name in Run._fields)) for row in read(args.out)}
+    seeds = range(args.first_seed, args.first_seed + args.seeds)
+    runs = [Run(task, arm, seed, scale) for seed, task, scale, arm in product(seeds, args.tasks, args.scales, args.arms)]
+    left = [run for run in runs if run not in done]
+    return execute(make, left, args.out, args.jobs, brief)
+
+
+def brief(row: Row) -> str:
+    return f"{row['task']}, {row['arm']}, {row['scale']}, {row['seed']}: {row['score']:.1f}, training {row['training_return']:.1f}"
+
+
+if __name__ == "__main__":
+    sys.exit(1 if main() else 0)
