@@ -154,7 +154,8 @@ def main() -> int:
 
 
 def brief(row: Row) -> str:
-    return f"{row['task']}, {row['arm']}, {row['scale']}, {row['seed']}: {row['score']:.1f}, training {row['training_return']:.1f}"
+    where = ", ".join(str(row[name]) for name in Run._fields)
+    return f"{where}: {row['score']:.1f}, training {row['training_return']:.1f}"
 
 
 if __name__ == "__main__":

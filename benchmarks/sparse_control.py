@@ -60,15 +60,26 @@ WEIGHT_NOISE: dict[str, dict[str, Any]] = {
     "SAC": dict(use_sde=False, policy_kwargs=_NETWORK, policy="FlipoutMlpPolicy"),
     "TD3": dict(**_NO_NOISE, policy="FlipoutMlpPolicy"),
 }
-_HELD = dict(resample="rollout", schedule="linear")
+_HELD = dict(resample="rollout", schedule="linear", learn_sigma=False)
+
+
+def _held(sigma: float, fraction: float, update: str = "independent", **more: Any) -> dict[str, Any]:
+    return dict(_HELD, sigma_init=sigma, schedule_fraction=fraction, update_noise=update, **more)
+
+
 FLIPOUT: dict[str, dict[str, Any]] = {
     "flipout": {},
-    "3@.5": dict(_HELD, sigma_init=3.0, schedule_fraction=0.5),
-    "3@.3": dict(_HELD, sigma_init=3.0, schedule_fraction=0.3),
-    "3@.7": dict(_HELD, sigma_init=3.0, schedule_fraction=0.7),
-    "3@.5 fixed": dict(_HELD, sigma_init=3.0, schedule_fraction=0.5, learn_sigma=False),
-    "1@.5": dict(_HELD, sigma_init=1.0, schedule_fraction=0.5),
-    "3@.5 same": dict(_HELD, sigma_init=3.0, schedule_fraction=0.5, target_noise="same"),
+    "3@.5 mean": _held(3.0, 0.5, "mean"),
+    "3@.3 mean": _held(3.0, 0.3, "mean"),
+    "2@.3 mean": _held(2.0, 0.3, "mean"),
+    "2@.5 mean": _held(2.0, 0.5, "mean"),
+    "1@.5 mean": _held(1.0, 0.5, "mean"),
+    "2@.5": _held(2.0, 0.5),
+    "1@.5": _held(1.0, 0.5),
+    "3@.5 mean ent .01": _held(3.0, 0.5, "mean", ent_coef=0.01),
+    "3@.5 ent .01": _held(3.0, 0.5, ent_coef=0.01),
+    "2@.5 ent .01": _held(2.0, 0.5, ent_coef=0.01),
+    "2@.5 mean ent .01": _held(2.0, 0.5, "mean", ent_coef=0.01),
 }
 
 
@@ -104,6 +115,8 @@ def make(run: Run) -> Row:
         changes, policy_kwargs = WEIGHT_NOISE[run.task], dict(FLIPOUT[run.arm])
         if run.task == "SAC":
             policy_kwargs["act_by_mode"] = True
+            entropy = policy_kwargs.pop("ent_coef", None)
+            changes = dict(changes, ent_coef=entropy) if entropy is not None else changes
     row = train(task, run, {**task.changes, **changes}, policy_kwargs, watch)
     return dict(row, first_success=watch.first, episodes=len(watch.ends), last_successes=sum(watch.ends[-20:]))
 

@@ -183,13 +183,14 @@ def _warn_of_epsilon(algorithm: Any) -> None:
 def _follow_schedule(algorithm: Any) -> None:
     """Tell the share of training that is done; SB3's own number is stale at the start of a rollout."""
     policy, total = policy_of(algorithm), algorithm._total_timesteps
-    if total <= 0 and policy.noise_settings.schedule != "constant":
+    if total <= 0 and policy.noise_settings.insists_on_schedule:
         raise ValueError(
             f"schedule={policy.noise_settings.schedule!r} needs the number of timesteps of the whole training, and "
             f"{type(algorithm).__name__} has not been told: it is not in a call of learn(total_timesteps). Use "
             'schedule="constant", and set policy.noise_scale where you collect by hand.'
         )
-    policy.follow_schedule(algorithm.num_timesteps / max(total, 1))
+    if total > 0:
+        policy.follow_schedule(algorithm.num_timesteps / total)
 
 
 def collect_rollout(original: Method, algorithm: Any, *args: Any, **kwargs: Any) -> Any:

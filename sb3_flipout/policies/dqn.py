@@ -55,10 +55,11 @@ class ValueMixin(OffPolicyMixin):
     :param skip: Names of modules to leave out, as in ``policy.named_modules()``; ``*`` stands for anything
     :param perturb_frozen: Whether layers are perturbed whose weights do not learn
     :param init: ``"keep"`` SB3's initialisation, or ``"noisynet"``
-    :param schedule: How the noise falls over training: ``"constant"``, ``"linear"``, ``"cosine"`` or ``"exponential"``
+    :param schedule: How the noise falls over training: ``"constant"``, ``"linear"``, ``"cosine"`` or ``"exponential"``; by
+        default it is constant
     :param schedule_end: What is left of the noise at the end of the schedule, as a share of the noise scale; default 0, for
         ``"exponential"`` 0.01
-    :param schedule_fraction: Share of training over which it falls; default 0.5
+    :param schedule_fraction: Share of training over which it falls; default 0.3
     :param target_noise: Noise of the target network: ``"independent"`` (NoisyNet's rule, the default), the ``"same"`` (the
         default with members), or ``"mean"`` weights
     :param members: Number K of members of an implicit ensemble; ``None``: no ensemble
@@ -88,7 +89,7 @@ class ValueMixin(OffPolicyMixin):
         skip: str | Sequence[str] = (),
         perturb_frozen: bool = False,
         init: Init = "keep",
-        schedule: NoiseSchedule = "constant",
+        schedule: NoiseSchedule | None = None,
         schedule_end: float | None = None,
         schedule_fraction: float | None = None,
         target_noise: TargetNoise | None = None,

@@ -70,7 +70,8 @@ class LearningNoise:
         :param device: Device of the network
         :return: Row noise; ``None`` for mean weights
         """
-        if role == Role.TARGET and self.settings.target_noise == "mean":
+        names = {Role.TARGET: "target_noise", Role.ONLINE: "update_noise"}
+        if getattr(self.settings, names[role], None) == "mean":
             return None
         keys = fold_in(fold(self.seed, Stream.LEARNING_KEYS, self.step, self._role(role)), th.arange(n, device=device))
         return RowNoise(restrict(keys, self.settings.members), self.scale)

@@ -39,7 +39,7 @@ class OnPolicyMixin(OnPolicyPasses):
     :param family: How weights are perturbed: ``"gaussian"``, ``"factorised"``, ``"multiplicative"``, ``"dropconnect"`` or
         ``"isotropic"``
     :param sigma_init: Initial sigma in the family's unit (1/sqrt(fan_in), or relative to the mean weights); ``None``: 0.5
-    :param learn_sigma: Whether sigma is trained
+    :param learn_sigma: Whether sigma is trained; by default it is not
     :param resample: How long an environment keeps its noise: ``"step"``, ``"episode"``, ``"rollout"``, or a number of steps
     :param base_every_rollouts: How often the base perturbation is redrawn, in rollouts; ``None`` for never; by default at the
         start of each rollout
@@ -50,10 +50,11 @@ class OnPolicyMixin(OnPolicyPasses):
     :param skip: Names of modules to leave out, as in ``policy.named_modules()``; ``*`` stands for anything
     :param perturb_frozen: Whether layers are perturbed whose weights do not learn
     :param init: ``"keep"`` SB3's initialisation, or ``"noisynet"``
-    :param schedule: How the noise falls over training: ``"constant"``, ``"linear"``, ``"cosine"`` or ``"exponential"``
+    :param schedule: How the noise falls over training: ``"constant"``, ``"linear"``, ``"cosine"`` or ``"exponential"``; by
+        default it falls linearly
     :param schedule_end: What is left of the noise at the end of the schedule, as a share of the noise scale; default 0, for
         ``"exponential"`` 0.01
-    :param schedule_fraction: Share of training over which it falls; default 0.5
+    :param schedule_fraction: Share of training over which it falls; default 0.3
     :param kwargs: Further keyword arguments of SB3's policy
     :raises TypeError: If an argument is unknown, or a value has a wrong type
     :raises ValueError: If a noise setting is unknown, out of range or unfit
@@ -72,7 +73,7 @@ class OnPolicyMixin(OnPolicyPasses):
         *args: Any,
         family: FamilyName = "gaussian",
         sigma_init: float | None = None,
-        learn_sigma: bool = True,
+        learn_sigma: bool = False,
         resample: Resample | int = "step",
         base_every_rollouts: int | Literal["default"] | None = "default",
         noise_sharing: NoiseSharing = "flipout",
@@ -81,7 +82,7 @@ class OnPolicyMixin(OnPolicyPasses):
         skip: str | Sequence[str] = (),
         perturb_frozen: bool = False,
         init: Init = "keep",
-        schedule: NoiseSchedule = "constant",
+        schedule: NoiseSchedule | None = None,
         schedule_end: float | None = None,
         schedule_fraction: float | None = None,
         **kwargs: Any,

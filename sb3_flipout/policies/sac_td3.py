@@ -35,7 +35,7 @@ from sb3_flipout.policies.learning import (
     learns_under_noise,
 )
 from sb3_flipout.policies.off_policy import OffPolicyMixin
-from sb3_flipout.policies.settings import ActorSettings, Perturb, TargetNoise
+from sb3_flipout.policies.settings import ActorSettings, Perturb, TargetNoise, UpdateNoise
 
 
 class ActorMixin(OffPolicyMixin):
@@ -62,15 +62,18 @@ class ActorMixin(OffPolicyMixin):
     :param skip: Names of modules to leave out, as in ``policy.named_modules()``; ``*`` stands for anything
     :param perturb_frozen: Whether layers are perturbed whose weights do not learn
     :param init: ``"keep"`` SB3's initialisation, or ``"noisynet"``
-    :param schedule: How the noise falls over training: ``"constant"``, ``"linear"``, ``"cosine"`` or ``"exponential"``
+    :param schedule: How the noise falls over training: ``"constant"``, ``"linear"``, ``"cosine"`` or ``"exponential"``; by
+        default it is constant
     :param schedule_end: What is left of the noise at the end of the schedule, as a share of the noise scale; default 0, for
         ``"exponential"`` 0.01
-    :param schedule_fraction: Share of training over which it falls; default 0.5
+    :param schedule_fraction: Share of training over which it falls; default 0.3
     :param target_noise: Noise of the next actions, and of target critics where critics have noise: ``"mean"`` weights (the
         default), ``"independent"`` of the online networks, or the ``"same"`` (the default with members)
     :param members: Number K of keys that exist; ``None``: keys are drawn without limit
     :param act_by_mode: Whether collection takes the most likely action of each row's perturbed actor, so that weight noise
         alone explores; for actors that sample
+    :param update_noise: Noise of the networks that learn, in their losses: ``"independent"`` draws, or ``"mean"`` weights, so
+        that the noise is that of the behaviour alone; needs ``learn_sigma=False``
     :param kwargs: Further keyword arguments of SB3's policy
     :raises TypeError: If an argument is unknown, or a value has a wrong type
     :raises ValueError: If a noise setting is unknown, out of range or unfit
@@ -103,19 +106,20 @@ class ActorMixin(OffPolicyMixin):
         skip: str | Sequence[str] = (),
         perturb_frozen: bool = False,
         init: Init = "keep",
-        schedule: NoiseSchedule = "constant",
+        schedule: NoiseSchedule | None = None,
         schedule_end: float | None = None,
         schedule_fraction: float | None = None,
         target_noise: TargetNoise | None = None,
         members: int | None = None,
         act_by_mode: bool = False,
+        update_noise: UpdateNoise = "independent",
         **kwargs: Any,
     ) -> None:
         noise: dict[str, Any] = dict(family=family, sigma_init=sigma_init, learn_sigma=learn_sigma, resample=resample)
         noise |= dict(base_every_steps=base_every_steps, noise_sharing=noise_sharing, perturb=perturb, layers=layers)
         noise |= dict(skip=skip, perturb_frozen=perturb_frozen, init=init)
         noise |= dict(schedule=schedule, schedule_end=schedule_end, schedule_fraction=schedule_fraction)
-        noise |= dict(target_noise=target_noise, members=members, act_by_mode=act_by_mode)
+        noise |= dict(target_noise=target_noise, members=members, act_by_mode=act_by_mode, update_noise=update_noise)
         self._init_off_policy(ActorSettings, noise, (observation_space, action_space), lr_schedule, args, kwargs)
 
     def _make_noisy(self, lr_schedule: Schedule) -> None:

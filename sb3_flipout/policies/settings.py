@@ -7,8 +7,10 @@ editor shows them, and hand them over by :func:`~sb3_flipout.policies.arguments.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal, get_args
+
+from typing_extensions import Self
 
 from sb3_flipout.checks import check_choice, check_flag, check_integer, check_number, check_strings
 from sb3_flipout.layers import LayerNoise
@@ -19,8 +21,10 @@ from sb3_flipout.policies.legacy import moved_hint
 
 Perturb = Literal["policy", "heads", "all"]
 TargetNoise = Literal["independent", "same", "mean"]
+UpdateNoise = Literal["independent", "mean"]
 PERTURB_CHOICES: tuple[str, ...] = get_args(Perturb)
 TARGET_NOISE_CHOICES: tuple[str, ...] = get_args(TargetNoise)
+UPDATE_NOISE_CHOICES: tuple[str, ...] = get_args(UpdateNoise)
 
 
 @dataclass(frozen=True)
@@ -40,9 +44,10 @@ class NoiseSettings:
     :param skip: Names of modules to leave out, as in ``policy.named_modules()``; ``*`` stands for anything
     :param perturb_frozen: Whether layers are perturbed whose weights do not learn (``requires_grad`` is False)
     :param init: ``"keep"`` SB3's initialisation, or ``"noisynet"``
-    :param schedule: How the noise falls over training: ``"constant"``, ``"linear"``, ``"cosine"`` or ``"exponential"``
+    :param schedule: How the noise falls over training: ``"constant"``, ``"linear"``, ``"cosine"`` or ``"exponential"``;
+        ``None`` for the policy's default, which gives way to a callback that steers the noise
     :param schedule_end: What is left of the noise at the end of the schedule, as a share of the noise scale
-    :param schedule_fraction: Share of training over which it falls
+    :param schedule_fraction: Share of training over which it falls; ``None`` for 0.3
     :raises TypeError: If a value has a wrong type
     :raises ValueError: If a value is unknown, out of range, does not fit another one, or would have no effect
     """
@@ -57,9 +62,12 @@ class NoiseSettings:
     skip: str | Sequence[str] = ()
     perturb_frozen: bool = False
     init: str = "keep"
-    schedule: str = "constant"
+    schedule: str | None = None
     schedule_end: float | None = None
     schedule_fraction: float | None = None
+
+    #: Of this kind of policy.
+    _DEFAULT_SCHEDULE: ClassVar[str] = "constant"
 
     def __post_init__(self) -> None:
         noise = self.layer_noise()
@@ -79,20 +87,42 @@ class NoiseSettings:
             object.__setattr__(self, name, value)
 
     def _check_schedule(self) -> None:
-        self._set(schedule=check_choice("schedule", self.schedule, SCHEDULES))
+        if self.schedule is not None:
+            self._set(schedule=check_choice("schedule", self.schedule, SCHEDULES))
         if self.schedule_end is not None:
-            exponential = self.schedule == "exponential"
+            exponential = self.falls == "exponential"
             hint = 'schedule="exponential" never reaches 0; end at a small share, 0.01 say.' if exponential else ""
             self._set(schedule_end=check_number("schedule_end", self.schedule_end, 0.0, hint=hint, above=exponential))
         if self.schedule_fraction is not None:
             self._set(schedule_fraction=check_number("schedule_fraction", self.schedule_fraction, 0.0, 1.0, above=True))
-        if self.schedule == "constant":
+        if self.falls == "constant":
             for name in ("schedule_end", "schedule_fraction"):
                 if getattr(self, name) is not None:
                     raise ValueError(
                         f'{name}={getattr(self, name)!r} has no effect with schedule="constant"; give schedule="linear", or '
                         f"leave {name} out."
                     )
+
+    @property
+    def falls(self) -> str:
+        """How the noise falls over training: what the user chose, or else the default."""
+        return self._DEFAULT_SCHEDULE if self.schedule is None else self.schedule
+
+    @property
+    def insists_on_schedule(self) -> bool:
+        """Whether the user has asked for a falling noise, so that it is said where it cannot fall."""
+        return self.schedule not in (None, "constant")
+
+    def as_saved(self, saved: Mapping[str, Any]) -> Self:
+        """
+        Keep the noise of a training constant that began when this was the default.
+
+        :param saved: Settings by name, of the training that goes on
+        :return: Settings
+        """
+        chosen = (self.schedule, self.schedule_end, self.schedule_fraction) != (None, None, None)
+        was_constant = saved.get("schedule", "constant") == "constant"
+        return replace(self, schedule="constant") if was_constant and not chosen and self.falls != "constant" else self
 
     def layer_noise(self) -> LayerNoise:
         """
@@ -109,9 +139,9 @@ class NoiseSettings:
         :param progress: Share of training that is done, from 0 to 1
         :return: Factor
         """
-        end = self.schedule_end if self.schedule_end is not None else 0.01 if self.schedule == "exponential" else 0.0
-        fraction = 0.5 if self.schedule_fraction is None else self.schedule_fraction
-        return scheduled_factor(self.schedule, 1.0, end, fraction, progress)
+        end = self.schedule_end if self.schedule_end is not None else 0.01 if self.falls == "exponential" else 0.0
+        fraction = 0.3 if self.schedule_fraction is None else self.schedule_fraction
+        return scheduled_factor(self.falls, 1.0, end, fraction, progress)
 
     #: Settings that two policies must have in common for the weights of one to mean the same in the other.
     SHAPING: ClassVar[tuple[str, ...]] = ("perturb", "layers", "skip", "perturb_frozen")
@@ -143,11 +173,15 @@ class OnPolicySettings(NoiseSettings):
     """
     The settings of policies that learn from rollouts; arguments as in :class:`NoiseSettings`, and
 
+    :param learn_sigma: As there; by default it is not
     :param base_every_rollouts: How often the base perturbation is redrawn, in rollouts; ``None`` for never; by default at the
         start of each rollout
     """
 
+    learn_sigma: bool = False
     base_every_rollouts: int | Literal["default"] | None = "default"
+
+    _DEFAULT_SCHEDULE: ClassVar[str] = "linear"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -233,9 +267,12 @@ class ActorSettings(LearningSettings):
 
     :param act_by_mode: Whether collection takes the most likely action of each row's perturbed actor, so that weight noise
         alone explores; else one is sampled
+    :param update_noise: Noise of the actor in its own loss: ``"independent"`` draws, or ``"mean"`` weights, so that the noise
+        is that of the behaviour alone; needs ``learn_sigma=False``
     """
 
     act_by_mode: bool = False
+    update_noise: str = "independent"
 
     #: Without members.
     _DEFAULT_RESAMPLE: ClassVar[str] = "episode"
@@ -243,7 +280,15 @@ class ActorSettings(LearningSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._set(act_by_mode=check_flag("act_by_mode", self.act_by_mode))
+        self._set(
+            act_by_mode=check_flag("act_by_mode", self.act_by_mode),
+            update_noise=check_choice("update_noise", self.update_noise, UPDATE_NOISE_CHOICES),
+        )
+        if self.update_noise == "mean" and self.layer_noise().learns:
+            raise ValueError(
+                'update_noise="mean" does not fit learn_sigma=True: no loss would see sigma. Give learn_sigma=False, or use '
+                'update_noise="independent".'
+            )
 
 
 @dataclass(frozen=True)

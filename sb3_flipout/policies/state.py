@@ -110,7 +110,7 @@ class NoiseState(BasePolicy):
 
     def leave_schedule(self) -> None:
         """Let a callback steer the noise scale: until the next call of ``learn`` the setting ``schedule`` has no effect."""
-        if not self.marks.steered and self.noise_settings.schedule != "constant":
+        if not self.marks.steered and self.noise_settings.insists_on_schedule:
             warnings.warn(
                 f"a callback steers the noise scale in this call of learn(), so schedule={self.noise_settings.schedule!r} of "
                 'the policy has no effect in it. Leave one of them out: schedule="constant" says that the callback is meant.',
@@ -173,6 +173,7 @@ class NoiseState(BasePolicy):
         self._noise_seed, self._noise_scale, self._schedule_factor = seed, scale, factor
         self._keys.restart(steps, fold(seed, Stream.COLLECTION))
         self._evaluation.seed, self._evaluation.calls = fold(seed, Stream.EVALUATION), evaluations
+        self.noise_settings = self.noise_settings.as_saved(state["settings"])
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """

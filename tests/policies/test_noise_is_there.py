@@ -180,7 +180,7 @@ every_extractor = pytest.mark.parametrize("extractor", PERTURBED, ids=lambda ext
 def make_model(extractor, n_steps=N_STEPS, **noise):
     space = spaces.Box(-1, 1, (ENTITIES, SIZE), np.float32)
     env = make_vec_env(lambda: RandomEnv(spaces.Discrete(4), space), n_envs=N_ENVS, seed=0)
-    kwargs = dict(features_extractor_class=extractor, **noise)
+    kwargs = dict(features_extractor_class=extractor, schedule="constant", **noise)
     # The whole rollout in one mini-batch: what is logged of its only one stands before any step of the optimizer.
     return PPO("FlipoutMlpPolicy", env, n_steps=n_steps, batch_size=n_steps * N_ENVS, n_epochs=1, seed=1, policy_kwargs=kwargs)
 

@@ -59,7 +59,7 @@ MASKED = {
 
 def maskable(case="discrete", prefix="Flipout", n_steps=16, **policy_kwargs):
     kind, action, observation, arguments = MASKED[case]
-    kwargs = {**arguments, **policy_kwargs}
+    kwargs = {"schedule": "constant", **arguments, **policy_kwargs} if prefix else {**arguments, **policy_kwargs}
     env = masked_env(action, observation)
     sizes = dict(n_steps=n_steps, batch_size=8, n_epochs=2)
     return MaskablePPO(f"{prefix}{kind}Policy", env, seed=1, policy_kwargs=kwargs, **sizes)

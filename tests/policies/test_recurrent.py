@@ -32,7 +32,9 @@ CASES: dict[str, tuple[str, str, str, dict[str, Any]]] = {
 
 def build(case: str, prefix: str = "Flipout", **policy_kwargs: Any) -> RecurrentPPO:
     kind, action, observation, of_case = CASES[case]
-    if not prefix:  # stock knows no noise
+    if prefix:
+        policy_kwargs.setdefault("schedule", "constant")  # noise in all rollouts, to the last
+    else:  # stock knows no noise
         of_case = {name: value for name, value in of_case.items() if name not in ("resample", "family", "perturb", "layers")}
     return RecurrentPPO(
         f"{prefix}{kind}LstmPolicy",

@@ -148,7 +148,7 @@ WITHOUT_EFFECT = [
     ),
     *((algorithm, dict(prior_scale=0.5), "prior_scale=0.5 needs members") for algorithm in VALUES),
     *(
-        (algorithm, {name: 0.5}, f'{name}=0.5 has no effect with schedule="constant"')
+        (algorithm, {name: 0.5, "schedule": "constant"}, f'{name}=0.5 has no effect with schedule="constant"')
         for algorithm in (PPO, DQN, SAC)
         for name in ("schedule_end", "schedule_fraction")
     ),

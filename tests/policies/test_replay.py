@@ -19,7 +19,11 @@ SIZES = {PPO: dict(batch_size=8, n_epochs=2), TRPO: dict(batch_size=8, n_critic_
 def learn(algorithm, case, probe, steps=None, **more):
     policy, make_env, arguments = CASES[case]
     n_steps = 16
-    model = algorithm(policy, make_env(), n_steps=n_steps, seed=1, **arguments, **more, **SIZES[algorithm])
+    kwargs = dict(schedule="constant")  # noise in all rollouts, to the last
+    for given in (arguments, more):
+        kwargs |= given.get("policy_kwargs", {})
+    arguments = {**arguments, **more, "policy_kwargs": kwargs}
+    model = algorithm(policy, make_env(), n_steps=n_steps, seed=1, **arguments, **SIZES[algorithm])
     return model.learn(steps or 3 * n_steps * model.n_envs, callback=probe)
 
 
