@@ -16,6 +16,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from learning import difference_interval
 from runs import Row, execute, read
 from zoo_runs import Run, Task, train
 
@@ -48,6 +50,8 @@ ARMS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "linear@.5 fixed": (dict(_LINEAR, schedule_fraction=0.5, learn_sigma=False), {}),
     "linear@.3 fixed": (dict(_LINEAR, schedule_fraction=0.3, learn_sigma=False), {}),
     "linear@.3 no gSDE": (dict(_LINEAR, schedule_fraction=0.3), dict(use_sde=False, sde_sample_freq=-1)),
+    "behaviour": (dict(update_noise="mean", learn_sigma=False), {}),
+    "behaviour linear@.3": (dict(update_noise="mean", learn_sigma=False, schedule="linear"), {}),
     "mode": (dict(act_by_mode=True), {}),
     "mode linear@.5": (dict(_LINEAR, schedule_fraction=0.5, act_by_mode=True), {}),
     "episode": (dict(resample="episode"), {}),
@@ -65,6 +69,58 @@ def make(run: Run) -> Row:
     return train(task, run, {**task.changes, **task.flipout_changes, **policy, **changes}, policy_kwargs)
 
 
+def table(rows: list[Row], fresh: bool) -> str:
+    """Compare arms with stock, on the seeds that stock has run too."""
+    lines = [
+        "| task | arm | seeds | stock: mean (worst) | arm: mean (worst) | difference, 95 % interval | a loss of 5 % | "
+        "failed: stock, arm |",
+        "|---|---|---:|---:|---:|---:|---|---:|",
+    ]
+    scores: dict[tuple[str, str], dict[int, float]] = {}
+    for row in rows:
+        if (row["seed"] >= CONFIRMING) == fresh:
+            scores.setdefault((row["task"], row["arm"]), {})[row["seed"]] = row["score"]
+    for task, arm in product(TASKS, ARMS):
+        stock, ours = scores.get((task, "stock"), {}), scores.get((task, arm), {})
+        seeds = sorted(stock.keys() & ours.keys())
+        if len(seeds) > 1:
+            lines.append(_compared(task, arm, *(np.array([found[seed] for seed in seeds]) for found in (stock, ours))))
+    return "\n".join(lines)
+
+
+def _compared(task: str, arm: str, stock: np.ndarray, ours: np.ndarray) -> str:
+    low, high = difference_interval(ours, stock)
+    excluded = "excluded" if low > -0.05 * abs(stock.mean()) else "**not excluded**"
+    half = np.median(stock) * (0.5 if np.median(stock) > 0 else 2.0)
+    pair = [f"{found.mean():.1f} ({found.min():.1f})" for found in (stock, ours)]
+    failed = ", ".join(str(int((found < half).sum())) for found in (stock, ours))
+    return f"| {task} | {arm} | {len(ours)} | {pair[0]} | {pair[1]} | [{low:.1f}, {high:.1f}] | {excluded} | {failed} |"
+
+
+def report(rows: list[Row]) -> str:
+    made = sorted({(row["commit"], row["torch"], row["stable_baselines3"]) for row in rows})
+    versions = "; ".join(f"commit {commit}, torch {torch}, SB3 {sb3}" for commit, torch, sb3 in made)
+    return f"""# Do the defaults lose against stock?
+
+Made by `python benchmarks/defaults.py --report` from [the runs](defaults.jsonl) ({versions}).
+
+rl_zoo3's hyperparameters in all arms, but for the steps of Acrobot (100,000) and LunarLander with PPO (300,000). Score: mean
+return of the **mean weights** over 100 episodes at the end, in environments of other seeds. Interval: 95 % bootstrap of the
+difference of means. A run has failed below half of stock's median (twice it, where returns are negative). DQN's arms with
+weight noise have no epsilon-greedy, TD3's no action noise; PPO on Pendulum keeps gSDE, which rl_zoo3 has there, in all arms.
+
+## Confirmed on fresh seeds, {CONFIRMING} and later
+
+`flipout` is `FlipoutMlpPolicy` without any setting.
+
+{table(rows, fresh=True)}
+
+## What the choice was made among: seeds 0 to 2
+
+{table(rows, fresh=False)}
+"""
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), metavar="TASK")
@@ -75,6 +131,9 @@ def main() -> int:
     parser.add_argument("--report", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("docs/benchmarks/defaults.jsonl"))
     args = parser.parse_args()
+    if args.report:
+        args.out.with_suffix(".md").write_text(report(read(args.out)))
+        return 0
     done = {Run(row["task"], row["arm"], row["seed"]) for row in read(args.out)}
     seeds = range(args.first_seed, args.first_seed + args.seeds)
     runs = [Run(task, arm, seed) for seed, task, arm in product(seeds, args.tasks, args.arms)]

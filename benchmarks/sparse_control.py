@@ -53,6 +53,8 @@ BASELINES: dict[str, dict[str, dict[str, Any]]] = {
         "gsde": {},
         "gsde-no-expln": dict(policy_kwargs="dict(log_std_init=-3.67, net_arch=[64, 64])"),
         "pink": dict(use_sde=False, policy_kwargs=_NETWORK),
+        "stock ent .01": dict(use_sde=False, policy_kwargs=_NETWORK, ent_coef=0.01),
+        "gsde ent .01": dict(ent_coef=0.01),
     },
     "TD3": {"stock": {}, "pink": _NO_NOISE},  # stock: rl_zoo3's Ornstein-Uhlenbeck noise of 0.5
 }
@@ -78,6 +80,8 @@ FLIPOUT: dict[str, dict[str, Any]] = {
     "1@.5": _held(1.0, 0.5),
     "3@.5 mean ent .01": _held(3.0, 0.5, "mean", ent_coef=0.01),
     "3@.5 ent .01": _held(3.0, 0.5, ent_coef=0.01),
+    "1@.5 mean ent .01": _held(1.0, 0.5, "mean", ent_coef=0.01),
+    "3@.5 mean ent auto": _held(3.0, 0.5, "mean", ent_coef="auto"),
     "2@.5 ent .01": _held(2.0, 0.5, ent_coef=0.01),
     "2@.5 mean ent .01": _held(2.0, 0.5, "mean", ent_coef=0.01),
 }

@@ -190,7 +190,24 @@ def _follow_schedule(algorithm: Any) -> None:
             'schedule="constant", and set policy.noise_scale where you collect by hand.'
         )
     if total > 0:
+        _warn_of_fallen_noise(algorithm)
         policy.follow_schedule(algorithm.num_timesteps / total)
+
+
+def _warn_of_fallen_noise(algorithm: Any) -> None:
+    """Say, once per model, that training in small calls of learn() has had its noise in the first of them."""
+    policy, began = policy_of(algorithm), algorithm._num_timesteps_at_start
+    settings, marks = policy.noise_settings, policy.marks
+    if began == 0 or settings.schedule is not None or marks.steered or "fallen" in marks.warned:
+        return
+    if settings.factor_at(began / algorithm._total_timesteps) == 0.0:
+        marks.warned.add("fallen")
+        warnings.warn(
+            f"this call of learn() goes on from step {began} to {algorithm._total_timesteps} without weight noise: by default "
+            "it falls to 0 over the first part of all steps that SB3 knows of, and those are over. Where training is cut into "
+            'calls of learn(reset_num_timesteps=False), use policy_kwargs=dict(schedule="constant"), or AnnealNoise.',
+            stacklevel=6,
+        )
 
 
 def collect_rollout(original: Method, algorithm: Any, *args: Any, **kwargs: Any) -> Any:

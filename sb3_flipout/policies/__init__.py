@@ -18,6 +18,7 @@ from typing import Any
 
 from sb3_flipout.policies.base import FlipoutPolicyMixin
 from sb3_flipout.policies.dqn import FlipoutDQNCnnPolicy, FlipoutDQNMultiInputPolicy, FlipoutDQNPolicy
+from sb3_flipout.policies.learning_settings import ActorSettings, LearningSettings, ValueSettings
 from sb3_flipout.policies.legacy import register_moved_modules
 from sb3_flipout.policies.on_policy import (
     FlipoutActorCriticCnnPolicy,
@@ -32,7 +33,7 @@ from sb3_flipout.policies.sac_td3 import (
     FlipoutTD3MultiInputPolicy,
     FlipoutTD3Policy,
 )
-from sb3_flipout.policies.settings import ActorSettings, LearningSettings, NoiseSettings, OnPolicySettings, ValueSettings
+from sb3_flipout.policies.settings import NoiseSettings, OnPolicySettings
 from sb3_flipout.policies.state import NoiseStateError
 
 __all__ = [

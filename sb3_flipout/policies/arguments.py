@@ -20,6 +20,7 @@ _ELSEWHERE = {
     "target_noise": "is for algorithms with a replay buffer",
     "prior_scale": "is for DQN and QRDQN",
     "act_by_mode": "is for SAC, TQC and CrossQ",
+    "update_noise": "is for actor-critics such as SAC and TD3",
     "base_every": "is base_every_rollouts for PPO and its kin, base_every_steps for algorithms with a replay buffer; load "
     'what 0.1.0 saved with custom_objects={"policy_kwargs": dict(...)}, in which it has its new name',
     "base_every_rollouts": "is for PPO and its kin; algorithms with a replay buffer have base_every_steps",

@@ -24,10 +24,11 @@ from sb3_flipout.noise.schedule import Schedule as NoiseSchedule
 from sb3_flipout.noise.stream import Resample
 from sb3_flipout.policies.base import FlipoutPolicyMixin
 from sb3_flipout.policies.learning import LearningValueNetwork, LearnsUnderNoise, Role, learns_under_noise
+from sb3_flipout.policies.learning_settings import TargetNoise, ValueSettings
 from sb3_flipout.policies.observations import n_rows
 from sb3_flipout.policies.off_policy import OffPolicyMixin
 from sb3_flipout.policies.prior import Prior
-from sb3_flipout.policies.settings import Perturb, TargetNoise, ValueSettings
+from sb3_flipout.policies.settings import Perturb
 
 
 class ValueMixin(OffPolicyMixin):

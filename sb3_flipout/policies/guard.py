@@ -118,13 +118,16 @@ class VisitGuard:
             self.updated |= network.visited
             network.visited = None
 
-    def compare(self, policy: nn.Module, network: PerturbedNetwork, acting: nn.Module | None = None) -> None:
+    def compare(
+        self, policy: nn.Module, network: PerturbedNetwork, acting: nn.Module | None = None, by_mean: bool = False
+    ) -> None:
         """
         Compare, after the first update, what it called with what was called in collection.
 
         :param policy: Policy
         :param network: The network of its layers that act
         :param acting: What of the policy acts, if not all of that network: critics are not called in collection
+        :param by_mean: Whether the update learns by mean weights, and so calls no layer under noise
         :raises ValueError: If one called layers that the other did not, or if layers have learned that nobody called
         """
         if self.done or self.collected is None:
@@ -135,7 +138,7 @@ class VisitGuard:
         others = [child for child in policy.children() if acting is not None and child is not acting]
         shared = {id(module) for child in others for module in child.modules()}
         own = {slot for slot in expected if id(network.layers[slot]) not in shared} or expected
-        updated, self.updated = self.updated & expected, set()
+        updated, self.updated = self.collected if by_mean else self.updated & expected, set()
         if not updated & own:
             return
         self.done = True

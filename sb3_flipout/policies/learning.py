@@ -20,9 +20,9 @@ from torch import nn
 from sb3_flipout.layers import PerturbedNetwork
 from sb3_flipout.noise import RowNoise, Stream, fold, fold_in
 from sb3_flipout.noise.keys import restrict
+from sb3_flipout.policies.learning_settings import LearningSettings
 from sb3_flipout.policies.observations import n_rows
 from sb3_flipout.policies.prior import Prior
-from sb3_flipout.policies.settings import LearningSettings
 
 
 class Role(IntEnum):
@@ -58,6 +58,17 @@ class LearningNoise:
         """
         self.step += 1
 
+    def noise_of(self, role: Role) -> str:
+        """
+        Look up which noise a network has in gradient steps.
+
+        :param role: Online or target network
+        :return: ``"independent"``, ``"same"`` or ``"mean"``
+        """
+        if role == Role.TARGET:
+            return str(self.settings.target_noise)
+        return str(getattr(self.settings, "update_noise", "independent"))  # of actors alone
+
     def _role(self, role: Role) -> Role:
         return Role.ONLINE if self.settings.target_noise == "same" else role
 
@@ -70,8 +81,7 @@ class LearningNoise:
         :param device: Device of the network
         :return: Row noise; ``None`` for mean weights
         """
-        names = {Role.TARGET: "target_noise", Role.ONLINE: "update_noise"}
-        if getattr(self.settings, names[role], None) == "mean":
+        if self.noise_of(role) == "mean":
             return None
         keys = fold_in(fold(self.seed, Stream.LEARNING_KEYS, self.step, self._role(role)), th.arange(n, device=device))
         return RowNoise(restrict(keys, self.settings.members), self.scale)

@@ -20,9 +20,9 @@ from sb3_flipout.layers import Ask, PerturbedNetwork
 from sb3_flipout.noise import RowNoise
 from sb3_flipout.policies.arguments import arguments_of, settings_from
 from sb3_flipout.policies.base import FlipoutPolicyMixin
-from sb3_flipout.policies.learning import LearningNoise, LearnsUnderNoise
+from sb3_flipout.policies.learning import LearningNoise, LearnsUnderNoise, Role
+from sb3_flipout.policies.learning_settings import LearningSettings
 from sb3_flipout.policies.observations import check_extractor
-from sb3_flipout.policies.settings import LearningSettings
 
 
 class OffPolicyMixin(FlipoutPolicyMixin):
@@ -130,7 +130,8 @@ class OffPolicyMixin(FlipoutPolicyMixin):
                     stack.enter_context(self.guard.update(self.perturbed_network))
                 yield
             if not self.guard.done:
-                self.guard.compare(self, self.perturbed_network, self._acting_network())
+                by_mean = self.learning.noise_of(Role.ONLINE) == "mean"
+                self.guard.compare(self, self.perturbed_network, self._acting_network(), by_mean)
         finally:
             hook.remove()
             self.learning.active = self.marks.updates = False

@@ -34,8 +34,9 @@ from sb3_flipout.policies.learning import (
     Role,
     learns_under_noise,
 )
+from sb3_flipout.policies.learning_settings import ActorSettings, TargetNoise, UpdateNoise
 from sb3_flipout.policies.off_policy import OffPolicyMixin
-from sb3_flipout.policies.settings import ActorSettings, Perturb, TargetNoise, UpdateNoise
+from sb3_flipout.policies.settings import Perturb
 
 
 class ActorMixin(OffPolicyMixin):

@@ -122,3 +122,31 @@ def test_without_a_number_of_steps_it_is_refused() -> None:
 def test_bad_schedules_are_refused(settings: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         build(PPO, **settings)
+
+
+def test_training_in_small_calls_says_once_that_its_noise_is_over() -> None:
+    model = build(PPO)
+    model.learn(64)
+    with pytest.warns(UserWarning, match=r"from step 64 to 128 without weight noise.*schedule=\"constant\"") as told:
+        model.learn(64, reset_num_timesteps=False)
+        model.learn(64, reset_num_timesteps=False)
+    assert len([one for one in told if "without weight noise" in str(one.message)]) == 1
+
+
+@pytest.mark.parametrize("settings", [dict(schedule="linear"), dict(schedule="constant")])
+def test_whoever_has_chosen_a_schedule_is_told_nothing(settings: dict[str, Any], recwarn: pytest.WarningsRecorder) -> None:
+    model = build(PPO, **settings)
+    model.learn(64)
+    model.learn(64, reset_num_timesteps=False)
+    model = build(PPO)  # nor whoever steers the noise, or starts anew
+    model.learn(64)
+    model.learn(64)
+    model.learn(64, AnnealNoise(1.0, 0.5), reset_num_timesteps=False)
+    assert not [one for one in recwarn if "noise" in str(one.message)]
+
+
+def test_the_default_gives_way_where_nobody_has_said_how_long_training_is() -> None:
+    model = build(PPO)
+    _, callback = model._setup_learn(0)
+    model.collect_rollouts(model.env, callback, model.rollout_buffer, 16)
+    assert model.policy.effective_scale == 1.0

@@ -1,0 +1,139 @@
+"""The noise settings of policies that learn from replayed transitions; those of all policies stand in ``settings.py``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, get_args
+
+from sb3_flipout.checks import check_choice, check_flag, check_integer, check_number
+from sb3_flipout.policies.settings import NoiseSettings, checked_period
+
+TargetNoise = Literal["independent", "same", "mean"]
+UpdateNoise = Literal["independent", "mean"]
+TARGET_NOISE_CHOICES: tuple[str, ...] = get_args(TargetNoise)
+UPDATE_NOISE_CHOICES: tuple[str, ...] = get_args(UpdateNoise)
+
+
+@dataclass(frozen=True)
+class LearningSettings(NoiseSettings):
+    """
+    The settings of policies that learn from replayed transitions; arguments as in :class:`NoiseSettings`, and
+
+    :param resample: As there; by default ``"episode"`` with members and for actors, else ``"step"``
+    :param base_every_steps: How often the acting base is redrawn, in collection steps; ``None`` for never
+    :param target_noise: Noise of the networks in the target: ``"independent"`` of the online ones (NoisyNet's rule, and the
+        default of value-based policies), the ``"same"`` (the default with members: each learns from its own target), or
+        ``"mean"`` weights (the default of actors)
+    :param members: Number K of keys that exist; the base is frozen then, so each key is a member of an implicit ensemble.
+        ``None``: keys are drawn without limit
+    """
+
+    resample: str | int | None = None  # type: ignore[assignment]
+    base_every_steps: int | None = None
+    target_noise: str | None = None
+    members: int | None = None
+
+    #: Without members.
+    _DEFAULT_RESAMPLE: ClassVar[str] = "step"
+    _DEFAULT_TARGET_NOISE: ClassVar[str] = "independent"
+    SHAPING = (*NoiseSettings.SHAPING, "members")
+
+    def __post_init__(self) -> None:
+        if self.members is not None:
+            hint = "Use None for no ensemble."
+            self._set(members=check_integer("members", self.members, 2, hint=hint))
+        ensemble = self.members is not None
+        if self.resample is None:
+            self._set(resample="episode" if ensemble else self._DEFAULT_RESAMPLE)
+        if self.target_noise is None:
+            self._set(target_noise="same" if ensemble else self._DEFAULT_TARGET_NOISE)
+        super().__post_init__()
+        self._set(target_noise=check_choice("target_noise", self.target_noise, TARGET_NOISE_CHOICES))
+        if ensemble:
+            self._check_members()
+        elif self.base_every_steps is not None:
+            self._set(base_every_steps=checked_period("base_every_steps", self.base_every_steps, self.layer_noise()))
+
+    def _check_members(self) -> None:
+        if self.noise_sharing == "shared":
+            raise ValueError(
+                f'members={self.members} does not fit noise_sharing="shared", where all rows see the same weights. Use '
+                '"flipout", whose rows each pick a member.'
+            )
+        if self.base_every_steps is not None:
+            raise ValueError(
+                f"members={self.members} does not fit base_every_steps={self.base_every_steps}: a member is a key under one "
+                "frozen base. Leave base_every_steps out."
+            )
+
+
+@dataclass(frozen=True)
+class ActorSettings(LearningSettings):
+    """
+    The settings of actors that learn from replayed transitions; arguments as in :class:`LearningSettings`.
+
+    By default their noise is that of the behaviour, as in Plappert et al. 2018: it is held for an episode, and the critic
+    learns the values of the mean weights.
+
+    :param act_by_mode: Whether collection takes the most likely action of each row's perturbed actor, so that weight noise
+        alone explores; else one is sampled
+    :param update_noise: Noise of the actor in its own loss: ``"independent"`` draws, or ``"mean"`` weights, so that the noise
+        is that of the behaviour alone; needs ``learn_sigma=False``
+    """
+
+    act_by_mode: bool = False
+    update_noise: str = "independent"
+
+    #: Without members.
+    _DEFAULT_RESAMPLE: ClassVar[str] = "episode"
+    _DEFAULT_TARGET_NOISE: ClassVar[str] = "mean"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._set(
+            act_by_mode=check_flag("act_by_mode", self.act_by_mode),
+            update_noise=check_choice("update_noise", self.update_noise, UPDATE_NOISE_CHOICES),
+        )
+        if self.update_noise == "mean" and self.layer_noise().learns:
+            raise ValueError(
+                'update_noise="mean" does not fit learn_sigma=True: no loss would see sigma. Give learn_sigma=False, or use '
+                'update_noise="independent".'
+            )
+        if self.update_noise == "mean" and self.members is not None:
+            raise ValueError(
+                f'update_noise="mean" does not fit members={self.members}: a member learns under its own weights. Leave one of '
+                "them out."
+            )
+
+
+@dataclass(frozen=True)
+class ValueSettings(LearningSettings):
+    """
+    The settings of value-based policies; arguments as in :class:`LearningSettings`, and
+
+    :param prior_scale: Scale of the frozen random prior that is added to each member's values (Osband et al. 2018);
+        0 for none
+    """
+
+    prior_scale: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._set(prior_scale=check_number("prior_scale", self.prior_scale, 0.0, hint="Use 0.0 for no prior."))
+        if self.prior_scale > 0 and self.members is None:
+            raise ValueError(
+                f"prior_scale={self.prior_scale} needs members: a prior belongs to a member. Give members=10, say."
+            )
+
+    def unlike(self, saved: Mapping[str, Any]) -> list[str]:
+        """
+        Compare with saved settings, as far as weights depend on them.
+
+        :param saved: Settings by name
+        :return: What differs, in words
+        """
+        found = super().unlike(saved)
+        if bool(saved.get("prior_scale", self.prior_scale)) != bool(self.prior_scale):
+            found.append(f"prior_scale: saved {saved['prior_scale']!r}, here {self.prior_scale!r}")
+        return found
