@@ -74,13 +74,20 @@ def _flipout(sigma_init: float, **noise: Any) -> dict[str, Any]:
     return dict(policy="FlipoutMlpPolicy", policy_kwargs=dict(sigma_init=sigma_init, resample="episode", **noise))
 
 
+#: What the defaults were when these arms were run.
+_BEFORE: dict[str, Any] = dict(learn_sigma=True, schedule="constant")
+
 #: Arguments of the algorithm, by arm.
 ARMS: dict[str, dict[str, Any]] = {
     "stock": dict(policy="MlpPolicy"),
     "gsde": dict(policy="MlpPolicy", use_sde=True),
-    "flipout-1": _flipout(1.0),
-    "flipout-1-annealed": _flipout(1.0),
-    "flipout-3-annealed": _flipout(3.0),
+    # The handbook's recipe: noise held per episode, fixed sigma, a schedule of the policy.
+    "recipe": _flipout(1.0, schedule="linear", schedule_fraction=0.6),
+    "recipe-0.5": _flipout(1.0, schedule="linear", schedule_fraction=0.5),
+    "recipe-learned": _flipout(1.0, schedule="linear", schedule_fraction=0.6, learn_sigma=True),
+    "flipout-1": _flipout(1.0, **_BEFORE),
+    "flipout-1-annealed": _flipout(1.0, **_BEFORE),
+    "flipout-3-annealed": _flipout(3.0, **_BEFORE),
 }
 
 

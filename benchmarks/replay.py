@@ -3,7 +3,7 @@
     python benchmarks/replay.py --jobs 2
     python benchmarks/replay.py --report
 
-All arms explore alike, under fixed sigma and noise held for an episode. They differ in what the update makes of the rollout:
+All arms explore alike, under fixed sigma. They differ in what the update makes of the rollout:
 
 - `exact`: each transition is learned under the very weights that chose its action; the package's own way.
 - `uncorrected`: by the mean weights, as if they had acted: the old log-probabilities are theirs.
@@ -37,14 +37,18 @@ from zoo_runs import Task, train
 import sb3_flipout
 
 SCALES = (0.5, 1.0, 2.0)
+ARMS = ("exact", "uncorrected", "truncated")
+HELD = ("step", "episode")
 TRUNCATED_AT = 2.0
-_DENSE = dict(resample="episode", learn_sigma=False, schedule="constant")
+_DENSE = dict(learn_sigma=False, schedule="constant")
 
-TASKS: dict[str, tuple[Task, dict[str, Any]]] = {
-    "CartPole-v1": (Task("ppo", "CartPole-v1", 30_000), _DENSE),
-    "Acrobot-v1": (Task("ppo", "Acrobot-v1", 100_000), _DENSE),
+#: By task: how long noise is held, the task, and settings of the noise.
+TASKS: dict[str, tuple[tuple[str, ...], Task, dict[str, Any]]] = {
+    "CartPole-v1": (HELD, Task("ppo", "CartPole-v1", 30_000), _DENSE),
+    "Acrobot-v1": (HELD, Task("ppo", "Acrobot-v1", 100_000), _DENSE),
     # The settings of mountain_car_continuous.py.
     "MountainCarContinuous-v0": (
+        ("episode",),
         Task(
             "ppo",
             "MountainCarContinuous-v0",
@@ -53,10 +57,9 @@ TASKS: dict[str, tuple[Task, dict[str, Any]]] = {
                 n_envs=4, n_steps=256, learning_rate=3e-4, ent_coef=0.004, vf_coef=0.19, use_sde=False, policy_kwargs="dict()"
             ),
         ),
-        dict(_DENSE, schedule="linear", schedule_fraction=0.625),
+        dict(learn_sigma=False, schedule="linear", schedule_fraction=0.625),
     ),
 }
-ARMS = ("exact", "uncorrected", "truncated")
 
 
 class Run(NamedTuple):
@@ -66,6 +69,7 @@ class Run(NamedTuple):
     arm: str
     seed: int
     scale: float
+    resample: str
 
 
 class Studied(PPO):
@@ -124,38 +128,48 @@ class Curve(BaseCallback):
 
 
 def make(run: Run) -> Row:
-    task, noise = TASKS[run.task]
+    _, task, noise = TASKS[run.task]
     notes: dict[str, list[float]] = {}
     ALGOS["ppo"] = type("StudiedPPO", (Studied,), dict(arm=run.arm, notes=notes))
     curve = Curve()
     changes = {**task.changes, "policy": "FlipoutMlpPolicy"}
-    row = train(task, ZooRun(run.task, run.arm, run.seed), changes, dict(noise, sigma_init=run.scale), curve)
+    row = train(
+        task, ZooRun(run.task, run.arm, run.seed), changes, dict(noise, sigma_init=run.scale, resample=run.resample), curve
+    )
     worst = max(notes["first_ratio"])
     means = {name: float(np.mean(values)) for name, values in notes.items() if name != "first_ratio"}
-    return dict(row, scale=run.scale, training_return=float(np.mean(curve.returns)), worst_first_ratio=worst, **means)
+    return dict(
+        row,
+        scale=run.scale,
+        resample=run.resample,
+        training_return=float(np.mean(curve.returns)),
+        worst_first_ratio=worst,
+        **means,
+    )
 
 
 def table(rows: list[Row]) -> str:
     """Compare exact replay with the others, at each scale."""
     lines = [
-        "| task | sigma | arm | score: mean (worst) | exact less this, 95 % interval | mean training return | "
-        "first ratio off by | approx_kl | clip fraction |",
-        "|---|---:|---|---:|---:|---:|---:|---:|---:|",
+        "| task | noise held per | sigma | arm | score: mean (worst) | exact less this, 95 % interval | "
+        "mean training return | first ratio off by | approx_kl | clip fraction |",
+        "|---|---|---:|---|---:|---:|---:|---:|---:|---:|",
     ]
-    for task, scale, arm in product(TASKS, SCALES, ARMS):
+    runs = {Run(*(row[name] for name in Run._fields)): row for row in rows}
+    for task, held, scale, arm in product(TASKS, HELD, SCALES, ARMS):
         of_arm, of_exact = (
-            {row["seed"]: row for row in rows if (row["task"], row["scale"], row["arm"]) == (task, scale, name)}
+            {run.seed: row for run, row in runs.items() if run._replace(seed=0) == Run(task, name, 0, scale, held)}
             for name in (arm, "exact")
         )
         found = [of_arm[seed] for seed in sorted(of_arm.keys() & of_exact.keys())]
         if len(found) < 2:
             continue
-        scores, exact = (np.array([runs[row["seed"]]["score"] for row in found]) for runs in (of_arm, of_exact))
+        scores, exact = (np.array([some[row["seed"]]["score"] for row in found]) for some in (of_arm, of_exact))
         interval = "" if arm == "exact" else "[{:.1f}, {:.1f}]".format(*difference_interval(exact, scores))
         means = {name: np.mean([row[name] for row in found]) for name in ("training_return", "approx_kl", "clip_fraction")}
         off = max(row["worst_first_ratio"] if arm == "exact" else row["mean_against_acting"] for row in found)
         lines.append(
-            f"| {task} | {scale:g} | {arm} | {scores.mean():.1f} ({scores.min():.1f}) | {interval} | "
+            f"| {task} | {held} | {scale:g} | {arm} | {scores.mean():.1f} ({scores.min():.1f}) | {interval} | "
             f"{means['training_return']:.1f} | {off:.2g} | {means['approx_kl']:.4f} | {means['clip_fraction']:.3f} |"
         )
     return "\n".join(lines)
@@ -166,6 +180,7 @@ def main() -> int:
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--scales", nargs="+", type=float, default=list(SCALES))
+    parser.add_argument("--resample", nargs="+", choices=HELD, default=list(HELD))
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--first-seed", type=int, default=100)
     parser.add_argument("--jobs", type=int, default=1)
@@ -177,7 +192,8 @@ def main() -> int:
         return 0
     done = {Run(*(row[name] for name in Run._fields)) for row in read(args.out)}
     seeds = range(args.first_seed, args.first_seed + args.seeds)
-    runs = [Run(task, arm, seed, scale) for seed, task, scale, arm in product(seeds, args.tasks, args.scales, args.arms)]
+    cases = product(seeds, args.tasks, args.resample, args.scales, args.arms)
+    runs = [Run(task, arm, seed, scale, held) for seed, task, held, scale, arm in cases if held in TASKS[task][0]]
     left = [run for run in runs if run not in done]
     return execute(make, left, args.out, args.jobs, brief)
 

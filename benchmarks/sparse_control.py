@@ -53,6 +53,7 @@ BASELINES: dict[str, dict[str, dict[str, Any]]] = {
         "gsde": {},
         "gsde-no-expln": dict(policy_kwargs="dict(log_std_init=-3.67, net_arch=[64, 64])"),
         "pink": dict(use_sde=False, policy_kwargs=_NETWORK),
+        "stock ent auto": dict(use_sde=False, policy_kwargs=_NETWORK, ent_coef="auto"),
         "stock ent .01": dict(use_sde=False, policy_kwargs=_NETWORK, ent_coef=0.01),
         "gsde ent .01": dict(ent_coef=0.01),
     },
@@ -62,6 +63,9 @@ WEIGHT_NOISE: dict[str, dict[str, Any]] = {
     "SAC": dict(use_sde=False, policy_kwargs=_NETWORK, policy="FlipoutMlpPolicy"),
     "TD3": dict(**_NO_NOISE, policy="FlipoutMlpPolicy"),
 }
+#: The handbook's recipe for sparse control off-policy; SAC also acts by the mode, and has SB3's own entropy coefficient.
+_RECIPE = dict(sigma_init=3.0, resample=32, update_noise="mean", learn_sigma=False, schedule="linear", schedule_fraction=0.5)
+
 _HELD = dict(resample="rollout", schedule="linear", learn_sigma=False)
 
 
@@ -70,7 +74,7 @@ def _held(sigma: float, fraction: float, update: str = "independent", **more: An
 
 
 FLIPOUT: dict[str, dict[str, Any]] = {
-    "flipout": {},
+    "flipout": dict(_RECIPE),
     "3@.5 mean": _held(3.0, 0.5, "mean"),
     "3@.3 mean": _held(3.0, 0.3, "mean"),
     "2@.3 mean": _held(2.0, 0.3, "mean"),
@@ -119,7 +123,7 @@ def make(run: Run) -> Row:
         changes, policy_kwargs = WEIGHT_NOISE[run.task], dict(FLIPOUT[run.arm])
         if run.task == "SAC":
             policy_kwargs["act_by_mode"] = True
-            entropy = policy_kwargs.pop("ent_coef", None)
+            entropy = policy_kwargs.pop("ent_coef", "auto" if run.arm == "flipout" else None)
             changes = dict(changes, ent_coef=entropy) if entropy is not None else changes
     row = train(task, run, {**task.changes, **changes}, policy_kwargs, watch)
     return dict(row, first_success=watch.first, episodes=len(watch.ends), last_successes=sum(watch.ends[-20:]))
@@ -128,7 +132,7 @@ def make(run: Run) -> Row:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--arms", nargs="+", default=["stock", "gsde", "gsde-no-expln", "pink", "flipout"])
+    parser.add_argument("--arms", nargs="+", default=["stock", "stock ent auto", "gsde", "pink", "flipout"])
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--first-seed", type=int, default=100)
     parser.add_argument("--jobs", type=int, default=1)
