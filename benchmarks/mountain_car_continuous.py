@@ -83,6 +83,13 @@ ARMS: dict[str, dict[str, Any]] = {
     "gsde": dict(policy="MlpPolicy", use_sde=True),
     # The handbook's recipe: noise held per episode, fixed sigma, a schedule of the policy.
     "recipe": _flipout(1.0, schedule="linear", schedule_fraction=0.6),
+    "recipe-1.5": _flipout(1.5, schedule="linear", schedule_fraction=0.6),
+    "recipe-2": _flipout(2.0, schedule="linear", schedule_fraction=0.6),
+    "recipe-3": _flipout(3.0, schedule="linear", schedule_fraction=0.6),
+    "recipe-2-held-64": dict(
+        policy="FlipoutMlpPolicy",
+        policy_kwargs=dict(sigma_init=2.0, resample=64, schedule="linear", schedule_fraction=0.6),
+    ),
     "recipe-0.5": _flipout(1.0, schedule="linear", schedule_fraction=0.5),
     "recipe-learned": _flipout(1.0, schedule="linear", schedule_fraction=0.6, learn_sigma=True),
     "flipout-1": _flipout(1.0, **_BEFORE),

@@ -42,6 +42,13 @@ GSDE_POLICY = frozenset({"log_std_init", "use_expln"})
 NO_EPSILON = {"exploration_initial_eps": 0.0, "exploration_final_eps": 0.0}
 MINATAR = [f"MinAtar/{game}-v1" for game in ("Breakout", "Asterix", "Freeway", "Seaquest", "SpaceInvaders")]
 
+_FALLS = {"update_noise", "schedule", "schedule_fraction"}
+#: The recipe for sparse control, which a comment in the file tells of, and the further settings that it has.
+SPARSE = {
+    ("sac", "MountainCarContinuous-v0"): {*_FALLS, "act_by_mode"},
+    ("td3", "MountainCarContinuous-v0"): _FALLS,
+}
+
 CLASSIC = {"CartPole-v1", "Acrobot-v1", "Pendulum-v1"}
 CONTINUOUS = {"Pendulum-v1", "MountainCarContinuous-v0", "LunarLanderContinuous-v3"}
 DISCRETE = {"CartPole-v1", "MountainCar-v0", "LunarLander-v3", "Acrobot-v1", "atari", *MINATAR}
@@ -65,7 +72,7 @@ class Zoo:
     @property
     def stated(self) -> set[str]:
         """Noise settings that each of its policy_kwargs writes out."""
-        return NOISE | ({"target_noise"} if self.replays else set())
+        return NOISE | ({"target_noise"} if self.replays else {"schedule", "schedule_fraction"})
 
 
 def actor(algorithm: type[BaseAlgorithm], left_out: set[str], of_policy: frozenset[str] = frozenset()) -> Zoo:
@@ -180,7 +187,7 @@ def test_policy_is_registered_and_takes_its_settings(name: str, env: str) -> Non
     if zoo.acts:
         assert model.action_noise is None
         assert not model.use_sde
-        assert noise["resample"] == "episode"
+        assert noise["resample"] == (32 if (name, env) in SPARSE else "episode")
     if name in VALUES:
         assert model.exploration_initial_eps == model.exploration_final_eps == 0.0
         assert model.exploration_fraction > 0  # SB3 divides by it
@@ -196,6 +203,9 @@ def test_differs_from_rl_zoo_only_as_stated(name: str, env: str) -> None:
     if env == "atari" and not zoo.replays:
         assert stock["ent_coef"] == 0.01
         changed["ent_coef"] = 0.0
+    if (name, env) == ("sac", "MountainCarContinuous-v0"):
+        assert stock["ent_coef"] == 0.1
+        changed["ent_coef"] = "auto"
     assert ours.pop("policy") == "Flipout" + stock.pop("policy")
     kwargs, stock_kwargs = read_kwargs(ours), read_kwargs(stock)
     for config in (ours, stock):
@@ -203,7 +213,7 @@ def test_differs_from_rl_zoo_only_as_stated(name: str, env: str) -> None:
     assert ours == {key: value for key, value in stock.items() if key not in zoo.left_out} | changed
 
     noise = {key for key in kwargs if key not in stock_kwargs}
-    assert noise == zoo.stated | ({"layers"} if env == "atari" and name in VALUES else set())
+    assert noise == zoo.stated | ({"layers"} if env == "atari" and name in VALUES else set()) | SPARSE.get((name, env), set())
     assert {key: value for key, value in kwargs.items() if key not in noise} == {
         key: value for key, value in stock_kwargs.items() if key not in zoo.left_out_of_policy
     }
