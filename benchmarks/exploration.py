@@ -20,19 +20,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import runs as runs_file
 from exploration_tasks import ARMS, TASKS, Run, settings
 from exploration_training import Row, train
-from tqdm import tqdm
 
 QUICK: dict[str, Any] = dict(
     tasks=["chain-20", "chain-30", "deep-sea-6", "deep-sea-10"],
@@ -52,36 +49,8 @@ def key(row: Row) -> Run:
 
 
 def read(path: Path) -> dict[Run, Row]:
-    """Read the runs, of each the newest; a last line that a stopped process left half-written does not count."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    rows = {}
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            if number == len(lines) and not line.endswith("\n"):
-                break
-            raise ValueError(
-                f"{path}, line {number} is no JSON: {line[:60]!r}. Remove the line; its run is made again."
-            ) from error
-        rows[key(row)] = row
-    return rows
-
-
-def append(path: Path, row: Row) -> None:
-    """Append a run, after taking a half-written last line away: the new one must not be glued to it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = path.read_text() if path.exists() else ""
-    if text and not text.endswith("\n"):
-        whole = text[: text.rfind("\n") + 1]
-        try:
-            json.loads(text[len(whole) :])
-        except json.JSONDecodeError:
-            path.write_text(whole)
-        else:
-            path.write_text(text + "\n")
-    with path.open("a") as file:
-        file.write(json.dumps(row) + "\n")
+    """Read the runs, of each the newest."""
+    return {key(row): row for row in runs_file.read(path)}
 
 
 def is_done(run: Run, rows: dict[Run, Row]) -> bool:
@@ -98,20 +67,6 @@ def all_runs(tasks: list[str], arms: list[str], n_envs: list[int], seeds: int, c
     return [Run(t, arm, n, seed, cap or TASKS[t].cap) for seed, t, n, arm in cases if n in TASKS[t].n_envs]
 
 
-def results(runs: list[Run], jobs: int) -> Iterator[tuple[Run, Callable[[], Row]]]:
-    """Give each run with the function that returns its row, or raises what the run raised."""
-    if jobs == 1:
-        yield from ((run, lambda run=run: train(run)) for run in runs)
-        return
-    # Not forked: a process that torch has been used in cannot be forked safely.
-    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        futures = {pool.submit(train, run): run for run in runs}
-        try:
-            yield from ((futures[future], future.result) for future in as_completed(futures))
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-
-
 def execute(runs: list[Run], out: Path, jobs: int) -> int:
     """Make the runs that are left; give how many failed."""
     rows = read(out)
@@ -119,19 +74,11 @@ def execute(runs: list[Run], out: Path, jobs: int) -> int:
     for task in {run.task for run in left}:
         TASKS[task].make(0).close()  # a package that is missing is told now, not after hours
     print(f"{len(runs) - len(left)} runs are done already, {len(left)} are left.")
-    failed = 0
-    with tqdm(total=len(left), unit="run") as bar:
-        for run, result in results(left, jobs):
-            try:
-                row = result()
-            except Exception as error:  # the other runs are worth having
-                failed += 1
-                tqdm.write(f"{run} failed: {error!r}", file=sys.stderr)
-            else:
-                append(out, row)
-                bar.set_postfix_str(f"{run.task} {run.arm} {row['solved_episode'] or row['evaluation_return']}")
-            bar.update()
-    return failed
+    return runs_file.execute(train, left, out, jobs, brief)
+
+
+def brief(row: Row) -> str:
+    return f"{row['task']} {row['arm']} {row['seed']}: {row['solved_episode'] or row['evaluation_return']}"
 
 
 def seconds(run: Run, rows: dict[Run, Row]) -> float:

@@ -29,6 +29,15 @@ def difference_interval(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, fl
     return float(result.confidence_interval.low), float(result.confidence_interval.high)
 
 
+def mean_interval(scores: np.ndarray) -> tuple[float, float]:
+    from scipy.stats import bootstrap
+
+    if np.ptp(scores) == 0:
+        return float(scores[0]), float(scores[0])
+    found = bootstrap((scores,), np.mean, n_resamples=20_000, method="percentile", rng=0).confidence_interval
+    return float(found.low), float(found.high)
+
+
 def report(rows: list[dict[str, Any]]) -> str:
     lines = ["| task | arm | score per seed | mean |", "|---|---|---|---|"]
     scores = {}

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch as th
 from gymnasium.spaces import Discrete
-from learning import difference_interval
+from learning import difference_interval, mean_interval
 from rl_zoo3.utils import ALGOS
 from runs import Row, execute, read
 from stable_baselines3 import PPO
@@ -152,7 +152,7 @@ def table(rows: list[Row]) -> str:
     """Compare exact replay with the others, at each scale."""
     lines = [
         "| task | noise held per | sigma | arm | score: mean (worst) | exact less this, 95 % interval | "
-        "mean training return | first ratio off by | approx_kl | clip fraction |",
+        "mean training return | off by | approx_kl | clip fraction |",
         "|---|---|---:|---|---:|---:|---:|---:|---:|---:|",
     ]
     runs = {Run(*(row[name] for name in Run._fields)): row for row in rows}
@@ -175,6 +175,61 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def draw(rows: list[Row], path: Path) -> None:
+    """Draw scores of the three arms over the noise scale, with 95 % bootstrap intervals of the mean."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    panels = [(task, held) for task, held in product(TASKS, HELD) if any(_of(rows, task, held, "exact"))]
+    figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3.2), constrained_layout=True, squeeze=False)
+    for axis, (task, held) in zip(axes[0], panels, strict=True):
+        for shift, arm in zip((-0.04, 0.0, 0.04), ARMS, strict=True):
+            found = _of(rows, task, held, arm)
+            scales = sorted({row["scale"] for row in found})
+            scores = [np.array([row["score"] for row in found if row["scale"] == scale]) for scale in scales]
+            means = np.array([each.mean() for each in scores])
+            ends = np.array([mean_interval(each) for each in scores]).T
+            x = np.array(scales) * (1 + shift)
+            axis.errorbar(x, means, abs(ends - means), marker="o", capsize=3, label=arm)
+        axis.set(title=f"{task}\nnoise held per {held}", xlabel="sigma", xscale="log", xticks=SCALES)
+        axis.set_xticks(SCALES, [f"{scale:g}" for scale in SCALES])
+        axis.minorticks_off()
+    axes[0][0].set_ylabel("return of the mean weights")
+    axes[0][0].legend()
+    figure.savefig(path, dpi=110)
+
+
+def _of(rows: list[Row], task: str, held: str, arm: str) -> list[Row]:
+    return [row for row in rows if (row["task"], row["resample"], row["arm"]) == (task, held, arm)]
+
+
+def report(rows: list[Row]) -> str:
+    made = sorted({(row["commit"], row["torch"], row["stable_baselines3"]) for row in rows})
+    versions = "; ".join(f"commit {commit}, torch {torch}, SB3 {sb3}" for commit, torch, sb3 in made)
+    seeds = len({row["seed"] for row in rows})
+    return f"""# What exact replay is worth
+
+Made by `python benchmarks/replay.py --report` from [the runs](replay.jsonl) ({versions}; at most {seeds} seeds).
+
+PPO explores by weight noise of fixed sigma. The arms differ in what the update makes of the rollout:
+
+- `exact`: each transition is learned under the very weights that chose its action, as this package does.
+- `uncorrected`: by the mean weights, as if they had acted.
+- `truncated`: the same, with each advantage multiplied by the ratio of the action's probabilities under the mean weights and
+  under those that acted, at most {TRUNCATED_AT:g}.
+
+Score: the mean weights, 100 episodes, at the end. *Off by*: how far the ratio of the acting and the learning policy is from 1
+before the first step of the optimizer, at its worst. For `exact` it is the ratio that PPO itself sees; in the other arms PPO
+sees 1 whatever acted, and the mean over a rollout is told of what it should have seen.
+
+![Score by noise scale](replay.png)
+
+{table(rows)}
+"""
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
@@ -188,7 +243,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("docs/benchmarks/replay.jsonl"))
     args = parser.parse_args()
     if args.report:
-        print(table(read(args.out)))
+        args.out.with_suffix(".md").write_text(report(read(args.out)))
+        draw(read(args.out), args.out.with_suffix(".png"))
         return 0
     done = {Run(*(row[name] for name in Run._fields)) for row in read(args.out)}
     seeds = range(args.first_seed, args.first_seed + args.seeds)

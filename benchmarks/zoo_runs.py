@@ -103,6 +103,7 @@ def train(task: Task, run: Run, changes: dict[str, Any], policy_kwargs: dict[str
         before = mean_sigmas(model.policy)
         model.learn(manager.n_timesteps, callback=callback)
         returns = evaluate(manager, model, run.seed, task.episodes)
+        model.get_env().close()
     growth = {name: round(sigma / before[name], 3) for name, sigma in mean_sigmas(model.policy).items() if before[name]}
     return dict(
         **run._asdict(),

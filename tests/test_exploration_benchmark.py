@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import exploration
 import exploration_report
 import exploration_training
+import runs
 from exploration_tasks import ARMS, TASKS, Run, Task, settings
 from exploration_training import GoalRecord
 
@@ -264,8 +265,8 @@ def test_a_failing_run_does_not_stop_the_others(tiny, tmp_path, monkeypatch, cap
 
 def test_list_counts(tiny, tmp_path, capsys):
     out = tmp_path / "exploration.jsonl"
-    exploration.append(out, fake_row(Run("tiny", "epsilon", 1, 0, 6)))
-    exploration.append(out, fake_row(Run("tiny", "epsilon", 1, 1, 6), settings={}))  # of other settings: not done
+    runs.append(out, fake_row(Run("tiny", "epsilon", 1, 0, 6)))
+    runs.append(out, fake_row(Run("tiny", "epsilon", 1, 1, 6), settings={}))  # of other settings: not done
     before = out.read_bytes()
     assert exploration.main([*COMMAND, "--list", "--out", str(out)]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]

@@ -28,7 +28,7 @@ def env_of(algorithm: Any, seed: int = 0, n_envs: int = 2) -> Any:
 
 
 def build(algorithm: Any, seed: int | None = 0, n_envs: int = 2, **noise: Any) -> Any:
-    kwargs = dict(net_arch=[8], resample="step", **noise)
+    kwargs = dict(schedule="constant", net_arch=[8], resample="step", **noise)
     env = env_of(algorithm, 0, n_envs)
     return algorithm("FlipoutMlpPolicy", env, seed=seed, policy_kwargs=kwargs, **ALGORITHMS[algorithm][1])
 

@@ -39,6 +39,8 @@ def build(algorithm: Any = PPO, policy: Any = "FlipoutMlpPolicy", seed: int | No
     chosen = {**(OFF if issubclass(algorithm, OffPolicyAlgorithm) else ON), **NO_EPSILON}
     arguments = {name: value for name, value in chosen.items() if name in known}
     lstm = dict(lstm_hidden_size=8) if "Lstm" in str(policy) else {}
+    if "Flipout" in str(policy):
+        noise.setdefault("schedule", "constant")  # noise to the last step, whatever calls of learn() there are
     kwargs = dict(net_arch=[8], **lstm, **noise)
     return algorithm(policy, make("CartPole-v1" if discrete else "Pendulum-v1"), seed=seed, policy_kwargs=kwargs, **arguments)
 
@@ -186,7 +188,7 @@ def in_one_process(rank: int, folder: str) -> None:
     store, patience = f"file://{folder}/rendezvous", timedelta(seconds=100)
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=patience)
     try:
-        model = build(seed=rank)
+        model = build(seed=rank, learn_sigma=True)
         before = process_tables()
         loss = Loss(model.policy)
         parallel = DistributedDataParallel(loss)

@@ -30,7 +30,9 @@ def make(
     algorithm: type[BaseAlgorithm], env: VecEnv | None = None, action: str = "discrete", n_envs: int = 2, **kwargs: Any
 ) -> BaseAlgorithm:
     """Make a small flipout model of either kind."""
-    settings = {**SMALL[algorithm], "policy_kwargs": dict(net_arch=[16]), "seed": 0, "device": "cpu", **kwargs}
+    noise: dict[str, Any] = dict(learn_sigma=True, schedule="constant")  # of every algorithm the same, and to the last step
+    noise = noise if kwargs.get("policy", "Flipout").startswith("Flipout") else {}
+    settings = {**SMALL[algorithm], "policy_kwargs": dict(net_arch=[16], **noise), "seed": 0, "device": "cpu", **kwargs}
     if algorithm in (DQN, QRDQN):
         settings["exploration_final_eps"] = 0.0
     policy = settings.pop("policy", "FlipoutMlpPolicy")

@@ -85,7 +85,7 @@ def test_off_policy_changes_at_every_step() -> None:
 def test_the_keys_stay_what_they_are(algorithm: type[BaseAlgorithm], resample: str | int) -> None:
     found = []
     for callbacks in ([], [AnnealNoise(2.0, 0.5)]):
-        model, probe = make(algorithm, policy_kwargs=dict(net_arch=[8], resample=resample)), ScaleProbe()
+        model, probe = make(algorithm, policy_kwargs=dict(net_arch=[8], resample=resample, schedule="constant")), ScaleProbe()
         model.learn(96, [*callbacks, probe])
         found.append(probe.keys)
         assert len({scales[0] for _, scales in probe.acted}) == (1 if not callbacks else 6 if algorithm is PPO else 48)

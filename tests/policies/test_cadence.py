@@ -61,7 +61,7 @@ def test_step_keys_are_new_at_each_step():
 def test_reset_by_a_new_call_of_learn_starts_new_episode_keys():
     recorder = NoiseRecorder()
     model = PPO("FlipoutMlpPolicy", vector_env(), n_steps=16, batch_size=16, n_epochs=1, seed=1,
-                policy_kwargs=dict(resample="episode"))  # fmt: skip
+                policy_kwargs=dict(resample="episode", schedule="constant"))  # fmt: skip
     model.learn(48, callback=recorder)
     model.learn(48, callback=recorder)  # resets the environments
     assert (recorder.keys[0][-1] != recorder.keys[1][0]).all()

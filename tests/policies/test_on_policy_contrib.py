@@ -308,7 +308,7 @@ def oracle_logits(policy, obs, noise):
 
 @pytest.mark.parametrize("family", ["gaussian", "multiplicative", "factorised"])
 def test_fisher_vector_product_is_that_of_the_materialised_weights(family):
-    kwargs = dict(net_arch=[4, 3], family=family, sigma_init=0.7)
+    kwargs = dict(net_arch=[4, 3], family=family, sigma_init=0.7, learn_sigma=True, schedule="constant")
     model = trpo(n_steps=8, policy_kwargs=kwargs, cg_damping=0.0)
     policy = model.policy
     with th.no_grad():

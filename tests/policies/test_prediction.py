@@ -17,7 +17,8 @@ from sb3_flipout.noise import NoiseOwner, RowNoise, noise_of, with_noise
 
 @pytest.fixture
 def model():
-    return PPO("FlipoutMlpPolicy", vector_env(), n_steps=16, batch_size=8, n_epochs=1, seed=1).learn(48)
+    noise = dict(schedule="constant")
+    return PPO("FlipoutMlpPolicy", vector_env(), n_steps=16, batch_size=8, n_epochs=1, seed=1, policy_kwargs=noise).learn(48)
 
 
 OBS = np.full((6, 5), 0.3, dtype=np.float32)

@@ -114,7 +114,7 @@ def test_lstms_are_perturbed_as_asked_for() -> None:
 
 
 def test_sigma_of_the_lstm_learns() -> None:
-    model = build("discrete")
+    model = build("discrete", learn_sigma=True)
     before = {name: sigma.clone() for name, sigma in model.policy.lstm_actor.named_parameters() if name.endswith("sigma")}
     model.learn(144)
     assert set(before) == {f"{kind}_{part}_l0_sigma" for kind in ("weight", "bias") for part in ("ih", "hh")}

@@ -74,7 +74,7 @@ def test_mean_weights_start_as_those_of_stock(kwargs):
 
 
 def test_learned_sigma_moves_and_is_in_the_optimizer():
-    model = trained(PPO, "FlipoutMlpPolicy", "mlp-discrete", {})
+    model = trained(PPO, "FlipoutMlpPolicy", "mlp-discrete", dict(learn_sigma=True))
     fresh = PPO("FlipoutMlpPolicy", vector_env("discrete"), n_steps=8, batch_size=8, seed=3)
     in_optimizer = {id(p) for group in model.policy.optimizer.param_groups for p in group["params"]}
     for (name, now), (_, before) in zip(model.policy.named_parameters(), fresh.policy.named_parameters(), strict=True):
@@ -97,9 +97,9 @@ def test_fused_optimizer_only_where_sigma_is_learned_and_the_user_has_not_chosen
         ).policy.optimizer.param_groups[0]
         return group["fused"], group["foreach"], group["eps"]
 
-    assert flags() == (True, None, 1e-5)
-    assert flags(learn_sigma=False) == (None, None, 1e-5)
-    assert flags(optimizer_kwargs=dict(eps=1e-3, foreach=True)) == (None, True, 1e-3)
+    assert flags(learn_sigma=True) == (True, None, 1e-5)
+    assert flags() == flags(learn_sigma=False) == (None, None, 1e-5)
+    assert flags(learn_sigma=True, optimizer_kwargs=dict(eps=1e-3, foreach=True)) == (None, True, 1e-3)
     sgd = PPO(
         "FlipoutMlpPolicy", vector_env(), n_steps=8, batch_size=8, policy_kwargs=dict(optimizer_class=th.optim.Adamax)
     ).policy.optimizer

@@ -31,7 +31,7 @@ def ppo(features=None, policy="FlipoutMlpPolicy", env=None, n_steps=16, **kwargs
     own = {} if features is None else dict(features_extractor_class=features)
     env = env or make_vec_env(lambda: RandomEnv(spaces.Discrete(4), spaces.Box(-1, 1, (4, 3), np.float32)), n_envs=4, seed=0)
     kwargs = dict(batch_size=n_steps * env.num_envs, n_epochs=1, seed=1) | kwargs
-    return PPO(policy, env, n_steps=n_steps, policy_kwargs=dict(net_arch=[8], **noise, **own), **kwargs)
+    return PPO(policy, env, n_steps=n_steps, policy_kwargs=dict(net_arch=[8], schedule="constant", **noise, **own), **kwargs)
 
 
 class Features(BaseFeaturesExtractor):

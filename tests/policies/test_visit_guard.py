@@ -70,7 +70,7 @@ every_reader = pytest.mark.parametrize("extractor", READERS, ids=lambda extracto
 
 
 def make_model(extractor, algorithm=PPO, **noise):
-    kwargs = dict(features_extractor_class=extractor, **noise)
+    kwargs = dict(features_extractor_class=extractor, schedule="constant", **noise)
     return algorithm("FlipoutMlpPolicy", vector_env("discrete"), n_steps=8, seed=1, policy_kwargs=kwargs)
 
 

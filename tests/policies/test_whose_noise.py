@@ -47,7 +47,7 @@ class WithReference(PPO):
 
 @pytest.mark.parametrize("perturb", ["policy", "all"])
 def test_a_reference_policy_looks_at_the_batch_with_its_mean_weights(perturb):
-    kwargs = dict(perturb=perturb)
+    kwargs = dict(perturb=perturb, schedule="constant")
     arguments = dict(n_steps=16, batch_size=48, n_epochs=1, learning_rate=0.0, seed=0)
     model = WithReference("FlipoutMlpPolicy", vector_env("discrete"), policy_kwargs=kwargs, **arguments)
     model.reference = copy.deepcopy(model.policy)
@@ -140,7 +140,7 @@ class Double(BaseFeaturesExtractor):
 
 @pytest.mark.parametrize("noise", [{}, dict(family="factorised"), dict(noise_sharing="independent")], ids=str)
 def test_an_extractor_in_double_precision(noise):
-    kwargs, probe = dict(features_extractor_class=Double, **noise), ReplayProbe(8)
+    kwargs, probe = dict(features_extractor_class=Double, schedule="constant", **noise), ReplayProbe(8)
     model = PPO("FlipoutMlpPolicy", vector_env(), n_steps=8, batch_size=8, seed=1, policy_kwargs=kwargs)
     model.learn(48, callback=probe)
     assert model.policy.features_extractor.net[0].weight_sigma.dtype == th.float64
@@ -201,7 +201,7 @@ class Padded(BaseFeaturesExtractor):
 def test_sequences_with_padding_and_a_monitor_of_their_noise():
     space = spaces.Box(-1, 1, (5, 6), np.float32)
     env = make_vec_env(lambda: RandomEnv(spaces.Discrete(4), space), n_envs=5, seed=0)
-    kwargs, probe = dict(features_extractor_class=Padded), ReplayProbe(8)
+    kwargs, probe = dict(features_extractor_class=Padded, schedule="constant"), ReplayProbe(8)
     model = PPO("FlipoutMlpPolicy", env, n_steps=8, batch_size=40, n_epochs=1, seed=1, policy_kwargs=kwargs)
     model.learn(80, callback=[probe, MonitorNoise()])
     assert probe.rollouts == 2 and probe.worst_ratio <= 1e-5 and probe.least_effect > 1e-3
@@ -215,7 +215,7 @@ class Flattened(CombinedExtractor):
 
 
 def test_dictionaries_that_an_extractor_makes_anew():
-    kwargs, probe = dict(features_extractor_class=Flattened), ReplayProbe(8)
+    kwargs, probe = dict(features_extractor_class=Flattened, schedule="constant"), ReplayProbe(8)
     env = vector_env("discrete", 2, observation="dict")
     model = PPO("FlipoutMultiInputPolicy", env, n_steps=8, batch_size=16, n_epochs=1, seed=1, policy_kwargs=kwargs)
     model.learn(32, callback=probe)
