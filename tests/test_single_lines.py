@@ -209,7 +209,7 @@ def test_a_prior_whose_unit_is_loaded_is_asked_for_it_again() -> None:
 
 @pytest.mark.filterwarnings("ignore:the mean weights lag")
 def test_evaluations_of_all_arms_go_on_over_calls_of_learn(tmp_path: Path) -> None:
-    model = ppo()
+    model = ppo(schedule="constant")
     callback = NoiseEvalCallback(make_vec_env("CartPole-v1", seed=1), n_eval_episodes=1, eval_freq=16, log_path=str(tmp_path))
     model.learn(64, callback=callback)
     model.learn(64, callback=callback, reset_num_timesteps=False)

@@ -102,8 +102,8 @@ class ActorSettings(LearningSettings):
             )
         if self.update_noise == "mean" and self.members is not None:
             raise ValueError(
-                f'update_noise="mean" does not fit members={self.members}: a member learns under its own weights. Leave one of '
-                "them out."
+                f'update_noise="mean" does not fit members={self.members}: a member learns under its own weights. Leave one '
+                "of them out."
             )
 
 

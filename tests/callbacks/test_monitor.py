@@ -86,7 +86,8 @@ def small(algorithm: type[BaseAlgorithm], action: str, **kwargs: Any) -> BaseAlg
     off_policy: dict[str, Any] = dict(learning_starts=16, batch_size=8, buffer_size=200)
     settings = {MaskablePPO: SMALL[PPO], RecurrentPPO: SMALL[PPO], QRDQN: SMALL[DQN] | {"exploration_final_eps": 0.0}}
     name = "FlipoutMlpLstmPolicy" if algorithm is RecurrentPPO else "FlipoutMlpPolicy"
-    common: dict[str, Any] = dict(seed=0, device="cpu", policy_kwargs=dict(net_arch=[16]))
+    noise: dict[str, Any] = dict(learn_sigma=True, schedule="constant")  # as `make` has it
+    common: dict[str, Any] = dict(seed=0, device="cpu", policy_kwargs=dict(net_arch=[16], **noise))
     return algorithm(name, vector_env(action, 4), **common, **settings.get(algorithm, off_policy), **kwargs)
 
 

@@ -277,7 +277,7 @@ def test_it_warns_once_that_the_mean_weights_lag() -> None:
 @pytest.mark.slow
 def test_it_warns_where_perturbed_policies_alone_reach_the_goal() -> None:
     """MountainCarContinuous under constant noise: the mean weights stand still, at 0, where perturbed ones reach the goal."""
-    name, kwargs = "MountainCarContinuous-v0", dict(sigma_init=1.0, resample="episode")
+    name, kwargs = "MountainCarContinuous-v0", dict(sigma_init=1.0, resample="episode", schedule="constant")
     settings = dict(n_steps=256, batch_size=256, gamma=0.9999, gae_lambda=0.9, clip_range=0.1, ent_coef=0.004, vf_coef=0.19)
     env = VecNormalize(make_vec_env(name, n_envs=4, seed=0))
     model = PPO("FlipoutMlpPolicy", env, max_grad_norm=5, seed=0, device="cpu", policy_kwargs=kwargs, **settings)

@@ -338,7 +338,7 @@ class OwnGet(RolloutBuffer):
 @pytest.mark.parametrize("buffer", [DataclassBuffer, ObjectBuffer, ShufflingBuffer, OwnGet], ids=lambda kind: kind.__name__)
 def test_first_ratio_with_samples_of_ones_own(buffer: type[RolloutBuffer]) -> None:
     kwargs: Any = dict(n_steps=16, batch_size=16, n_epochs=1, seed=0, rollout_buffer_class=buffer, device="cpu")
-    model = PPO("FlipoutMlpPolicy", "CartPole-v1", **kwargs)
+    model = PPO("FlipoutMlpPolicy", "CartPole-v1", policy_kwargs=dict(schedule="constant"), **kwargs)
     for _ in range(2):
         model.learn(16, reset_num_timesteps=False)
         assert abs(model.logger.name_to_value["train/approx_kl"]) <= 1e-7

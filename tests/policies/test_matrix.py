@@ -33,7 +33,7 @@ def taken(function, **candidates):
 def build(algorithm, name):
     kind = kind_of(name)
     env = vector_env("discrete" if algorithm.__name__ in DISCRETE else "box", 2, observation=OBSERVATIONS[kind])
-    net = dict(net_arch=[8], features_extractor_kwargs=EXTRACTOR[kind])
+    net = dict(net_arch=[8], features_extractor_kwargs=EXTRACTOR[kind], schedule="constant")  # noise after training too
     if "Lstm" in name:
         net["lstm_hidden_size"] = 8
     common = taken(algorithm, n_steps=4, batch_size=4, n_epochs=1, buffer_size=50, learning_starts=2, train_freq=1)

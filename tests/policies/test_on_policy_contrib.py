@@ -199,9 +199,10 @@ def test_maskable_to_plain_policy_has_the_mean_weights():
 # ---- TRPO -----------------------------------------------------------------------------------------------------------
 
 
-def trpo(action="discrete", n_steps=16, **arguments):
+def trpo(action="discrete", n_steps=16, policy_kwargs=None, **arguments):
     sizes = dict(n_steps=n_steps, batch_size=8, n_critic_updates=2)
-    return TRPO("FlipoutMlpPolicy", vector_env(action, n_envs=2), seed=1, **sizes, **arguments)
+    kwargs = dict(schedule="constant") | (policy_kwargs or {})  # noise in all rollouts, to the last
+    return TRPO("FlipoutMlpPolicy", vector_env(action, n_envs=2), seed=1, policy_kwargs=kwargs, **sizes, **arguments)
 
 
 class UpdateRecorder(BaseCallback):
@@ -308,7 +309,7 @@ def oracle_logits(policy, obs, noise):
 
 @pytest.mark.parametrize("family", ["gaussian", "multiplicative", "factorised"])
 def test_fisher_vector_product_is_that_of_the_materialised_weights(family):
-    kwargs = dict(net_arch=[4, 3], family=family, sigma_init=0.7, learn_sigma=True, schedule="constant")
+    kwargs = dict(net_arch=[4, 3], family=family, sigma_init=0.7, learn_sigma=True)
     model = trpo(n_steps=8, policy_kwargs=kwargs, cg_damping=0.0)
     policy = model.policy
     with th.no_grad():

@@ -17,7 +17,7 @@ from sb3_flipout.noise import NoiseOwner, RowNoise, noise_of, with_noise
 
 @pytest.fixture
 def model():
-    noise = dict(schedule="constant")
+    noise = dict(schedule="constant", learn_sigma=True)
     return PPO("FlipoutMlpPolicy", vector_env(), n_steps=16, batch_size=8, n_epochs=1, seed=1, policy_kwargs=noise).learn(48)
 
 
@@ -164,7 +164,8 @@ def test_policy_copies_and_pickles():
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_compiled_policy_trains_with_the_same_noise(backend):
     def run(compiled):
-        model = PPO("FlipoutMlpPolicy", vector_env(), n_steps=16, batch_size=8, n_epochs=1, seed=1)
+        noise = dict(schedule="constant")
+        model = PPO("FlipoutMlpPolicy", vector_env(), n_steps=16, batch_size=8, n_epochs=1, seed=1, policy_kwargs=noise)
         if compiled:
             model.policy = th.compile(model.policy, backend=backend)
         recorder = NoiseRecorder()

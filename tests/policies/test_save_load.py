@@ -209,7 +209,7 @@ NO_EPSILON = dict(exploration_initial_eps=0.0, exploration_final_eps=0.0)
 
 def build_any(algorithm, **noise):
     if algorithm is PPO:
-        return build(net_arch=[8], **noise)
+        return build(net_arch=[8], **{"learn_sigma": True, **noise})  # as it is for the others by default
     kwargs = dict(net_arch=[8], **noise)
     action, arguments = ("discrete", {**OFF, **NO_EPSILON}) if algorithm is DQN else ("box", OFF)
     return algorithm("FlipoutMlpPolicy", vector_env(action), policy_kwargs=kwargs, **arguments)
@@ -238,7 +238,7 @@ MAY_CHANGE = [
 @pytest.mark.parametrize(("algorithm", "saved", "here"), MAY_CHANGE)
 def test_settings_that_change_no_shape_may_change_at_load(algorithm, saved, here, tmp_path):
     model = build_any(algorithm, **saved).learn(48)
-    loaded = load_with(model, tmp_path / "model", **{"schedule": "constant", **here})
+    loaded = load_with(model, tmp_path / "model", **{"schedule": "constant", "learn_sigma": True, **here})
     for name, value in here.items():
         assert getattr(loaded.policy.noise_settings, name) == value
     own = loaded.policy.state_dict()
