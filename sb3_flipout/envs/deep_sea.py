@@ -14,7 +14,7 @@ from sb3_flipout.envs._checks import checked_action
 _MAX_SEED = 2**32 - 1
 
 
-class DeepSea(gym.Env[NDArray[np.float32], np.int64]):
+class DeepSea(gym.Env[NDArray[np.float32] | np.int64, np.int64]):
     """Grid of ``size`` x ``size`` cells that the agent falls through, one row a step, drifting left or right.
 
     Source: Osband et al., "Deep Exploration via Randomized Value Functions" (JMLR 2019), and "Behaviour Suite for
@@ -39,6 +39,9 @@ class DeepSea(gym.Env[NDArray[np.float32], np.int64]):
     :param unscaled_move_cost: Cost of going right in every row, finite and not negative.
     :param deterministic: Whether transitions and rewards are free of noise.
     :param flatten: Whether the observation has shape ``(size * size,)``, row by row, instead of ``(size, size)``.
+    :param integer_observations: Whether the observation is the number of the cell, row by row from 0, in
+        ``Discrete(size * size)``: SB3 makes the one-hot vector of it, and a replay buffer keeps 8 bytes in place of
+        ``4 * size * size``. After the last step it is 0, which no algorithm looks at: that state is terminal.
     :raises TypeError: If an argument has the wrong type.
     :raises ValueError: If an argument is out of its range.
     """
@@ -52,6 +55,7 @@ class DeepSea(gym.Env[NDArray[np.float32], np.int64]):
         unscaled_move_cost: float = 0.01,
         deterministic: bool = True,
         flatten: bool = True,
+        integer_observations: bool = False,
     ) -> None:
         self.size = check_integer("size", size, 2, hint="Pass for example size=10.")
         self.unscaled_move_cost = check_number(
@@ -59,14 +63,24 @@ class DeepSea(gym.Env[NDArray[np.float32], np.int64]):
         )
         self.deterministic = check_flag("deterministic", deterministic)
         self.flatten = check_flag("flatten", flatten)
+        self.integer_observations = check_flag("integer_observations", integer_observations)
+        if self.integer_observations and not self.flatten:
+            raise ValueError(
+                "integer_observations=True does not fit flatten=False: a number has no rows. Leave one of them out."
+            )
         self._mapping: NDArray[np.int64] = _action_mapping(self.size, mapping_seed)
         self.action_space = spaces.Discrete(2)
-        shape = (self.size * self.size,) if self.flatten else (self.size, self.size)
-        self.observation_space = spaces.Box(0.0, 1.0, shape=shape, dtype=np.float32)
+        self.observation_space = self._make_observation_space()
         self._noise: np.random.RandomState | None = None
         # The row below the grid: step() refuses until reset() has started an episode.
         self._row, self._column = self.size, 0
         self._reached_goal = False
+
+    def _make_observation_space(self) -> spaces.Space[Any]:
+        if self.integer_observations:
+            return spaces.Discrete(self.size * self.size)
+        shape = (self.size * self.size,) if self.flatten else (self.size, self.size)
+        return spaces.Box(0.0, 1.0, shape=shape, dtype=np.float32)
 
     @property
     def action_mapping(self) -> NDArray[np.int64]:
@@ -85,13 +99,13 @@ class DeepSea(gym.Env[NDArray[np.float32], np.int64]):
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[NDArray[np.float32], dict[str, Any]]:
+    ) -> tuple[NDArray[np.float32] | np.int64, dict[str, Any]]:
         """Start an episode in the top left cell.
 
         :param seed: Seed of ``self.np_random`` and of the stochastic variant's noise (there modulo ``2**32``, see
             the class); ``None`` goes on with the present streams. The action mapping never changes.
         :param options: Unused.
-        :return: The observation, float32 of shape ``(size * size,)`` or ``(size, size)``, and
+        :return: The observation, float32 of shape ``(size * size,)`` or ``(size, size)``, or the number of the cell, and
             ``{"reached_goal": False}``.
         """
         super().reset(seed=seed, options=options)
@@ -102,12 +116,13 @@ class DeepSea(gym.Env[NDArray[np.float32], np.int64]):
         self._reached_goal = False
         return self._observation(), {"reached_goal": False}
 
-    def step(self, action: np.int64 | int) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
+    def step(self, action: np.int64 | int) -> tuple[NDArray[np.float32] | np.int64, float, bool, bool, dict[str, Any]]:
         """Fall one row and drift one column.
 
         :param action: 0 or 1; which of them means right depends on the cell, see :attr:`action_mapping`.
-        :return: Observation (float32, one-hot of the cell; all zeros at the end of the episode), reward, terminated
-            (``True`` at the last of the ``size`` steps), truncated (always ``False``), info with ``reached_goal``.
+        :return: Observation (one-hot of the cell, float32, or its number; zero at the end of the episode), reward,
+            terminated (``True`` at the last of the ``size`` steps), truncated (always ``False``), info with
+            ``reached_goal``.
         :raises ValueError: If ``action`` is neither 0 nor 1.
         :raises RuntimeError: If no episode is running.
         """
@@ -143,11 +158,13 @@ class DeepSea(gym.Env[NDArray[np.float32], np.int64]):
             return self._column
         return min(self._column + 1, self.size - 1)
 
-    def _observation(self) -> NDArray[np.float32]:
-        """One-hot of the current cell, all zeros once the agent has fallen out of the grid.
+    def _observation(self) -> NDArray[np.float32] | np.int64:
+        """One-hot or number of the current cell; all zeros, or 0, once the agent has fallen out of the grid.
 
-        :return: float32 of shape ``(size * size,)`` if ``flatten``, else ``(size, size)``.
+        :return: float32 of shape ``(size * size,)`` if ``flatten``, else ``(size, size)``; or an integer.
         """
+        if self.integer_observations:
+            return np.int64(self._row * self.size + self._column if self._row < self.size else 0)
         grid = np.zeros((self.size, self.size), dtype=np.float32)
         if self._row < self.size:
             grid[self._row, self._column] = 1.0

@@ -7,11 +7,13 @@ import gymnasium as gym
 import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env as gym_check_env
+from stable_baselines3 import DQN
 from stable_baselines3.common.env_checker import check_env as sb3_check_env
 
 from sb3_flipout.envs import DeepSea
 
 LEFT, RIGHT = 0, 1
+NO_EPSILON = dict(exploration_initial_eps=0.0, exploration_final_eps=0.0)
 
 
 def rollout(env: DeepSea, directions: list[int]) -> tuple[float, bool]:
@@ -38,6 +40,29 @@ def test_env_checkers_pass(flatten: bool, deterministic: bool, mapping_seed: int
     gym_check_env(env, skip_render_check=True)
     # SB3 warns that a two-dimensional observation is unusual; it supports it all the same.
     sb3_check_env(env, warn=flatten)
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_integer_observations_are_the_one_hot_ones(deterministic: bool) -> None:
+    envs = [DeepSea(6, mapping_seed=3, deterministic=deterministic, integer_observations=chosen) for chosen in (False, True)]
+    one_hot, integer = ([env.reset(seed=5)[0]] for env in envs)
+    for action in np.random.default_rng(0).integers(2, size=6):
+        first, second = (env.step(action) for env in envs)
+        assert first[1:] == second[1:]
+        one_hot.append(first[0])
+        integer.append(second[0])
+    assert [int(number) for number in integer[:-1]] == [int(np.argmax(row)) for row in one_hot[:-1]]
+    assert integer[-1] == 0 and not one_hot[-1].any()
+    assert all(envs[1].observation_space.contains(number) for number in integer)
+
+
+def test_sb3_s_networks_and_buffer_take_them() -> None:
+    model = DQN("FlipoutMlpPolicy", DeepSea(6, integer_observations=True), buffer_size=100, learning_starts=4, **NO_EPSILON)
+    model.learn(30)
+    assert model.policy.q_net.q_net[0].in_features == 36
+    assert model.replay_buffer is not None and model.replay_buffer.observations.nbytes == 100 * 8
+    sb3_check_env(DeepSea(6, integer_observations=True))
+    gym_check_env(DeepSea(6, integer_observations=True), skip_render_check=True)
 
 
 def test_hand_checked_transitions_with_treasure() -> None:
@@ -191,6 +216,7 @@ def test_stochastic_variant_is_reproducible_from_its_seed() -> None:
         ({"unscaled_move_cost": float("inf")}, ValueError, "unscaled_move_cost must be a finite number >= 0, got inf"),
         ({"unscaled_move_cost": None}, TypeError, "unscaled_move_cost must be a number >= 0, got None of type NoneType"),
         ({"deterministic": 1}, TypeError, "deterministic must be True or False, got 1 of type int"),
+        ({"integer_observations": True, "flatten": False}, ValueError, "integer_observations=True does not fit flatten=False"),
         ({"flatten": "yes"}, TypeError, "flatten must be True or False, got 'yes' of type str"),
     ],
 )
