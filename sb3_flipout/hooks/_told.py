@@ -14,6 +14,7 @@ from stable_baselines3.common.callbacks import BaseCallback, CallbackList
 from stable_baselines3.common.save_util import load_from_zip_file
 
 from sb3_flipout.buffers import KeyedBufferMixin, keyed, store_noise
+from sb3_flipout.hooks._repeated import check_batch_size, repeated_samples
 from sb3_flipout.policies.base import FlipoutPolicyMixin
 
 Method = Callable[..., Any]
@@ -139,6 +140,7 @@ def set_up_learning(original: Method, algorithm: Any, *args: Any, **kwargs: Any)
     policy = policy_of(algorithm)
     policy.guard.check_whole(policy, policy.perturbed_network)
     policy.guard.check_own(_networks(algorithm), getattr(policy, "learning", None))
+    check_batch_size(algorithm, policy)
     policy.marks.steered = False
     before = algorithm._last_obs
     total, callback = original(algorithm, *args, **kwargs)
@@ -266,7 +268,8 @@ def sample_action(original: Method, algorithm: Any, learning_starts: int, action
 
 def train(original: Method, algorithm: Any, *args: Any, **kwargs: Any) -> Any:
     """Mark the update."""
-    with policy_of(algorithm).updating():
+    policy = policy_of(algorithm)
+    with policy.updating(), repeated_samples(algorithm, policy):
         return original(algorithm, *args, **kwargs)
 
 

@@ -65,6 +65,9 @@ class ValueMixin(OffPolicyMixin):
         default with members), or ``"mean"`` weights
     :param members: Number K of members of an implicit ensemble; ``None``: no ensemble
     :param prior_scale: Scale of the members' frozen random priors; 0 for none
+    :param keys_per_transition: Number M of members that each sampled transition is learned under: of the ``batch_size`` rows
+        of a gradient step, M each have the same transition and different members. With M = K it is the update of
+        bootstrapped DQN (Osband et al. 2016)
     :param kwargs: Further keyword arguments of SB3's policy
     :raises TypeError: If an argument is unknown, or a value has a wrong type
     :raises ValueError: If a noise setting is unknown, out of range or unfit
@@ -96,6 +99,7 @@ class ValueMixin(OffPolicyMixin):
         target_noise: TargetNoise | None = None,
         members: int | None = None,
         prior_scale: float = 0.0,
+        keys_per_transition: int = 1,
         **kwargs: Any,
     ) -> None:
         noise: dict[str, Any] = dict(family=family, sigma_init=sigma_init, learn_sigma=learn_sigma, resample=resample)
@@ -103,6 +107,7 @@ class ValueMixin(OffPolicyMixin):
         noise |= dict(skip=skip, perturb_frozen=perturb_frozen, init=init)
         noise |= dict(schedule=schedule, schedule_end=schedule_end, schedule_fraction=schedule_fraction)
         noise |= dict(target_noise=target_noise, members=members, prior_scale=prior_scale)
+        noise |= dict(keys_per_transition=keys_per_transition)
         self._init_off_policy(ValueSettings, noise, (observation_space, action_space), lr_schedule, args, kwargs)
 
     def _make_noisy(self, lr_schedule: Schedule) -> None:

@@ -46,6 +46,7 @@ class LearningNoise:
         self.step = 0  # gradient steps so far
         self.active = False  # whether SB3's `train` is running
         self.scale = 1.0
+        self.keys_per_transition: int = getattr(settings, "keys_per_transition", 1)  # a setting of value-based policies
         # Whether gradient steps need bases of their own: not with members, whose base is frozen, and not where the factors
         # alone are the noise.
         self.base_moves = settings.layer_noise().draws_base and settings.members is None
@@ -83,8 +84,17 @@ class LearningNoise:
         """
         if self.noise_of(role) == "mean":
             return None
-        keys = fold_in(fold(self.seed, Stream.LEARNING_KEYS, self.step, self._role(role)), th.arange(n, device=device))
+        rows = th.arange(n, device=device)
+        if self.keys_per_transition > 1:
+            return RowNoise(self._stratified(role, rows), self.scale)
+        keys = fold_in(fold(self.seed, Stream.LEARNING_KEYS, self.step, self._role(role)), rows)
         return RowNoise(restrict(keys, self.settings.members), self.scale)
+
+    def _stratified(self, role: Role, rows: th.Tensor) -> th.Tensor:
+        """Members of repeated transitions: of transition i the M that follow a hashed first one, in a circle of all K."""
+        transition, copy = rows // self.keys_per_transition, rows % self.keys_per_transition
+        first = fold_in(fold(self.seed, Stream.FIRST_MEMBERS, self.step, self._role(role)), transition)
+        return restrict(restrict(first, self.settings.members) + copy, self.settings.members)
 
     def base_key(self, role: Role) -> int:
         """

@@ -114,9 +114,12 @@ class ValueSettings(LearningSettings):
 
     :param prior_scale: Scale of the frozen random prior that is added to each member's values (Osband et al. 2018);
         0 for none
+    :param keys_per_transition: Number M of members that each sampled transition is learned under, M <= K: a batch holds
+        batch_size / M transitions, each under M different members
     """
 
     prior_scale: float = 0.0
+    keys_per_transition: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -124,6 +127,18 @@ class ValueSettings(LearningSettings):
         if self.prior_scale > 0 and self.members is None:
             raise ValueError(
                 f"prior_scale={self.prior_scale} needs members: a prior belongs to a member. Give members=10, say."
+            )
+        hint = "Use 1 to learn each transition under one key."
+        self._set(keys_per_transition=check_integer("keys_per_transition", self.keys_per_transition, 1, hint=hint))
+        if self.keys_per_transition > 1 and self.members is None:
+            raise ValueError(
+                f"keys_per_transition={self.keys_per_transition} needs members: it says how many of them learn from each "
+                "transition. Give members=10, say."
+            )
+        if self.members is not None and self.keys_per_transition > self.members:
+            raise ValueError(
+                f"keys_per_transition={self.keys_per_transition} is more than members={self.members}: no member learns twice "
+                f"from one transition. Use {self.members}, with which all of them do."
             )
 
     def unlike(self, saved: Mapping[str, Any]) -> list[str]:
