@@ -41,7 +41,7 @@ ALGORITHMS = {
 def build(algorithm, policy=None, **policy_kwargs):
     action, arguments, of_policy = ALGORITHMS[algorithm]
     name = policy or ("FlipoutMlpLstmPolicy" if algorithm is RecurrentPPO else "FlipoutMlpPolicy")
-    kwargs = dict(net_arch=[8], **of_policy, **policy_kwargs)
+    kwargs = dict(net_arch=[8], schedule="constant", **of_policy, **policy_kwargs)  # noise after training too
     return algorithm(name, vector_env(action, 2), seed=1, policy_kwargs=kwargs, **arguments)
 
 

@@ -100,7 +100,6 @@ def test_fused_optimizer_only_where_sigma_is_learned_and_the_user_has_not_chosen
     assert flags(learn_sigma=True) == (True, None, 1e-5)
     assert flags() == flags(learn_sigma=False) == (None, None, 1e-5)
     assert flags(learn_sigma=True, optimizer_kwargs=dict(eps=1e-3, foreach=True)) == (None, True, 1e-3)
-    sgd = PPO(
-        "FlipoutMlpPolicy", vector_env(), n_steps=8, batch_size=8, policy_kwargs=dict(optimizer_class=th.optim.Adamax)
-    ).policy.optimizer
-    assert isinstance(sgd, th.optim.Adamax)
+    kwargs = dict(learn_sigma=True, optimizer_class=th.optim.Adamax)
+    own = PPO("FlipoutMlpPolicy", vector_env(), n_steps=8, batch_size=8, policy_kwargs=kwargs).policy.optimizer
+    assert isinstance(own, th.optim.Adamax)

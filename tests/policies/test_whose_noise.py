@@ -110,7 +110,8 @@ WATCHED = {
 def trained(case, callback):
     algorithm, action, arguments, noise = WATCHED[case]
     env = vector_env(action, n_envs=2)
-    model = algorithm("FlipoutMlpPolicy", env, seed=1, policy_kwargs=dict(net_arch=[8], **noise), **arguments)
+    kwargs = dict(net_arch=[8], schedule="constant", **noise)
+    model = algorithm("FlipoutMlpPolicy", env, seed=1, policy_kwargs=kwargs, **arguments)
     return model.learn(60, callback=callback)
 
 
@@ -228,7 +229,8 @@ def test_dictionaries_that_an_extractor_makes_anew():
 @pytest.mark.parametrize("algorithm", [PPO, DQN, SAC])
 @pytest.mark.parametrize("choice", ["foreach", "differentiable", "fused"])
 def test_what_a_partial_has_chosen_of_the_optimizer_is_kept(algorithm, choice, tmp_path):
-    kwargs = dict(optimizer_class=functools.partial(th.optim.Adam, **{choice: choice == "foreach"}), net_arch=[8])
+    chosen = functools.partial(th.optim.Adam, **{choice: choice == "foreach"})
+    kwargs = dict(optimizer_class=chosen, net_arch=[8], learn_sigma=True)  # else it would not be fused in any case
     arguments = dict(n_steps=8, batch_size=8) if algorithm is PPO else REPLAYED | (GREEDY if algorithm is DQN else {})
     env = vector_env("discrete" if algorithm is DQN else "box")
     model = algorithm("FlipoutMlpPolicy", env, seed=1, policy_kwargs=kwargs, **arguments).learn(30)
