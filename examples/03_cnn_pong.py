@@ -33,7 +33,9 @@ steps = parser.parse_args().steps
 th.set_num_threads(1)
 
 env = VecFrameStack(make_atari_env("PongNoFrameskip-v4", n_envs=4, seed=0), n_stack=4)
-model = PPO("FlipoutCnnPolicy", env, n_steps=64, batch_size=64, n_epochs=2, learning_rate=2.5e-4, seed=0, device="cpu")
+learned = dict(learn_sigma=True, schedule="constant")  # with PPO sigma is fixed by default, and the noise falls
+sizes = dict(n_steps=64, batch_size=64, n_epochs=2)
+model = PPO("FlipoutCnnPolicy", env, learning_rate=2.5e-4, policy_kwargs=learned, seed=0, device="cpu", **sizes)
 policy = model.policy
 
 # A perturbed network is the plain one with other layer classes: print(policy) shows all of it.

@@ -58,7 +58,8 @@ def main() -> None:
     th.set_num_threads(1)  # the nets are small
 
     env = VecNormalize(make_vec_env(ENV, n_envs=4, seed=arguments.seed))
-    model = PPO("FlipoutMlpPolicy", env, seed=arguments.seed, policy_kwargs=NOISE, tensorboard_log=arguments.logs, **SETTINGS)
+    noise = {**NOISE, "schedule": "constant"} if arguments.constant else NOISE
+    model = PPO("FlipoutMlpPolicy", env, seed=arguments.seed, policy_kwargs=noise, tensorboard_log=arguments.logs, **SETTINGS)
     test_env = VecNormalize(make_vec_env(ENV, n_envs=4, seed=1000 + arguments.seed), training=False, norm_reward=False)
     every = max(arguments.steps // 8 // env.num_envs, 1)
     judge = NoiseEvalCallback(test_env, n_eval_episodes=8, eval_freq=every, verbose=0)

@@ -40,9 +40,9 @@ def test_every_example_states_its_command(path: Path) -> None:
 def test_ppo_in_five_lines_learns() -> None:
     out = run_example("01_ppo_in_five_lines.py")
     mean = number(r"mean weights \(deterministic=True\)\s+([\d.]+) \+-", out)
-    noisy = number(r"noisy weights \(deterministic=False\)\s+([\d.]+) \+-", out)
+    sampled = number(r"sampled actions \(deterministic=False\)\s+([\d.]+) \+-", out)
     assert mean > 100  # a random policy gets about 22
-    assert 0 < noisy < mean
+    assert 0 < sampled < mean
 
 
 def test_keys_and_replay() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from sb3_contrib import RecurrentPPO
 from stable_baselines3 import DQN, PPO, SAC
 
 from sb3_flipout.policies import FlipoutPolicyMixin
+
+pytestmark = pytest.mark.filterwarnings("ignore:the model was saved by 0.1.0, which learned sigma")
 
 FIXTURES = Path(__file__).parent / "fixtures" / "0.1.0"
 EXPECTED = json.loads((FIXTURES / "expected.json").read_text(encoding="utf-8"))
@@ -36,6 +39,18 @@ def load(name: str) -> Any:
 def test_there_is_a_zip_for_each_expectation_and_all_are_small() -> None:
     assert {path.stem for path in FIXTURES.glob("*.zip")} == set(EXPECTED) == set(ALGORITHMS)
     assert all(path.stat().st_size < 60_000 for path in FIXTURES.glob("*.zip"))
+
+
+@pytest.mark.parametrize("learn_sigma", [None, True])
+def test_on_policy_it_is_said_that_sigma_is_fixed_by_default_now(learn_sigma: bool | None) -> None:
+    given = {} if learn_sigma is None else dict(learn_sigma=True, schedule="constant")
+    objects = {"policy_kwargs": {**SMALL, **given}}
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        model = PPO.load(FIXTURES / "ppo.zip", custom_objects=objects)
+    assert len([one for one in told if "goes on with sigma as it is, fixed" in str(one.message)]) == (learn_sigma is None)
+    assert model.policy.action_net.weight_sigma.requires_grad is (learn_sigma is True)
+    assert model.policy.noise_settings.falls == "constant"
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)

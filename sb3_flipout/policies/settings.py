@@ -6,6 +6,7 @@ editor shows them, and hand them over by :func:`~sb3_flipout.policies.arguments.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal, get_args
@@ -118,7 +119,15 @@ class NoiseSettings:
         """
         chosen = (self.schedule, self.schedule_end, self.schedule_fraction) != (None, None, None)
         was_constant = saved.get("schedule", "constant") == "constant"
-        return replace(self, schedule="constant") if was_constant and not chosen and self.falls != "constant" else self
+        if not was_constant or chosen or self.falls == "constant":
+            return self
+        if "schedule" not in saved and saved.get("learn_sigma") and not self.learn_sigma:  # of 0.1.0, which learned it
+            warnings.warn(
+                "the model was saved by 0.1.0, which learned sigma by default; it goes on with sigma as it is, fixed. To go on "
+                'learning it, load with custom_objects={"policy_kwargs": dict(learn_sigma=True, schedule="constant", ...)}.',
+                stacklevel=2,
+            )
+        return replace(self, schedule="constant")
 
     def layer_noise(self) -> LayerNoise:
         """
