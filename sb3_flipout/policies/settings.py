@@ -123,8 +123,8 @@ class NoiseSettings:
             return self
         if "schedule" not in saved and saved.get("learn_sigma") and not self.learn_sigma:  # of 0.1.0, which learned it
             warnings.warn(
-                "the model was saved by 0.1.0, which learned sigma by default; it goes on with sigma as it is, fixed. To go on "
-                'learning it, load with custom_objects={"policy_kwargs": dict(learn_sigma=True, schedule="constant", ...)}.',
+                "the model was saved by 0.1.0, which learned sigma by default; it goes on with sigma as it is, fixed. To go "
+                'on learning it, load with custom_objects={"policy_kwargs": dict(learn_sigma=True, ...)}.',
                 stacklevel=2,
             )
         return replace(self, schedule="constant")
