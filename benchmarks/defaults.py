@@ -10,15 +10,13 @@ Each run appends one line to --out as it finishes, and a run that has its line i
 
 from __future__ import annotations
 
-import argparse
 import sys
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from learning import difference_interval
-from runs import Row, execute, read
+from runs import Row, execute, options, read, versions_of
 from zoo_runs import Run, Task, train
 
 CONFIRMING = 100  # seeds from here on; those below had a part in the choice
@@ -98,11 +96,9 @@ def _compared(task: str, arm: str, stock: np.ndarray, ours: np.ndarray) -> str:
 
 
 def report(rows: list[Row]) -> str:
-    made = sorted({(row["commit"], row["torch"], row["stable_baselines3"]) for row in rows})
-    versions = "; ".join(f"commit {commit}, torch {torch}, SB3 {sb3}" for commit, torch, sb3 in made)
     return f"""# Do the defaults lose against stock?
 
-Made by `python benchmarks/defaults.py --report` from [the runs](defaults.jsonl) ({versions}).
+Made by `python benchmarks/defaults.py --report` from [the runs](defaults.jsonl) ({versions_of(rows)}).
 
 rl_zoo3's hyperparameters in all arms, but for the steps of Acrobot (100,000) and LunarLander with PPO (300,000). Score: mean
 return of the **mean weights** over 100 episodes at the end, in environments of other seeds. Interval: 95 % bootstrap of the
@@ -122,14 +118,9 @@ weight noise have no epsilon-greedy, TD3's no action noise; PPO on Pendulum keep
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__, "docs/benchmarks/defaults.jsonl", 10, CONFIRMING)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), metavar="TASK")
     parser.add_argument("--arms", nargs="+", choices=["stock", *ARMS], default=["stock", "flipout"], metavar="ARM")
-    parser.add_argument("--seeds", type=int, default=10)
-    parser.add_argument("--first-seed", type=int, default=CONFIRMING)
-    parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--report", action="store_true")
-    parser.add_argument("--out", type=Path, default=Path("docs/benchmarks/defaults.jsonl"))
     args = parser.parse_args()
     if args.report:
         args.out.with_suffix(".md").write_text(report(read(args.out)))

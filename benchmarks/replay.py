@@ -16,7 +16,6 @@ mean return of the *mean weights* over 100 episodes at the end. Needs `pip insta
 
 from __future__ import annotations
 
-import argparse
 import sys
 from contextlib import nullcontext
 from itertools import product
@@ -28,7 +27,7 @@ import torch as th
 from gymnasium.spaces import Discrete
 from learning import difference_interval, mean_interval
 from rl_zoo3.utils import ALGOS
-from runs import Row, execute, read
+from runs import Row, execute, options, read, versions_of
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
 from zoo_runs import Run as ZooRun
@@ -206,12 +205,10 @@ def _of(rows: list[Row], task: str, held: str, arm: str) -> list[Row]:
 
 
 def report(rows: list[Row]) -> str:
-    made = sorted({(row["commit"], row["torch"], row["stable_baselines3"]) for row in rows})
-    versions = "; ".join(f"commit {commit}, torch {torch}, SB3 {sb3}" for commit, torch, sb3 in made)
     seeds = len({row["seed"] for row in rows})
     return f"""# What exact replay is worth
 
-Made by `python benchmarks/replay.py --report` from [the runs](replay.jsonl) ({versions}; at most {seeds} seeds).
+Made by `python benchmarks/replay.py --report` from [the runs](replay.jsonl) ({versions_of(rows)}; at most {seeds} seeds).
 
 PPO explores by weight noise of fixed sigma. The arms differ in what the update makes of the rollout:
 
@@ -231,16 +228,11 @@ sees 1 whatever acted, and the mean over a rollout is told of what it should hav
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__, "docs/benchmarks/replay.jsonl", 10, 100)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--scales", nargs="+", type=float, default=list(SCALES))
     parser.add_argument("--resample", nargs="+", choices=HELD, default=list(HELD))
-    parser.add_argument("--seeds", type=int, default=10)
-    parser.add_argument("--first-seed", type=int, default=100)
-    parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--report", action="store_true")
-    parser.add_argument("--out", type=Path, default=Path("docs/benchmarks/replay.jsonl"))
     args = parser.parse_args()
     if args.report:
         args.out.with_suffix(".md").write_text(report(read(args.out)))

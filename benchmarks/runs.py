@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import multiprocessing
 import subprocess
@@ -79,6 +80,25 @@ def execute(train: Callable[[RunT], Row], left: Sequence[RunT], out: Path, jobs:
                 tqdm.write(brief(row))
             bar.update()
     return failed
+
+
+def options(description: str | None, out: str, seeds: int, first_seed: int) -> argparse.ArgumentParser:
+    """Give a command line with what all studies have in common."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=seeds, help=f"how many, default {seeds}")
+    parser.add_argument(
+        "--first-seed", type=int, default=first_seed, help=f"default {first_seed}: seeds that nothing was chosen by"
+    )
+    parser.add_argument("--jobs", type=int, default=1, help="processes, default 1")
+    parser.add_argument("--report", action="store_true", help="only write the page, next to --out")
+    parser.add_argument("--out", type=Path, default=Path(out))
+    return parser
+
+
+def versions_of(rows: Sequence[Row]) -> str:
+    """Say what runs were made with."""
+    made = sorted({(row["commit"], row["torch"], row["stable_baselines3"]) for row in rows})
+    return "; ".join(f"commit {commit}, torch {torch}, SB3 {sb3}" for commit, torch, sb3 in made)
 
 
 def made_with() -> Row:

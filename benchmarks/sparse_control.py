@@ -10,15 +10,13 @@ steps). First success: environment steps until an episode first reaches the goal
 
 from __future__ import annotations
 
-import argparse
 import sys
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from pink import PinkActionNoise, PinkNoiseDist
-from runs import Row, execute, read
+from runs import Row, execute, options, read, versions_of
 from stable_baselines3.common.callbacks import BaseCallback
 from zoo_runs import Run, Task, train
 
@@ -152,11 +150,9 @@ def table(rows: list[Row]) -> str:
 
 def report(rows: list[Row]) -> str:
     fresh, others = ([row for row in rows if (row["seed"] >= CONFIRMING) == new] for new in (True, False))
-    made = sorted({(row["commit"], row["torch"], row["stable_baselines3"]) for row in rows})
-    versions = "; ".join(f"commit {commit}, torch {torch}, SB3 {sb3}" for commit, torch, sb3 in made)
     return f"""# Sparse control off-policy: MountainCarContinuous-v0
 
-Made by `python benchmarks/sparse_control.py --report` from [the runs](sparse_control.jsonl) ({versions}).
+Made by `python benchmarks/sparse_control.py --report` from [the runs](sparse_control.jsonl) ({versions_of(rows)}).
 
 rl_zoo3's settings of SAC for this task, in TD3 too: 50,000 steps, networks of 64-64 units, 32 gradient steps after each 32
 steps. `gsde` is rl_zoo3's own arm, with `use_expln=True`; `gsde-no-expln` the same without; `stock` acts by SAC's own
@@ -193,14 +189,9 @@ steps. Arms `3@.5` without a further word had learned sigma.
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__, "docs/benchmarks/sparse_control.jsonl", 5, CONFIRMING)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--arms", nargs="+", default=["stock", "stock ent auto", "gsde", "pink", "flipout"])
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--first-seed", type=int, default=CONFIRMING)
-    parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--report", action="store_true")
-    parser.add_argument("--out", type=Path, default=Path("docs/benchmarks/sparse_control.jsonl"))
     args = parser.parse_args()
     if args.report:
         args.out.with_suffix(".md").write_text(report(read(args.out)))
