@@ -49,7 +49,9 @@ FACTS: dict[str, Facts] = {
     "ValueMixin": Facts(
         "the whole value network, and its target", "the same", _FRESH, f"{_MEAN}; with `members` their vote", ValueSettings
     ),
-    "ActorMixin": Facts("the whole actor", "the critics", _FRESH, _MEAN, ActorSettings),
+    "ActorMixin": Facts(
+        "the whole actor", "the critics", f'{_FRESH}; with `update_noise="mean"` mean weights learn', _MEAN, ActorSettings
+    ),
 }
 
 #: Algorithms that are left out, and why.
