@@ -110,7 +110,7 @@ def test_without_a_period_adapt_noise_adapts_at_every_rollout_and_every_tenth_st
 
 @pytest.mark.filterwarnings("ignore:the mean weights lag")
 def test_each_evaluation_samples_weights_of_its_own() -> None:
-    model = ppo()
+    model = ppo(schedule="constant")
     seen: list[list[int]] = []
 
     class Watched(NoiseEvalCallback):

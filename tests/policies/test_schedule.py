@@ -84,15 +84,16 @@ def test_the_first_ratio_is_exact_while_it_falls() -> None:
 
 def test_it_is_saved_and_goes_on_over_calls_of_learn(tmp_path: Path) -> None:
     whole, parts = Scales(), Scales()
-    build(PPO, schedule="linear").learn(256, callback=whole)
-    model = build(PPO, schedule="linear")
+    build(PPO, schedule="linear", schedule_fraction=1.0).learn(256, callback=whole)
+    model = build(PPO, schedule="linear", schedule_fraction=1.0)
     model.learn(128)
     model.save(tmp_path / "model")
     loaded = PPO.load(tmp_path / "model", env=make_vec_env("CartPole-v1", n_envs=2, seed=0), device="cpu")
     assert loaded.policy.noise_settings.schedule == "linear"
-    assert loaded.policy.effective_scale == model.policy.effective_scale == 0.0  # of 128 steps, half are done twice over
+    assert loaded.policy.effective_scale == model.policy.effective_scale == 0.0  # its 128 steps are all done
     loaded.learn(128, callback=parts, reset_num_timesteps=False)
     assert parts.seen == [(step, scale) for step, scale in whole.seen if step >= 128]
+    assert parts.seen[0][1] == 0.5
 
 
 @pytest.mark.parametrize("algorithm", [PPO, DQN])
