@@ -11,7 +11,7 @@ All arms explore alike, under fixed sigma. They differ in what the update makes 
   weights and under the weights that chose it, at most 2: truncated importance sampling, as in PSN-RLVR (2026).
 
 Advantages are normalised once over the rollout, in all arms, so that weights of single transitions keep their meaning. Score:
-mean return of the *mean weights* over 100 episodes at the end. Needs `pip install ".[bench,zoo]" "gymnasium[box2d]"`.
+mean return of the *mean weights* over 100 episodes at the end. Needs `pip install ".[bench,zoo]"`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import torch as th
 from gymnasium.spaces import Discrete
 from learning import difference_interval, mean_interval
 from rl_zoo3.utils import ALGOS
-from runs import Row, execute, options, read, versions_of
+from runs import Row, execute, left_of, options, read, versions_of
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
 from zoo_runs import Run as ZooRun
@@ -238,12 +238,10 @@ def main() -> int:
         args.out.with_suffix(".md").write_text(report(read(args.out)))
         draw(read(args.out), args.out.with_suffix(".png"))
         return 0
-    done = {Run(*(row[name] for name in Run._fields)) for row in read(args.out)}
     seeds = range(args.first_seed, args.first_seed + args.seeds)
     cases = product(seeds, args.tasks, args.resample, args.scales, args.arms)
     runs = [Run(task, arm, seed, scale, held) for seed, task, held, scale, arm in cases if held in TASKS[task][0]]
-    left = [run for run in runs if run not in done]
-    return execute(make, left, args.out, args.jobs, brief)
+    return execute(make, left_of(runs, read(args.out)), args.out, args.jobs, brief)
 
 
 def brief(row: Row) -> str:

@@ -86,13 +86,18 @@ def options(description: str | None, out: str, seeds: int, first_seed: int) -> a
     """Give a command line with what all studies have in common."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=seeds, help=f"how many, default {seeds}")
-    parser.add_argument(
-        "--first-seed", type=int, default=first_seed, help=f"default {first_seed}: seeds that nothing was chosen by"
-    )
+    parser.add_argument("--first-seed", type=int, default=first_seed, help=f"default {first_seed}")
     parser.add_argument("--jobs", type=int, default=1, help="processes, default 1")
     parser.add_argument("--report", action="store_true", help="only write the page, next to --out")
     parser.add_argument("--out", type=Path, default=Path(out))
     return parser
+
+
+def left_of(runs: Sequence[RunT], rows: Sequence[Row]) -> list[RunT]:
+    """Give the runs, named tuples of one kind, that have no row yet."""
+    names = type(runs[0])._fields if runs else ()  # type: ignore[attr-defined]
+    done = {tuple(row[name] for name in names) for row in rows}
+    return [run for run in runs if run not in done]
 
 
 def versions_of(rows: Sequence[Row]) -> str:

@@ -53,6 +53,11 @@ def test_on_policy_it_is_said_that_sigma_is_fixed_by_default_now(learn_sigma: bo
     assert model.policy.noise_settings.falls == "constant"
 
 
+def test_a_schedule_that_is_chosen_at_load_is_taken() -> None:
+    objects = {"policy_kwargs": dict(schedule_fraction=0.5, learn_sigma=True, **SMALL)}
+    assert PPO.load(FIXTURES / "ppo.zip", custom_objects=objects).policy.noise_settings.falls == "linear"
+
+
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_a_saved_model_acts_as_it_did_and_goes_on(name: str) -> None:
     model, expected = load(name), EXPECTED[name]

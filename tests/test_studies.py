@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,12 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import defaults
 import replay
+import runs
 import zoo_runs
+
+from sb3_flipout.policies import ActorSettings, OnPolicySettings, ValueSettings
+
+PAGES = Path(__file__).parent.parent / "docs" / "benchmarks"
 
 pytestmark = pytest.mark.filterwarnings("ignore:You have specified a mini-batch size")
 
@@ -44,9 +51,9 @@ def test_an_arm_is_rl_zoo_s_but_for_the_noise(task: str, tmp_path: Path) -> None
 
 def test_a_run_says_what_it_was_and_how_it_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(defaults.TASKS, "tiny", tiny(defaults.TASKS["PPO CartPole-v1"]))
-    row = defaults.make(zoo_runs.Run("tiny", "constant", 3))
-    assert (row["task"], row["arm"], row["seed"], row["steps"]) == ("tiny", "constant", 3, 600)
-    assert 8 <= row["worst"] <= row["score"] <= 500 and row["noise"]["schedule"] == "constant" and row["commit"]
+    row = defaults.make(zoo_runs.Run("tiny", "linear@.3 fixed", 3))
+    assert (row["task"], row["arm"], row["seed"], row["steps"]) == ("tiny", "linear@.3 fixed", 3, 600)
+    assert 8 <= row["worst"] <= row["score"] <= 500 and row["noise"]["schedule"] == "linear" and row["commit"]
     assert row["sigma_growth"] == {"mlp_extractor.policy_net.0": 1, "mlp_extractor.policy_net.2": 1, "action_net": 1}
     assert defaults.make(zoo_runs.Run("tiny", "stock", 3))["noise"] is None
 
@@ -82,3 +89,26 @@ def test_arms_of_the_replay_study_differ_in_the_update_alone(monkeypatch: pytest
     assert row["approx_kl"] == pytest.approx(0, abs=1e-6)  # nothing has moved
     weighted = [abs(std - 1) > 1e-3 for std in seen]
     assert weighted == [arm == "truncated"] * 3
+
+
+#: Settings of the policies that the studies' tasks have.
+KINDS = dict(PPO=OnPolicySettings, A2C=OnPolicySettings, DQN=ValueSettings, SAC=ActorSettings, TD3=ActorSettings)
+
+
+@pytest.mark.parametrize("study", ["defaults", "sparse_control"])
+def test_runs_on_file_had_the_settings_of_their_arms(study: str) -> None:
+    """Else a default that changes would change what an arm on a page means."""
+    if study == "sparse_control":
+        pytest.importorskip("pink")
+        arms = importlib.import_module(study).FLIPOUT
+    else:
+        arms = {arm: noise for arm, (noise, _) in defaults.ARMS.items()}
+    rows = [row for row in runs.read(PAGES / f"{study}.jsonl") if row["noise"] is not None]
+    assert rows
+    for row in rows:
+        wanted = {name: value for name, value in arms[row["arm"]].items() if name != "ent_coef"}
+        if study == "sparse_control":
+            wanted["act_by_mode"] = row["task"] == "SAC"
+        # Through JSON, as the file was; what a line does not have came later, and had no effect before.
+        expected = json.loads(json.dumps(asdict(KINDS[row["task"].split()[0]](**wanted))))
+        assert {name: row["noise"].get(name, value) for name, value in expected.items()} == expected, (row["task"], row["arm"])

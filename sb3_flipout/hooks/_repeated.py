@@ -25,10 +25,15 @@ def check_batch_size(algorithm: Any, policy: FlipoutPolicyMixin) -> None:
     :raises ValueError: If the batch size is no multiple of ``keys_per_transition``
     """
     times = _keys_per_transition(policy)
-    if times > 1 and algorithm.batch_size % times:
+    if times > 1:
+        _check_divides(algorithm.batch_size, times)
+
+
+def _check_divides(batch_size: int, times: int) -> None:
+    if batch_size % times:
         raise ValueError(
-            f"batch_size={algorithm.batch_size} must be a multiple of keys_per_transition={times}: a batch holds each of its "
-            f"transitions {times} times. Use batch_size={max(1, round(algorithm.batch_size / times)) * times}, say."
+            f"batch_size={batch_size} must be a multiple of keys_per_transition={times}: a batch holds each of its "
+            f"transitions {times} times. Use batch_size={max(1, round(batch_size / times)) * times}, say."
         )
 
 
@@ -49,6 +54,7 @@ def repeated_samples(algorithm: Any, policy: FlipoutPolicyMixin) -> Iterator[Non
     sample, own = buffer.sample, vars(buffer).get("sample")  # a user can have put one on the buffer itself
 
     def fewer(batch_size: int, *args: Any, **kwargs: Any) -> Any:
+        _check_divides(batch_size, times)  # `train` can be called with another one
         return repeat_rows(sample(batch_size // times, *args, **kwargs), times)
 
     buffer.sample = fewer

@@ -1,5 +1,6 @@
 """`keys_per_transition`: a transition is learned under several members; against an oracle that takes them one by one."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,26 @@ def test_rows_are_repeated_in_whatever_holds_them() -> None:
     found = repeat_rows({"x": th.tensor([1, 2]), "none": None}, 2)
     assert found["x"].tolist() == [1, 1, 2, 2] and found["none"] is None
 
+    @dataclass
+    class Samples:
+        observations: th.Tensor
+        weights: th.Tensor | None = None
+
+    samples = repeat_rows(Samples(th.tensor([[1], [2]])), 3)
+    assert samples.observations.flatten().tolist() == [1, 1, 1, 2, 2, 2] and samples.weights is None
+
+
+def test_a_subclass_that_overrides_train_repeats_once() -> None:
+    class Own(DQN):
+        def train(self, *args: Any, **kwargs: Any) -> None:
+            super().train(*args, **kwargs)
+
+    model = build(Own, keys_per_transition=3)
+    watch = Watch(model)
+    model.learn(20)
+    assert {len(keys) for _, _, keys, _ in watch.seen} == {B}
+    assert all(th.equal(x, x[::3].repeat_interleave(3, 0)) for *_, x in watch.seen)
+
 
 def test_one_key_is_what_it_always_was(tmp_path: Path) -> None:
     one, default = build(keys_per_transition=1).learn(40), build().learn(40)
@@ -154,3 +175,7 @@ def test_a_batch_that_it_does_not_divide_is_refused_before_training() -> None:
     with pytest.raises(ValueError, match=rf"batch_size={B} must be a multiple of keys_per_transition=5.*Use batch_size=25"):
         model.learn(40)
     assert model.num_timesteps == 0 and model.replay_buffer.size() == 0
+    model = build(keys_per_transition=3).learn(20)
+    with pytest.raises(ValueError, match=r"batch_size=16 must be a multiple of keys_per_transition=3.*Use batch_size=15"):
+        model.train(1, 16)
+    assert "sample" not in vars(model.replay_buffer)
