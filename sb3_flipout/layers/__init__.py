@@ -13,7 +13,7 @@ from sb3_flipout.layers.conv import (
 )
 from sb3_flipout.layers.convert import perturb, restore
 from sb3_flipout.layers.derived import PERTURBED_CLASSES
-from sb3_flipout.layers.embedding import FlipoutEmbedding
+from sb3_flipout.layers.embedding import FlipoutEmbedding, FlipoutOneHotLinear, OneHotLinear
 from sb3_flipout.layers.interface import attach, effective_weight, flipout_layers, network_of, perturbed, redraw
 from sb3_flipout.layers.linear import FlipoutLinear
 from sb3_flipout.layers.network import Ask, PerturbedNetwork
@@ -37,8 +37,10 @@ __all__ = [
     "FlipoutLayer",
     "FlipoutLinear",
     "FlipoutMultiheadAttention",
+    "FlipoutOneHotLinear",
     "LayerNoise",
     "NoiseKwargs",
+    "OneHotLinear",
     "PerturbedNetwork",
     "RowView",
     "attach",

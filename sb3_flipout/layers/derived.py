@@ -25,7 +25,7 @@ from sb3_flipout.layers.conv import (
     FlipoutConvTranspose2d,
     FlipoutConvTranspose3d,
 )
-from sb3_flipout.layers.embedding import FlipoutEmbedding
+from sb3_flipout.layers.embedding import FlipoutEmbedding, FlipoutOneHotLinear
 from sb3_flipout.layers.linear import FlipoutLinear
 from sb3_flipout.layers.recurrent import FlipoutGRU, FlipoutGRUCell, FlipoutLSTM
 
@@ -41,6 +41,7 @@ PERTURBED_CLASSES: dict[type[nn.Module], type[FlipoutLayer]] = {
         FlipoutConvTranspose2d,
         FlipoutConvTranspose3d,
         FlipoutEmbedding,
+        FlipoutOneHotLinear,
         FlipoutMultiheadAttention,
         FlipoutLSTM,
         FlipoutGRU,

@@ -39,12 +39,14 @@ def flipout(
     deltas: tuple[th.Tensor, th.Tensor | None],
     s: th.Tensor,  # broadcasts against x
     r: th.Tensor,  # broadcasts against the output; already multiplied by c
+    rows_per_input: int = 1,
 ) -> th.Tensor:
     """
     Perturb every row by its own pseudo-independent weights: Wen et al. 2018, eq. (4).
 
     Right for every ``op`` in which the factors of a weight element's input and output are constant: a matrix product,
-    and a convolution with one factor per channel, since ``op(x, dw * r s^T) = r * op(s * x, dw)``.
+    and a convolution with one factor per channel, since ``op(x, dw * r s^T) = r * op(s * x, dw)``. Where neighbouring rows
+    have the same input, ``op`` with the mean weights is computed once for them.
 
     :param op: What the layer does with weights
     :param x: Inputs
@@ -52,10 +54,14 @@ def flipout(
     :param deltas: Base perturbation of weight and bias
     :param s: Row factors over inputs
     :param r: Row factors over outputs, multiplied by the noise scale
+    :param rows_per_input: Number of neighbouring rows that each input is for
     :return: ``op`` with each row's own weights
     """
+    of_mean = op(x, *mean)
+    if rows_per_input > 1:
+        x, of_mean = (part.repeat_interleave(rows_per_input, dim=0) for part in (x, of_mean))
     noise = op((x * s).to(x.dtype), *deltas)
-    return th.addcmul(op(x, *mean), noise, r.to(noise.dtype))
+    return th.addcmul(of_mean, noise, r.to(noise.dtype))
 
 
 def shared(

@@ -24,6 +24,16 @@ class RowView(NamedTuple):
     vectors: tuple[th.Tensor, ...]
     rows: int
 
+    def is_once(self, x: th.Tensor) -> bool:
+        """
+        Tell whether a layer got each input once, and not once for each of the rows that it is for.
+
+        :param x: Inputs, as many as there are, in the first dimension
+        :return: Whether it did
+        """
+        times = self.noise.rows_per_input
+        return times > 1 and x.dim() > 0 and x.shape[0] * times == self.rows
+
 
 class Network(Protocol):
     """What a layer knows of the network that it belongs to: :class:`~sb3_flipout.layers.network.PerturbedNetwork`."""

@@ -51,6 +51,8 @@ class OneWeightLayer(FlipoutLayer):
         if view.vectors and dim == self._least_dims == 2 and x.shape[0] == view.rows and self.row_layout == FIRST:
             s, r = view.vectors  # the usual case, where nothing has to be moved
             return functional.flipout(self._op, x, mean, self.deltas(), s.to(mean[0].dtype), r.to(mean[0].dtype))
+        if view.is_once(x) and self.row_layout == FIRST:
+            return self._forward_inputs_once(x, view)
         self._check_rows(x, view.rows)
         if view.vectors:
             s, r = (self._unit_dims(self._spread(vector, x), x) for vector in view.vectors)
@@ -62,6 +64,14 @@ class OneWeightLayer(FlipoutLayer):
         if self._is_silent():  # asked here and not in `row_view`, so that it costs nothing elsewhere
             return super().forward(x)
         return self._op_per_row(*self._with_own_rows(x, view, scale))
+
+    def _forward_inputs_once(self, x: th.Tensor, view: RowView) -> th.Tensor:
+        """The first layer that is perturbed, where each input stands for several neighbouring rows."""
+        times = view.noise.rows_per_input
+        if not view.vectors:
+            return self.forward_rows(x.repeat_interleave(times, dim=0), view)
+        s, r = (self._unit_dims(vector.to(self.weight.dtype), x) for vector in view.vectors)
+        return functional.flipout(self._op, x, (self.weight, self.bias), self.deltas(), s, r, times)
 
     def _spread(self, vector: th.Tensor, x: th.Tensor) -> th.Tensor:
         return self.row_layout.spread(vector.to(self.weight.dtype), x.shape[self.row_layout.dim])

@@ -36,6 +36,9 @@ class RowNoise:
     :raises ValueError: If ``keys`` or ``scale`` has a wrong shape or device, or a scale is not finite
     """
 
+    #: Of how many neighbouring rows the inputs are the same: what is perturbed may get each input once, in place of each row.
+    rows_per_input: int = 1
+
     def __init__(self, keys: th.Tensor, scale: th.Tensor | float | None = None, owner: NoiseOwner | None = None) -> None:
         check_keys(keys)
         self.owner = owner

@@ -28,6 +28,7 @@ from sb3_flipout.policies.learning_settings import TargetNoise, ValueSettings
 from sb3_flipout.policies.observations import n_rows
 from sb3_flipout.policies.off_policy import OffPolicyMixin
 from sb3_flipout.policies.prior import Prior
+from sb3_flipout.policies.rows import takes_inputs_once
 from sb3_flipout.policies.settings import Perturb
 
 
@@ -125,6 +126,9 @@ class ValueMixin(OffPolicyMixin):
         for layer, model in zip(self.target.perturbed_network.layers, self.perturbed_network.layers, strict=True):
             layer.row_layout = model.row_layout
         self._add_prior()
+        times = self.noise_settings.keys_per_transition
+        if times > 1:
+            self.learning.inputs_once = takes_inputs_once(self.online, self.perturbed_network, self, times)
         self.optimizer = self._make_optimizer(self.online.parameters(), lr_schedule)
 
     @property

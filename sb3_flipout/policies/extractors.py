@@ -5,6 +5,8 @@ from gymnasium import spaces
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import nn
 
+from sb3_flipout.layers import OneHotLinear
+
 
 class MinAtarCNN(BaseFeaturesExtractor):
     """
@@ -32,3 +34,33 @@ class MinAtarCNN(BaseFeaturesExtractor):
         :return: Features, shape (N, features_dim)
         """
         return self.layers(observations)
+
+
+class OneHotExtractor(BaseFeaturesExtractor):
+    """
+    One linear layer on a Discrete observation, then ReLU: what the first layer of an MLP is, by look-up.
+
+    With ten thousand values, as in DeepSea of size 100, matrix products with one-hot vectors would be most of a gradient step.
+    Give one layer less as ``net_arch``.
+
+    :param observation_space: Discrete observations
+    :param features_dim: Units of the layer
+    :raises TypeError: If the observations are not Discrete
+    """
+
+    def __init__(self, observation_space: spaces.Discrete, features_dim: int = 64) -> None:
+        if not isinstance(observation_space, spaces.Discrete):
+            raise TypeError(
+                f"OneHotExtractor is for Discrete observations, got {observation_space}. Leave features_extractor_class out."
+            )
+        super().__init__(observation_space, features_dim)
+        self.linear = OneHotLinear(int(observation_space.n), features_dim)
+
+    def forward(self, observations: th.Tensor) -> th.Tensor:
+        """
+        Compute the features.
+
+        :param observations: One-hot observations, as SB3 makes them, shape (N, n) or (N, 1, n)
+        :return: Features, shape (N, features_dim)
+        """
+        return nn.functional.relu(self.linear(observations.flatten(1).argmax(dim=1)))

@@ -21,7 +21,7 @@ from sb3_flipout.layers import PerturbedNetwork
 from sb3_flipout.noise import RowNoise, Stream, fold, fold_in
 from sb3_flipout.noise.keys import restrict
 from sb3_flipout.policies.learning_settings import LearningSettings
-from sb3_flipout.policies.observations import n_rows
+from sb3_flipout.policies.observations import each_once, n_rows
 from sb3_flipout.policies.prior import Prior
 
 
@@ -47,6 +47,7 @@ class LearningNoise:
         self.active = False  # whether SB3's `train` is running
         self.scale = 1.0
         self.keys_per_transition: int = getattr(settings, "keys_per_transition", 1)  # a setting of value-based policies
+        self.inputs_once = False  # whether networks may get a repeated observation once; found out when they are built
         # Whether gradient steps need bases of their own: not with members, whose base is frozen, and not where the factors
         # alone are the noise.
         self.base_moves = settings.layer_noise().draws_base and settings.members is None
@@ -86,7 +87,9 @@ class LearningNoise:
             return None
         rows = th.arange(n, device=device)
         if self.keys_per_transition > 1:
-            return RowNoise(self._stratified(role, rows), self.scale)
+            noise = RowNoise(self._stratified(role, rows), self.scale)
+            noise.rows_per_input = self.keys_per_transition if self.inputs_once else 1
+            return noise
         keys = fold_in(fold(self.seed, Stream.LEARNING_KEYS, self.step, self._role(role)), rows)
         return RowNoise(restrict(keys, self.settings.members), self.scale)
 
@@ -173,8 +176,10 @@ class LearningValueNetwork(LearnsUnderNoise, BasePolicy):
         :return: Values, shape (N, n_actions), or quantiles, shape (N, n_quantiles, n_actions)
         """
         with self.step_noise(obs):
-            values: th.Tensor = super().forward(obs)
             noise = self.perturbed_network.active
+            if isinstance(noise, RowNoise):
+                obs = each_once(obs, noise.rows_per_input)
+            values: th.Tensor = super().forward(obs)
             if self.prior is None or not isinstance(noise, RowNoise):
                 return values
             prior, scale = self.prior

@@ -23,6 +23,19 @@ def n_rows(obs: Any) -> int:
     return len(next(iter(obs.values()))) if isinstance(obs, dict) else len(obs)
 
 
+def each_once(obs: Any, times: int) -> Any:
+    """
+    Take each of the observations once that a batch repeats, copy next to copy.
+
+    :param obs: Tensor, or dictionary of tensors
+    :param times: How often each one stands in the batch
+    :return: The observations, 1 / times as many
+    """
+    if times == 1:
+        return obs
+    return {name: part[::times] for name, part in obs.items()} if isinstance(obs, dict) else obs[::times]
+
+
 @contextmanager
 def looked_at(*networks: nn.Module) -> Iterator[None]:
     """

@@ -11,10 +11,12 @@ import torch as th
 from stable_baselines3.common.policies import BasePolicy
 from torch import nn
 
-from sb3_flipout.layers import FlipoutLayer
+from sb3_flipout.layers import FlipoutLayer, PerturbedNetwork
 from sb3_flipout.layers.row_layout import PROBED_ROWS, find_layouts
+from sb3_flipout.noise import RowNoise
 from sb3_flipout.policies.observations import looked_at
 
+_FEW_INPUTS = 3
 _TRIES = 3  # sets of observations: units that are dead for one may live for another
 # Packages whose networks are known; what is not of them is a user's.
 _KNOWN = ("torch", "stable_baselines3", "sb3_contrib", "sb3_flipout", "builtins", "abc", "typing")
@@ -45,6 +47,38 @@ def give_layouts(layers: Mapping[str, FlipoutLayer], run: Callable[[Any], Any], 
             )
         layers[name].row_layout = layout
     return bool(found)
+
+
+def takes_inputs_once(net: Callable[[Any], th.Tensor], network: PerturbedNetwork, policy: BasePolicy, times: int) -> bool:
+    """
+    Find out whether a network says the same when it gets each observation once that several neighbouring rows have.
+
+    It does not where a branch without perturbed layers meets one with them, where something is drawn for each row (dropout),
+    or where a layer cannot tell its rows: those networks get all rows.
+
+    :param net: Runs on a batch of observations, each of them once where the active noise says so
+    :param network: The network of its perturbed layers
+    :param policy: The policy, in which nothing changes
+    :param times: How many rows each observation is for
+    :return: Whether it does
+    """
+    space = copy.deepcopy(policy.observation_space)
+    space.seed(0)
+    batch = _stacked([row for row in [space.sample() for _ in range(_FEW_INPUTS)] for _ in range(times)])
+    noise = RowNoise(th.arange(_FEW_INPUTS * times, device=policy.device))
+    with looked_at(policy):
+        policy.train()  # as when it learns
+        try:
+            obs = policy.obs_to_tensor(batch)[0]
+            with network.activate(noise):
+                of_rows = net(obs)
+            noise.rows_per_input = times
+            with network.activate(noise):
+                of_inputs = net(obs)
+        except Exception:  # it cannot take such a batch, so it will not be given one
+            return False
+    tolerance = 1e-5 * float(of_rows.abs().max())
+    return of_inputs.shape == of_rows.shape and th.allclose(of_inputs, of_rows, 1e-4, tolerance, equal_nan=True)
 
 
 def _is_stock(policy: BasePolicy, layers: Mapping[str, FlipoutLayer]) -> bool:

@@ -62,7 +62,7 @@ def test_each_transition_is_learned_under_members_that_follow_a_hashed_one(times
         role = 1 if name == "q_net_target" and target_noise == "independent" else 0
         assert keys.reshape(4, times).tolist() == keys_of(model, step, role, 4, times)
         assert all(len(set(of_one)) == times for of_one in keys.reshape(4, times).tolist())
-        assert th.equal(x, x[::times].repeat_interleave(times, 0))
+        assert len(x) == 4  # each observation once
 
 
 @pytest.mark.parametrize("prior_scale", [0.0, 0.5])
@@ -136,7 +136,7 @@ def test_a_subclass_that_overrides_train_repeats_once() -> None:
     watch = Watch(model)
     model.learn(20)
     assert {len(keys) for _, _, keys, _ in watch.seen} == {B}
-    assert all(th.equal(x, x[::3].repeat_interleave(3, 0)) for *_, x in watch.seen)
+    assert {len(x) for *_, x in watch.seen} == {B // 3}
 
 
 def test_one_key_is_what_it_always_was(tmp_path: Path) -> None:

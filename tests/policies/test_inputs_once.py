@@ -1,0 +1,164 @@
+"""Where M rows have the same observation, networks get it once: the same values and gradients as with all rows."""
+
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch as th
+from gymnasium import spaces
+from helpers import vector_env
+from stable_baselines3 import DQN
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+from stable_baselines3.dqn.policies import QNetwork
+from torch import nn
+
+import sb3_flipout
+from sb3_flipout.envs import DeepSea
+from sb3_flipout.noise import RowNoise
+from sb3_flipout.policies.dqn import FlipoutDQNPolicy
+from sb3_flipout.policies.extractors import OneHotExtractor
+
+K, M = 5, 3
+
+
+def build(env: Any, policy: Any = "FlipoutMlpPolicy", **noise: Any) -> DQN:
+    noise = dict(members=K, keys_per_transition=M, prior_scale=0.3, net_arch=[8], **noise)
+    return DQN(policy, env, policy_kwargs=noise, seed=0, batch_size=6 * M, buffer_size=200, learning_starts=20, device="cpu")
+
+
+class Branches(BaseFeaturesExtractor):
+    """Two branches that are joined, of which one may have nothing perturbed."""
+
+    def __init__(self, space: spaces.Box) -> None:
+        super().__init__(space, 16)
+        self.a, self.b = nn.Linear(space.shape[0], 8), nn.Linear(space.shape[0], 8)
+
+    def forward(self, x: th.Tensor) -> th.Tensor:
+        return th.cat([self.a(x), self.b(x)], dim=1)
+
+
+class WithDropout(BaseFeaturesExtractor):
+    def __init__(self, space: spaces.Box) -> None:
+        super().__init__(space, space.shape[0])
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x: th.Tensor) -> th.Tensor:
+        return self.drop(x)
+
+
+class MaskedNet(QNetwork):
+    """Uses the observation behind the network, where there are more rows than observations."""
+
+    def forward(self, obs: th.Tensor) -> th.Tensor:
+        return super().forward(obs) + obs[:, :1]
+
+
+class Masked(FlipoutDQNPolicy):
+    def make_q_net(self) -> QNetwork:
+        return MaskedNet(**self._update_features_extractor(self.net_args, features_extractor=None)).to(self.device)
+
+
+CASES: dict[str, tuple[Any, str, dict[str, Any], bool]] = {
+    "mlp": (vector_env, "FlipoutMlpPolicy", {}, True),
+    "heads": (vector_env, "FlipoutMlpPolicy", dict(perturb="heads"), True),
+    "independent": (vector_env, "FlipoutMlpPolicy", dict(noise_sharing="independent"), True),
+    "integers": (lambda *_: DeepSea(4, integer_observations=True), "FlipoutMlpPolicy", {}, True),
+    "look-up": (
+        lambda *_: DeepSea(4, integer_observations=True),
+        "FlipoutMlpPolicy",
+        dict(features_extractor_class=OneHotExtractor),
+        True,
+    ),
+    "image": ("image", "FlipoutCnnPolicy", {}, True),
+    "image, linear layers": ("image", "FlipoutCnnPolicy", dict(layers="linear"), True),
+    "branches": (vector_env, "FlipoutMlpPolicy", dict(features_extractor_class=Branches), True),
+    "a plain branch": (
+        vector_env,
+        "FlipoutMlpPolicy",
+        dict(features_extractor_class=Branches, skip=["*.features_extractor.a"]),
+        False,
+    ),
+    "dropout": (vector_env, "FlipoutMlpPolicy", dict(features_extractor_class=WithDropout), False),
+    "observations behind the network": (vector_env, Masked, {}, False),
+}
+
+
+class Image(gym.Env[np.ndarray, np.int64]):
+    observation_space = spaces.Box(0, 255, (1, 36, 36), np.uint8)
+    action_space = spaces.Discrete(3)
+
+    def reset(self, **kwargs: Any) -> tuple[np.ndarray, dict[str, Any]]:
+        super().reset(**kwargs)
+        return self.observation_space.sample(), {}
+
+    def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        return self.observation_space.sample(), float(action), bool(self.np_random.random() < 0.2), False, {}
+
+
+@pytest.mark.filterwarnings("ignore:DQN explores by weight noise and by epsilon-greedy")
+@pytest.mark.parametrize("case", CASES)
+def test_values_and_gradients_are_those_of_all_rows(case: str) -> None:
+    env, policy, noise, once = CASES[case]
+    env = Image() if env == "image" else env("discrete", 1) if env is vector_env else env()
+    model = build(env, policy, **noise)
+    assert model.policy.learning.inputs_once is once
+    space = model.observation_space
+    obs = np.stack([space.sample() for _ in range(4)])
+    repeated = model.policy.obs_to_tensor(np.repeat(obs, M, axis=0))[0]
+    model.policy.set_training_mode(True)
+    found = []
+    for times in (1, M) if once else (1, 1):
+        rows = RowNoise(th.arange(4 * M) % K, 0.7)
+        rows.rows_per_input = times
+        th.manual_seed(0)
+        with sb3_flipout.perturbed(model.policy, rows):
+            values = model.q_net(repeated)
+        assert values.shape == (4 * M, model.action_space.n)
+        weights = [p for p in model.q_net.parameters() if p.requires_grad]
+        gradients = th.autograd.grad(values.square().sum(), weights, allow_unused=True)
+        found.append([values.detach(), *(g for g in gradients if g is not None)])
+    for a, b in zip(*found, strict=True):
+        th.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:DQN explores by weight noise and by epsilon-greedy")
+@pytest.mark.parametrize("case", CASES)
+def test_training_is_that_of_all_rows(case: str) -> None:
+    env, policy, noise, once = CASES[case]
+    trained = []
+    for given in (True, False):
+        made = Image() if env == "image" else env("discrete", 1) if env is vector_env else env()
+        model = build(made, policy, **noise)
+        model.policy.learning.inputs_once = given and once
+        for space in (made.observation_space, made.action_space):
+            space.seed(1)
+        trained.append(model.learn(60).policy.state_dict())
+    for name, value in trained[0].items():
+        th.testing.assert_close(value, trained[1][name], rtol=2e-3, atol=2e-4, msg=name)
+
+
+@pytest.mark.parametrize("times", [1, 2, M])
+def test_the_mean_product_of_the_first_layer_is_computed_once(times: int) -> None:
+    """Counted by the rows that the product with the mean weights gets."""
+    net = sb3_flipout.perturb(nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 2)))
+    rows, sizes = RowNoise(th.arange(6)), []
+    rows.rows_per_input = times
+    plain = net[0]._op
+
+    def counted(x: th.Tensor, weight: th.Tensor, bias: th.Tensor | None) -> th.Tensor:
+        sizes.append((len(x), weight is net[0].weight))
+        return plain(x, weight, bias)
+
+    net[0]._op = counted
+    with sb3_flipout.perturbed(net, rows):
+        net(th.randn(6 // times, 4))
+    assert sorted(sizes) == sorted([(6 // times, True), (6, False)])
+
+
+def test_a_wrong_number_of_inputs_is_refused() -> None:
+    net = sb3_flipout.perturb(nn.Sequential(nn.Linear(4, 6)))
+    rows = RowNoise(th.arange(6))
+    rows.rows_per_input = 3
+    with sb3_flipout.perturbed(net, rows), pytest.raises(ValueError, match="keys for 6 rows"):
+        net(th.randn(3, 4))
