@@ -7,7 +7,6 @@ costs 12 bytes per transition: an int64 key and a float32 scale.
 
 from __future__ import annotations
 
-import dataclasses
 from functools import cache
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch as th
 from stable_baselines3.common.buffers import RolloutBuffer
 
 from sb3_flipout.noise import NoiseOwner, RowNoise, noise_of, with_noise
+from sb3_flipout.samples import with_parts
 
 
 class KeyedBufferMixin(RolloutBuffer):
@@ -96,7 +96,7 @@ class KeyedBufferMixin(RolloutBuffer):
         samples = super()._get_samples(batch_inds, *args, **kwargs)
         if noise_of(samples.observations) is not None:  # hung on by the places that a user's class asked for
             return samples
-        return _with_observations(samples, with_noise(samples.observations, self.row_noise(batch_inds)))
+        return with_parts(samples, observations=with_noise(samples.observations, self.row_noise(batch_inds)))
 
 
 class _SamplesByPlace(RolloutBuffer):
@@ -108,17 +108,7 @@ class _SamplesByPlace(RolloutBuffer):
     def _get_samples(self, batch_inds: np.ndarray, *args: Any, **kwargs: Any) -> Any:
         samples = super()._get_samples(batch_inds, *args, **kwargs)
         assert isinstance(self, KeyedBufferMixin), "keyed puts the mixin before it"
-        return _with_observations(samples, with_noise(samples.observations, self.row_noise(batch_inds)))
-
-
-def _with_observations(samples: Any, observations: Any) -> Any:
-    """The same samples with other observations, whether they are a named tuple, as SB3's, or a dataclass."""
-    if hasattr(samples, "_replace"):
-        return samples._replace(observations=observations)
-    if dataclasses.is_dataclass(samples) and not isinstance(samples, type):
-        return dataclasses.replace(samples, observations=observations)
-    samples.observations = observations
-    return samples
+        return with_parts(samples, observations=with_noise(samples.observations, self.row_noise(batch_inds)))
 
 
 @cache

@@ -14,7 +14,7 @@ from stable_baselines3.common.callbacks import BaseCallback, CallbackList
 from stable_baselines3.common.save_util import load_from_zip_file
 
 from sb3_flipout.buffers import KeyedBufferMixin, keyed, store_noise
-from sb3_flipout.hooks._repeated import check_batch_size, repeated_samples
+from sb3_flipout.hooks._batches import batches_for_members, check_batch_size, number_stored
 from sb3_flipout.policies.base import FlipoutPolicyMixin
 
 Method = Callable[..., Any]
@@ -59,6 +59,8 @@ def set_up(original: Method, algorithm: Any) -> None:
     original(algorithm)
     if hasattr(algorithm, "rollout_buffer"):
         store_noise(algorithm.rollout_buffer)
+    if getattr(algorithm, "replay_buffer", None) is not None:
+        number_stored(algorithm, policy_of(algorithm))
     if state is not None:
         policy_of(algorithm).set_noise_state(state)
 
@@ -141,6 +143,8 @@ def set_up_learning(original: Method, algorithm: Any, *args: Any, **kwargs: Any)
     policy.guard.check_whole(policy, policy.perturbed_network)
     policy.guard.check_own(_networks(algorithm), getattr(policy, "learning", None))
     check_batch_size(algorithm, policy)
+    if getattr(algorithm, "replay_buffer", None) is not None:  # one that was loaded since
+        number_stored(algorithm, policy)
     policy.marks.steered = False
     before = algorithm._last_obs
     total, callback = original(algorithm, *args, **kwargs)
@@ -269,7 +273,7 @@ def sample_action(original: Method, algorithm: Any, learning_starts: int, action
 def train(original: Method, algorithm: Any, *args: Any, **kwargs: Any) -> Any:
     """Mark the update."""
     policy = policy_of(algorithm)
-    with policy.updating(), repeated_samples(algorithm, policy):
+    with policy.updating(), batches_for_members(algorithm, policy):
         return original(algorithm, *args, **kwargs)
 
 

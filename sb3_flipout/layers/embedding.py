@@ -180,7 +180,7 @@ class OneHotLinear(nn.Embedding):
 
 class FlipoutOneHotLinear(FlipoutEmbedding, OneHotLinear):
     """
-    :class:`OneHotLinear` whose every row can see its own perturbed weights: what :class:`FlipoutLinear` does on one-hot inputs.
+    :class:`OneHotLinear` whose every row can see its own weights: what :class:`FlipoutLinear` does on one-hot inputs.
 
     :param in_features: Number of values that an input can have
     :param out_features: Size of each output
@@ -190,7 +190,7 @@ class FlipoutOneHotLinear(FlipoutEmbedding, OneHotLinear):
     :raises ValueError: If a noise setting is out of range or unfit
     """
 
-    PLAIN = OneHotLinear
+    PLAIN = OneHotLinear  # type: ignore[assignment]
     blocks = (Block(),)
 
     def __init__(self, in_features: int, out_features: int, **noise: Unpack[NoiseKwargs]) -> None:

@@ -16,6 +16,7 @@ class Stream(IntEnum):
     LEARNING_BASE = 17  # base perturbations of gradient steps
     PRIOR = 18  # base perturbation of the members' priors
     FIRST_MEMBERS = 19  # which member a transition of a gradient step is learned under first
+    TRANSITIONS = 20  # numbers of stored transitions
     # Seeds of what only looks: training never sees their keys.
     ADAPT = 0xADA
     MONITOR = 0x6D6F6E

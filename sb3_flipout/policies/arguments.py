@@ -20,6 +20,8 @@ _ELSEWHERE = {
     "target_noise": "is for algorithms with a replay buffer",
     "prior_scale": "is for DQN and QRDQN",
     "keys_per_transition": "is for DQN and QRDQN with members",
+    "bootstrap": "is for DQN and QRDQN with members",
+    "reward_noise": "is for DQN and QRDQN with members",
     "act_by_mode": "is for SAC, TQC and CrossQ",
     "update_noise": "is for actor-critics such as SAC and TD3",
     "base_every": "is base_every_rollouts for PPO and its kin, base_every_steps for algorithms with a replay buffer; load "

@@ -23,7 +23,8 @@ from sb3_flipout.noise.families import FamilyName, NoiseSharing
 from sb3_flipout.noise.schedule import Schedule as NoiseSchedule
 from sb3_flipout.noise.stream import Resample
 from sb3_flipout.policies.base import FlipoutPolicyMixin
-from sb3_flipout.policies.learning import LearningValueNetwork, LearnsUnderNoise, Role, learns_under_noise
+from sb3_flipout.policies.learning import LearningValueNetwork, LearnsUnderNoise, learns_under_noise
+from sb3_flipout.policies.learning_noise import Role
 from sb3_flipout.policies.learning_settings import TargetNoise, ValueSettings
 from sb3_flipout.policies.observations import n_rows
 from sb3_flipout.policies.off_policy import OffPolicyMixin
@@ -69,6 +70,8 @@ class ValueMixin(OffPolicyMixin):
     :param keys_per_transition: Number M of members that each sampled transition is learned under: of the ``batch_size`` rows
         of a gradient step, M each have the same transition and different members. With M = K it is the update of
         bootstrapped DQN (Osband et al. 2016)
+    :param bootstrap: Probability that a stored transition is in a member's bootstrap sample; 1: all are in all of them
+    :param reward_noise: Standard deviation of what each member adds to the reward of each stored transition; 0 for none
     :param kwargs: Further keyword arguments of SB3's policy
     :raises TypeError: If an argument is unknown, or a value has a wrong type
     :raises ValueError: If a noise setting is unknown, out of range or unfit
@@ -101,6 +104,8 @@ class ValueMixin(OffPolicyMixin):
         members: int | None = None,
         prior_scale: float = 0.0,
         keys_per_transition: int = 1,
+        bootstrap: float = 1.0,
+        reward_noise: float = 0.0,
         **kwargs: Any,
     ) -> None:
         noise: dict[str, Any] = dict(family=family, sigma_init=sigma_init, learn_sigma=learn_sigma, resample=resample)
@@ -108,7 +113,7 @@ class ValueMixin(OffPolicyMixin):
         noise |= dict(skip=skip, perturb_frozen=perturb_frozen, init=init)
         noise |= dict(schedule=schedule, schedule_end=schedule_end, schedule_fraction=schedule_fraction)
         noise |= dict(target_noise=target_noise, members=members, prior_scale=prior_scale)
-        noise |= dict(keys_per_transition=keys_per_transition)
+        noise |= dict(keys_per_transition=keys_per_transition, bootstrap=bootstrap, reward_noise=reward_noise)
         self._init_off_policy(ValueSettings, noise, (observation_space, action_space), lr_schedule, args, kwargs)
 
     def _make_noisy(self, lr_schedule: Schedule) -> None:

@@ -1,15 +1,13 @@
-"""The noise of gradient steps, and the networks that ask for it while SB3 trains.
+"""Networks that ask for the noise of the gradient step while SB3 trains.
 
-Keys and base of a gradient step are pure functions of its number and of the role of the network, so that nothing has to be
-threaded through SB3's ``train``. A network that learns under noise is of a class derived from the user's own
-(:func:`learns_under_noise`): its forward pass is the user's, with the noise of the step around it.
+A network that learns under noise is of a class derived from the user's own (:func:`learns_under_noise`): its forward pass is
+the user's, with the noise of the step around it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from enum import IntEnum
 from typing import Any
 
 import torch as th
@@ -18,103 +16,10 @@ from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import nn
 
 from sb3_flipout.layers import PerturbedNetwork
-from sb3_flipout.noise import RowNoise, Stream, fold, fold_in
-from sb3_flipout.noise.keys import restrict
-from sb3_flipout.policies.learning_settings import LearningSettings
+from sb3_flipout.noise import RowNoise
+from sb3_flipout.policies.learning_noise import LearningNoise, Role
 from sb3_flipout.policies.observations import each_once, n_rows
 from sb3_flipout.policies.prior import Prior
-
-
-class Role(IntEnum):
-    """What a network is for in a gradient step; part of its keys, so never renumbered."""
-
-    ONLINE = 0
-    TARGET = 1
-
-
-class LearningNoise:
-    """
-    The noise of gradient steps, shared by a policy and its networks.
-
-    :param seed: Seed of the policy's noise
-    :param settings: Settings of the policy
-    """
-
-    def __init__(self, seed: int, settings: LearningSettings) -> None:
-        self.seed = seed
-        self.settings = settings
-        self.step = 0  # gradient steps so far
-        self.active = False  # whether SB3's `train` is running
-        self.scale = 1.0
-        self.keys_per_transition: int = getattr(settings, "keys_per_transition", 1)  # a setting of value-based policies
-        self.inputs_once = False  # whether networks may get a repeated observation once; found out when they are built
-        # Whether gradient steps need bases of their own: not with members, whose base is frozen, and not where the factors
-        # alone are the noise.
-        self.base_moves = settings.layer_noise().draws_base and settings.members is None
-
-    def count(self, *_: Any) -> None:
-        """
-        Count a gradient step; hung on the optimizer.
-
-        :param _: What torch hands to hooks
-        """
-        self.step += 1
-
-    def noise_of(self, role: Role) -> str:
-        """
-        Look up which noise a network has in gradient steps.
-
-        :param role: Online or target network
-        :return: ``"independent"``, ``"same"`` or ``"mean"``
-        """
-        if role == Role.TARGET:
-            return str(self.settings.target_noise)
-        return str(getattr(self.settings, "update_noise", "independent"))  # of actors alone
-
-    def _role(self, role: Role) -> Role:
-        return Role.ONLINE if self.settings.target_noise == "same" else role
-
-    def rows(self, role: Role, n: int, device: th.device) -> RowNoise | None:
-        """
-        Draw the noise of a batch in the present gradient step.
-
-        :param role: Online or target network
-        :param n: Rows of the batch
-        :param device: Device of the network
-        :return: Row noise; ``None`` for mean weights
-        """
-        if self.noise_of(role) == "mean":
-            return None
-        rows = th.arange(n, device=device)
-        if self.keys_per_transition > 1:
-            noise = RowNoise(self._stratified(role, rows), self.scale)
-            noise.rows_per_input = self.keys_per_transition if self.inputs_once else 1
-            return noise
-        keys = fold_in(fold(self.seed, Stream.LEARNING_KEYS, self.step, self._role(role)), rows)
-        return RowNoise(restrict(keys, self.settings.members), self.scale)
-
-    def _stratified(self, role: Role, rows: th.Tensor) -> th.Tensor:
-        """Members of repeated transitions: of transition i the M that follow a hashed first one, in a circle of all K."""
-        transition, copy = rows // self.keys_per_transition, rows % self.keys_per_transition
-        first = fold_in(fold(self.seed, Stream.FIRST_MEMBERS, self.step, self._role(role)), transition)
-        return restrict(restrict(first, self.settings.members) + copy, self.settings.members)
-
-    def base_key(self, role: Role) -> int:
-        """
-        Derive the key of the learning base in the present gradient step.
-
-        :param role: Online or target network
-        :return: Base key
-        """
-        return fold(self.seed, Stream.LEARNING_BASE, self.step, self._role(role))
-
-    def __getstate__(self) -> dict[str, Any]:
-        """
-        Keep in copies what is saved of it: a copy is not in the middle of an update.
-
-        :return: Attributes
-        """
-        return {**self.__dict__, "active": False}
 
 
 class LearnsUnderNoise(BaseModel):
@@ -180,12 +85,16 @@ class LearningValueNetwork(LearnsUnderNoise, BasePolicy):
             if isinstance(noise, RowNoise):
                 obs = each_once(obs, noise.rows_per_input)
             values: th.Tensor = super().forward(obs)
-            if self.prior is None or not isinstance(noise, RowNoise):
+            if not isinstance(noise, RowNoise):
                 return values
-            prior, scale = self.prior
-            if self.learning is not None and self.learning.active:
-                prior.measure(obs, noise)
-            return values + scale * prior(obs, noise)
+            learning = self.learning if self.learning is not None and self.learning.active else None
+            if self.prior is not None:
+                prior, scale = self.prior
+                if learning is not None:
+                    prior.measure(obs, noise)
+                values = values + scale * prior(obs, noise)
+            learns = learning is not None and self.role == Role.ONLINE and th.is_grad_enabled()
+            return learning.bootstrap.only_its_own(values, noise.keys) if learning is not None and learns else values
 
 
 class LearningCritic(LearnsUnderNoise):

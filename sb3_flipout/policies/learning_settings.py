@@ -116,10 +116,16 @@ class ValueSettings(LearningSettings):
         0 for none
     :param keys_per_transition: Number M of members that each sampled transition is learned under, M <= K: a batch holds
         batch_size / M transitions, each under M different members
+    :param bootstrap: Probability, in (0, 1], that a stored transition is in a member's bootstrap sample, from which alone it
+        learns (Osband et al. 2016)
+    :param reward_noise: Standard deviation, in units of the reward, of the N(0, 1) draw that each member adds to the reward
+        of each stored transition, always the same one (Osband et al. 2018)
     """
 
     prior_scale: float = 0.0
     keys_per_transition: int = 1
+    bootstrap: float = 1.0
+    reward_noise: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -140,6 +146,17 @@ class ValueSettings(LearningSettings):
                 f"keys_per_transition={self.keys_per_transition} is more than members={self.members}: no member learns twice "
                 f"from one transition. Use {self.members}, with which all of them do."
             )
+
+        self._check_bootstrap()
+
+    def _check_bootstrap(self) -> None:
+        hint = "Use 1.0 to let each member learn from all transitions."
+        share = check_number("bootstrap", self.bootstrap, 0.0, 1.0, hint, above=True)
+        noise = check_number("reward_noise", self.reward_noise, 0.0, hint="Use 0.0 for none.")
+        self._set(bootstrap=share, reward_noise=noise)
+        given = f"bootstrap={share}" if share < 1 else f"reward_noise={noise}" if noise > 0 else None
+        if given is not None and self.members is None:
+            raise ValueError(f"{given} needs members: it says what each of them learns from. Give members=10, say.")
 
     def unlike(self, saved: Mapping[str, Any]) -> list[str]:
         """

@@ -20,7 +20,8 @@ from sb3_flipout.layers import Ask, PerturbedNetwork
 from sb3_flipout.noise import RowNoise
 from sb3_flipout.policies.arguments import arguments_of, settings_from
 from sb3_flipout.policies.base import FlipoutPolicyMixin
-from sb3_flipout.policies.learning import LearningNoise, LearnsUnderNoise, Role
+from sb3_flipout.policies.learning import LearnsUnderNoise
+from sb3_flipout.policies.learning_noise import LearningNoise, Role
 from sb3_flipout.policies.learning_settings import LearningSettings
 from sb3_flipout.policies.observations import check_extractor
 

@@ -31,9 +31,9 @@ from sb3_flipout.policies.learning import (
     LearningDeterministicActor,
     LearningStochasticActor,
     LearnsUnderNoise,
-    Role,
     learns_under_noise,
 )
+from sb3_flipout.policies.learning_noise import Role
 from sb3_flipout.policies.learning_settings import ActorSettings, TargetNoise, UpdateNoise
 from sb3_flipout.policies.off_policy import OffPolicyMixin
 from sb3_flipout.policies.settings import Perturb

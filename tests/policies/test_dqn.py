@@ -14,7 +14,7 @@ from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 from sb3_flipout import perturbed
 from sb3_flipout.layers import Ask, FlipoutLayer, effective_weight
 from sb3_flipout.noise import FAMILIES, fold, fold_in
-from sb3_flipout.policies.learning import LearningNoise
+from sb3_flipout.policies.learning_noise import LearningNoise
 
 NO_EPSILON = dict(exploration_initial_eps=0.0, exploration_final_eps=0.0)
 ALGORITHMS = [DQN, QRDQN]

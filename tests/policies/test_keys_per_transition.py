@@ -14,8 +14,8 @@ from stable_baselines3 import DQN, PPO, SAC, HerReplayBuffer
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.envs import BitFlippingEnv
 
-from sb3_flipout.hooks._repeated import repeat_rows
 from sb3_flipout.noise import Stream, fold
+from sb3_flipout.samples import repeat_rows
 
 K, B = 5, 24
 NO_EPSILON: dict[str, Any] = dict(exploration_initial_eps=0.0, exploration_final_eps=0.0)

@@ -1,0 +1,111 @@
+"""What members need of the batches that a replay buffer gives: repeated, numbered, and with rewards of their own."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch as th
+
+from sb3_flipout.noise import Stream, fold
+from sb3_flipout.policies.base import FlipoutPolicyMixin
+from sb3_flipout.replay_buffers import number_transitions, numbers_of
+from sb3_flipout.samples import repeat_rows, with_parts
+
+
+def _keys_per_transition(policy: FlipoutPolicyMixin) -> int:
+    return int(getattr(policy.noise_settings, "keys_per_transition", 1))
+
+
+def check_batch_size(algorithm: Any, policy: FlipoutPolicyMixin) -> None:
+    """
+    Look, before training, whether the batch can be made of repeated transitions.
+
+    :param algorithm: Algorithm
+    :param policy: Its policy
+    :raises ValueError: If the batch size is no multiple of ``keys_per_transition``
+    """
+    times = _keys_per_transition(policy)
+    if times > 1:
+        _check_divides(algorithm.batch_size, times)
+
+
+def _check_divides(batch_size: int, times: int) -> None:
+    if batch_size % times:
+        raise ValueError(
+            f"batch_size={batch_size} must be a multiple of keys_per_transition={times}: a batch holds each of its "
+            f"transitions {times} times. Use batch_size={max(1, round(batch_size / times)) * times}, say."
+        )
+
+
+def number_stored(algorithm: Any, policy: FlipoutPolicyMixin) -> None:
+    """
+    Let the replay buffer number its transitions, where members draw something for each; say so if some had no number.
+
+    :param algorithm: Algorithm
+    :param policy: Its policy
+    :raises TypeError: If the buffer cannot be given numbers
+    """
+    bootstrap = _bootstrap(policy)
+    if bootstrap is None:
+        return
+    without = number_transitions(algorithm.replay_buffer, fold(policy._noise_seed, Stream.TRANSITIONS))
+    if without:
+        warnings.warn(
+            f"the replay buffer held {without} transitions without the numbers that bootstrap and reward_noise need: it was "
+            "filled without these settings. They have been given numbers now.",
+            stacklevel=6,
+        )
+
+
+def _bootstrap(policy: Any) -> Any:
+    found = getattr(getattr(policy, "learning", None), "bootstrap", None)
+    return found if found is not None and found.needs_numbers else None
+
+
+@contextmanager
+def batches_for_members(algorithm: Any, policy: FlipoutPolicyMixin) -> Iterator[None]:
+    """
+    Let the replay buffer give what members learn from while SB3 trains.
+
+    :param algorithm: Algorithm
+    :param policy: Its policy, whose settings say what that is
+    :return: Context manager
+    """
+    times, bootstrap = _keys_per_transition(policy), _bootstrap(policy)
+    if times == 1 and bootstrap is None:
+        yield
+        return
+    number_stored(algorithm, policy)
+    buffer = algorithm.replay_buffer
+    sample, own = buffer.sample, vars(buffer).get("sample")  # a user can have put one on the buffer itself
+
+    def for_members(batch_size: int, *args: Any, **kwargs: Any) -> Any:
+        _check_divides(batch_size, times)  # `train` can be called with another one
+        given = sample(batch_size // times, *args, **kwargs)
+        samples = repeat_rows(given, times) if times > 1 else given
+        return samples if bootstrap is None else _drawn(policy, samples, numbers_of(given), times)
+
+    buffer.sample = for_members
+    try:
+        yield
+    finally:
+        if bootstrap is not None:
+            bootstrap.numbers = None
+        if own is None:
+            del buffer.sample  # the class's own is under it
+        else:
+            buffer.sample = own
+
+
+def _drawn(policy: Any, samples: Any, numbers: th.Tensor | None, times: int) -> Any:
+    """The batch with the rewards of its rows' members; its numbers are noted for the network."""
+    if numbers is None:
+        raise TypeError(
+            "a sample of the replay buffer carries no numbers of its transitions, which bootstrap and reward_noise need: what "
+            "was put in place of its `sample` makes the actions anew. Hand on the actions that `sample` of the class gives."
+        )
+    rewards = policy.learning.noise_on_rewards(samples.rewards, numbers.repeat_interleave(times))
+    return with_parts(samples, rewards=rewards)

@@ -1,0 +1,121 @@
+"""The noise of gradient steps: keys and base as pure functions of the number of the step and of the role of the network.
+
+So nothing has to be threaded through SB3's ``train``.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import Any
+
+import torch as th
+
+from sb3_flipout.noise import RowNoise, Stream, fold, fold_in
+from sb3_flipout.noise.keys import restrict
+from sb3_flipout.policies.bootstrap import Bootstrap
+from sb3_flipout.policies.learning_settings import LearningSettings
+
+
+class Role(IntEnum):
+    """What a network is for in a gradient step; part of its keys, so never renumbered."""
+
+    ONLINE = 0
+    TARGET = 1
+
+
+class LearningNoise:
+    """
+    The noise of gradient steps, shared by a policy and its networks.
+
+    :param seed: Seed of the policy's noise
+    :param settings: Settings of the policy
+    """
+
+    def __init__(self, seed: int, settings: LearningSettings) -> None:
+        self.seed = seed
+        self.settings = settings
+        self.step = 0  # gradient steps so far
+        self.active = False  # whether SB3's `train` is running
+        self.scale = 1.0
+        self.keys_per_transition: int = getattr(settings, "keys_per_transition", 1)  # a setting of value-based policies
+        self.bootstrap = Bootstrap(getattr(settings, "bootstrap", 1.0), getattr(settings, "reward_noise", 0.0))
+        self.inputs_once = False  # whether networks may get a repeated observation once; found out when they are built
+        # Whether gradient steps need bases of their own: not with members, whose base is frozen, and not where the factors
+        # alone are the noise.
+        self.base_moves = settings.layer_noise().draws_base and settings.members is None
+
+    def count(self, *_: Any) -> None:
+        """
+        Count a gradient step; hung on the optimizer.
+
+        :param _: What torch hands to hooks
+        """
+        self.step += 1
+
+    def noise_of(self, role: Role) -> str:
+        """
+        Look up which noise a network has in gradient steps.
+
+        :param role: Online or target network
+        :return: ``"independent"``, ``"same"`` or ``"mean"``
+        """
+        if role == Role.TARGET:
+            return str(self.settings.target_noise)
+        return str(getattr(self.settings, "update_noise", "independent"))  # of actors alone
+
+    def _role(self, role: Role) -> Role:
+        return Role.ONLINE if self.settings.target_noise == "same" else role
+
+    def rows(self, role: Role, n: int, device: th.device) -> RowNoise | None:
+        """
+        Draw the noise of a batch in the present gradient step.
+
+        :param role: Online or target network
+        :param n: Rows of the batch
+        :param device: Device of the network
+        :return: Row noise; ``None`` for mean weights
+        """
+        if self.noise_of(role) == "mean":
+            return None
+        rows = th.arange(n, device=device)
+        if self.keys_per_transition > 1:
+            noise = RowNoise(self._stratified(role, rows), self.scale)
+            noise.rows_per_input = self.keys_per_transition if self.inputs_once else 1
+            return noise
+        keys = fold_in(fold(self.seed, Stream.LEARNING_KEYS, self.step, self._role(role)), rows)
+        return RowNoise(restrict(keys, self.settings.members), self.scale)
+
+    def _stratified(self, role: Role, rows: th.Tensor) -> th.Tensor:
+        """Members of repeated transitions: of transition i the M that follow a hashed first one, in a circle of all K."""
+        transition, copy = rows // self.keys_per_transition, rows % self.keys_per_transition
+        first = fold_in(fold(self.seed, Stream.FIRST_MEMBERS, self.step, self._role(role)), transition)
+        return restrict(restrict(first, self.settings.members) + copy, self.settings.members)
+
+    def noise_on_rewards(self, rewards: th.Tensor, numbers: th.Tensor) -> th.Tensor:
+        """
+        Note which transitions the batch of the present gradient step has, and perturb their rewards.
+
+        :param rewards: Rewards, shape (N, 1)
+        :param numbers: Numbers of the transitions, shape (N,)
+        :return: What each row's member learns from, shape (N, 1)
+        """
+        self.bootstrap.numbers = numbers
+        noise = self.rows(Role.ONLINE, len(numbers), numbers.device)
+        return rewards if noise is None else self.bootstrap.noise_on(rewards, noise.keys)
+
+    def base_key(self, role: Role) -> int:
+        """
+        Derive the key of the learning base in the present gradient step.
+
+        :param role: Online or target network
+        :return: Base key
+        """
+        return fold(self.seed, Stream.LEARNING_BASE, self.step, self._role(role))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """
+        Keep in copies what is saved of it: a copy is not in the middle of an update.
+
+        :return: Attributes
+        """
+        return {**self.__dict__, "active": False}

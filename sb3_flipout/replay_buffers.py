@@ -1,0 +1,140 @@
+"""Replay buffers that store a number with each transition, from which members draw bootstrap masks and reward noise.
+
+The number stands beside the action, in one more column of the array of actions. So it is taken wherever a buffer takes the
+actions of its sample, by whatever indices: SB3's own classes, ``HerReplayBuffer``, n-step returns, and classes of the user's.
+It costs 8 bytes per transition.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch as th
+from stable_baselines3.common.buffers import ReplayBuffer
+
+from sb3_flipout.noise import fold_in
+from sb3_flipout.noise.keys import signed
+from sb3_flipout.samples import with_parts
+
+_NAME = "transition_numbers"
+
+
+class NumberedBufferMixin(ReplayBuffer):
+    """Stands before a replay buffer class in the bases of the class that :func:`numbered` makes."""
+
+    numbers_key: int  # from which numbers are hashed, with how many there were before
+    numbered: int  # transitions that have been given one
+
+    def add(self, *args: Any, **kwargs: Any) -> None:
+        """
+        Store a step of all environments, and give each transition a number.
+
+        :param args: What the stock buffer takes: observation, next observation, action, reward, done, infos
+        :param kwargs: The same by name
+        """
+        position = self.pos
+        super().add(*args, **kwargs)
+        if self.pos != position or self.buffer_size == 1:  # a class of the user's may leave transitions out
+            self.actions[position, :, -1] = self._new_numbers(self.n_envs)
+
+    def _new_numbers(self, n: int) -> np.ndarray:
+        counts = th.arange(self.numbered, self.numbered + n)
+        self.numbered += n
+        return fold_in(signed(self.numbers_key), counts).numpy()
+
+    def sample(self, *args: Any, **kwargs: Any) -> Any:
+        """
+        Sample transitions; their actions carry the numbers.
+
+        :param args: What the stock buffer takes
+        :param kwargs: The same by name
+        :return: What the stock buffer gives
+        :raises TypeError: If the buffer has not taken its actions from ``self.actions``
+        """
+        samples = super().sample(*args, **kwargs)
+        both = samples.actions
+        if both.dim() != 2 or both.shape[1] != 2:
+            raise TypeError(
+                f"a sample of {type(self).__bases__[1].__name__} has actions of shape {tuple(both.shape)} and has lost the "
+                "numbers of its transitions, which stand beside them. Take actions from self.actions as ReplayBuffer does, "
+                "and leave their last dimension as it is; or leave out bootstrap and reward_noise."
+            )
+        actions = both[:, :1]
+        setattr(actions, _NAME, both[:, 1].to(th.int64))
+        return with_parts(samples, actions=actions)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """
+        Pickle by the class it was made from, since the class itself is made at run time.
+
+        :param protocol: Pickle protocol
+        :return: How to make it again
+        """
+        derived_from = vars(type(self)).get("DERIVED_FROM")
+        if derived_from is None:
+            return super().__reduce_ex__(protocol)
+        return _empty_numbered, (derived_from,), self.__getstate__()  # type: ignore[attr-defined]
+
+
+def numbers_of(samples: Any) -> th.Tensor | None:
+    """
+    Read the numbers of sampled transitions.
+
+    :param samples: What a buffer has given
+    :return: Numbers, shape (N,), int64; ``None`` if it has none
+    """
+    return getattr(samples.actions, _NAME, None)
+
+
+@cache
+def numbered(buffer_class: type[ReplayBuffer]) -> type[ReplayBuffer]:
+    """
+    Derive the version of a replay buffer class that numbers its transitions.
+
+    :param buffer_class: Stock class, or a user's subclass of one
+    :return: Subclass; a class that does so already is returned as it is
+    """
+    if issubclass(buffer_class, NumberedBufferMixin):
+        return buffer_class
+    members = {
+        "DERIVED_FROM": buffer_class,
+        "__module__": __name__,
+        "__doc__": f"{buffer_class.__name__} that stores a number with each transition.",
+    }
+    return type(f"Numbered{buffer_class.__name__}", (NumberedBufferMixin, buffer_class), members)
+
+
+def number_transitions(buffer: Any, key: int) -> int:
+    """
+    Turn a replay buffer into the version of itself that numbers transitions, in place; one that does so already stays.
+
+    :param buffer: Replay buffer
+    :param key: Key from which numbers are hashed, any integer
+    :return: How many transitions were in it without a number; they have one now
+    :raises TypeError: If it does not keep its actions as ``ReplayBuffer`` does
+    """
+    if isinstance(buffer, NumberedBufferMixin):
+        return 0
+    actions = np.asarray(getattr(buffer, "actions", None))
+    if not isinstance(buffer, ReplayBuffer) or actions.shape != (buffer.buffer_size, buffer.n_envs, 1):
+        raise TypeError(
+            f"replay_buffer_class={type(buffer).__name__} cannot be given numbers of transitions, which bootstrap and "
+            "reward_noise need: it must keep its actions in an array of shape (buffer_size, n_envs, 1). Derive it from "
+            "ReplayBuffer, DictReplayBuffer or HerReplayBuffer, or leave out bootstrap and reward_noise."
+        )
+    kind: type[ReplayBuffer] = type(buffer)
+    buffer.__class__ = numbered(kind)
+    assert isinstance(buffer, NumberedBufferMixin), "that is what numbered makes"
+    buffer.numbers_key, buffer.numbered = key, 0
+    numbers = np.zeros_like(buffer.actions, dtype=np.int64)
+    rows = buffer.size()
+    numbers[:rows, :, 0] = buffer._new_numbers(rows * buffer.n_envs).reshape(rows, buffer.n_envs)
+    buffer.actions = np.concatenate([buffer.actions.astype(np.int64), numbers], axis=2)
+    return rows * buffer.n_envs
+
+
+def _empty_numbered(buffer_class: type[ReplayBuffer]) -> ReplayBuffer:
+    numbered_class = numbered(buffer_class)
+    return numbered_class.__new__(numbered_class)

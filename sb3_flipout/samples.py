@@ -1,0 +1,46 @@
+"""Batches that buffers give: named tuples as SB3's, or dataclasses and other objects of users' own."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch as th
+
+
+def with_parts(samples: Any, **parts: Any) -> Any:
+    """
+    Put other parts into a batch.
+
+    :param samples: Batch: a named tuple, a dataclass, or another object with attributes
+    :param parts: What to put in, by name
+    :return: The same batch with these parts; an object that is neither tuple nor dataclass is changed in place
+    """
+    if hasattr(samples, "_replace"):
+        return samples._replace(**parts)
+    if dataclasses.is_dataclass(samples) and not isinstance(samples, type):
+        return dataclasses.replace(samples, **parts)
+    for name, part in parts.items():
+        setattr(samples, name, part)
+    return samples
+
+
+def repeat_rows(samples: Any, times: int) -> Any:
+    """
+    Repeat each row of a batch, one copy after the other: row n comes from row n // times.
+
+    :param samples: Tensor, or a dictionary, named tuple or dataclass of tensors; what is none stays
+    :param times: How often
+    :return: The same with ``times`` as many rows
+    """
+    if isinstance(samples, th.Tensor):
+        return samples.repeat_interleave(times, dim=0)
+    if isinstance(samples, dict):
+        return {name: repeat_rows(part, times) for name, part in samples.items()}
+    if hasattr(samples, "_asdict"):
+        names = list(samples._asdict())
+    elif dataclasses.is_dataclass(samples) and not isinstance(samples, type):
+        names = [field.name for field in dataclasses.fields(samples)]
+    else:
+        return samples
+    return with_parts(samples, **{name: repeat_rows(getattr(samples, name), times) for name in names})
