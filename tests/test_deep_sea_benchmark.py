@@ -1,0 +1,108 @@
+"""The deep-exploration benchmark: its arms are what its page says, and its plain references do what they say."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch as th
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+import boot_dqn
+import deep_sea
+
+from sb3_flipout.envs import DeepSea
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(deep_sea.TASKS, "tiny", (3, True, 60))
+    monkeypatch.setitem(deep_sea.TASKS, "tiny stochastic", (3, False, 60))
+
+
+@pytest.mark.parametrize("arm", [*deep_sea.ARMS, *deep_sea.PLAIN])
+def test_every_arm_runs(arm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = deep_sea.train(deep_sea.Run("tiny stochastic" if "reward noise" in arm else "tiny", arm, 3))
+    assert row["episodes"] == 60 and row["learned"] is None  # a hundred episodes are not made
+    assert row["rows_per_step"] == deep_sea.GRADIENT_STEPS * (640 if arm == "members, 10" else deep_sea.ROWS)
+    assert row["commit"] and 0 < row["learned_parameters"] < row["all_parameters"]
+
+
+def test_arms_differ_in_one_thing() -> None:
+    for arm, (changes, noise) in deep_sea.ARMS.items():
+        if arm.startswith("members"):
+            ours = deep_sea.ARMS["members"]
+            assert len({*noise.items()} ^ {*ours[1].items()}) <= 4 and changes.keys() <= {*ours[0], "batch_size"}
+    settings = deep_sea.build(deep_sea.Run("tiny", "members", 0))
+    assert settings.policy.noise_settings.members == settings.policy.noise_settings.keys_per_transition == deep_sea.MEMBERS
+    assert settings.batch_size == deep_sea.MEMBERS * deep_sea.TRANSITIONS and settings.target_update_interval == 4
+
+
+def test_the_ensemble_is_its_networks_and_their_priors() -> None:
+    agent = boot_dqn.Ensemble(9, 2, 3, 0.5)
+    obs = th.arange(4)
+    values = agent.values(obs, th.tensor([2, 0]))
+    prior = th.stack([agent.priors[k](obs) for k in (2, 0)], dim=1)
+    expected = th.stack([agent.nets[k](obs) for k in (2, 0)], dim=1) + 0.5 * prior / prior.square().mean().sqrt()
+    th.testing.assert_close(values, expected)
+    assert sum(p.numel() for p in agent.parameters() if p.requires_grad) == 3 * (9 * 50 + 50 + 50 * 51 + 2 * 51)
+
+
+def test_the_index_head_is_linear_in_the_index() -> None:
+    agent, obs = boot_dqn.IndexHead(9, 2, 0.0), th.arange(4)
+    a, b = agent.draw(2)
+    assert th.allclose(agent.draw(5).norm(dim=1), th.ones(5))
+    both = agent.values(obs, th.stack([a, b, a + b]))
+    mean = agent.values(obs, th.zeros(1, 4))[:, 0]
+    th.testing.assert_close(both[:, 0] + both[:, 1] - mean, both[:, 2], rtol=1e-4, atol=1e-5)
+
+
+def test_the_reference_solves_a_small_sea() -> None:
+    th.manual_seed(0)
+    agent, goals = boot_dqn.Ensemble(16, 2, 5, 0.35), deep_sea.GoalRecord()
+
+    def finished(good: bool) -> bool:
+        goals.add(good)
+        return goals.learned is not None
+
+    env = DeepSea(4, mapping_seed=1, integer_observations=True)
+    boot_dqn.learn(agent, env, 0, 4 * 400, finished, 32, 5)
+    assert goals.learned is not None
+    assert int(boot_dqn.vote(agent, th.tensor([0]), 5)) == env.action_mapping[0, 0]
+
+
+def test_a_good_episode_of_the_stochastic_sea_has_no_wrong_action() -> None:
+    env: Any = deep_sea.sea(deep_sea.Run("stochastic-10", "members", 4))
+    for wrong_at in (None, 3):
+        env.reset(seed=1)
+        info: dict[str, Any] = {}
+        for step in range(10):
+            right = int(env.unwrapped.action_mapping[env.unwrapped._row, env.unwrapped._column])
+            info = env.step(1 - right if step == wrong_at else right)[4]
+        assert info["reached_goal"] is (wrong_at is None)
+
+
+def row(size: int, seed: int, solved: int | None, arm: str = "members") -> dict[str, Any]:
+    return dict(
+        task=f"sea-{size}", arm=arm, seed=seed, cap=3000, episodes=3000, first_good=solved, learned=solved, solved=solved,
+        cpu_seconds=2.0, rows_per_step=1, learned_parameters=10,
+    )  # fmt: skip
+
+
+def test_the_exponent_is_that_of_the_medians() -> None:
+    rows = [row(size, seed, round(3 * size**1.5)) for size in (10, 20, 30, 50) for seed in range(3)]
+    assert "to the power 1.50 (95 % bootstrap interval over seeds [1.50, 1.50], sizes 10, 20, 30, 50)" in deep_sea.exponent(
+        rows
+    )
+    assert "Too few sizes" in deep_sea.exponent(rows[:6])
+
+
+def test_runs_that_are_not_solved_count_as_more_than_the_cap() -> None:
+    rows = [row(20, 100, 300), row(20, 101, None), row(20, 102, None)]
+    (line,) = deep_sea.table(rows).splitlines()[2:]
+    assert line.startswith("| sea-20 | members | 3 | 1 | >3000 (300 to >3000) | >3000 | 2 |")
+    assert np.isfinite(rows[0]["solved"])
