@@ -116,7 +116,7 @@ def learn(
     learning_starts: int = 100,
     gamma: float = 0.99,
 ) -> int:
-    """Learn until ``finished``, which is told after each episode whether it was good, or for ``steps``; give the steps made."""
+    """Learn until ``finished``, which is told after each episode whether it was good, or for ``steps``; give the steps."""
     generator, target = np.random.default_rng(seed), copy.deepcopy(agent)
     optimizer = th.optim.Adam([p for p in agent.parameters() if p.requires_grad], learning_rate)
     stored: tuple[np.ndarray, ...] = tuple(

@@ -61,9 +61,11 @@ def is_done(run: Run, rows: dict[Run, Row]) -> bool:
 # ---- many runs ------------------------------------------------------------------------------------------------------
 
 
-def all_runs(tasks: list[str], arms: list[str], n_envs: list[int], seeds: int, cap: int | None) -> list[Run]:
+def all_runs(
+    tasks: list[str], arms: list[str], n_envs: list[int], seeds: int, cap: int | None, first_seed: int = 0
+) -> list[Run]:
     """Give the runs seed by seed, so that a benchmark stopped half-way has the same seeds in all arms."""
-    cases = product(range(seeds), tasks, n_envs, arms)
+    cases = product(range(first_seed, first_seed + seeds), tasks, n_envs, arms)
     return [Run(t, arm, n, seed, cap or TASKS[t].cap) for seed, t, n, arm in cases if n in TASKS[t].n_envs]
 
 
@@ -114,6 +116,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--arms", nargs="+", choices=ARMS, metavar="ARM", help=f"default all: {', '.join(ARMS)}")
     parser.add_argument("--n-envs", nargs="+", type=int, choices=(1, 8), help="default both, where a task has both")
     parser.add_argument("--seeds", type=int, help="how many, default 5")
+    parser.add_argument("--first-seed", type=int, default=0, help="default 0")
     parser.add_argument("--cap", type=int, metavar="EPISODES", help="default: the task's own")
     parser.add_argument("--jobs", type=int, default=1, help="processes, default 1")
     parser.add_argument("--quick", action="store_true", help=f"defaults for a first look: {QUICK}")
@@ -137,7 +140,7 @@ def main(argv: list[str] | None = None) -> int:
 
         print(write_report(list(read(args.out).values()), args.out))
         return 0
-    runs = all_runs(args.tasks, args.arms, args.n_envs, args.seeds, args.cap)
+    runs = all_runs(args.tasks, args.arms, args.n_envs, args.seeds, args.cap, args.first_seed)
     if args.list:
         print(listing(runs, read(args.out)))
         return 0

@@ -49,6 +49,7 @@ ARMS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "flipout-episode": _weight_noise(resample="episode"),
     "members": _weight_noise(**_MEMBERS),
     "flipout-annealed": _weight_noise(resample="step"),
+    "flipout-falling": _weight_noise(resample="step", learn_sigma=False, schedule="linear", schedule_fraction=0.3),
     # Ablations: `members` with one thing changed.
     "members-no-prior": _weight_noise(**{**_MEMBERS, "prior_scale": 0.0}),
     "members-mean-target": _weight_noise(**{**_MEMBERS, "target_noise": "mean"}),
@@ -63,7 +64,13 @@ ARMS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 ANNEALED: dict[str, dict[str, float]] = {"flipout-annealed": dict(start=1.0, end=0.1)}
 
 BASELINES = ("epsilon", "noisynet-step", "noisynet-episode")  # what others do
-OURS = ("flipout-step", "flipout-annealed", "flipout-episode", "members")  # what is held against them; the ablations are not
+OURS = (
+    "flipout-step",
+    "flipout-annealed",
+    "flipout-falling",
+    "flipout-episode",
+    "members",
+)  # what is held against them; the ablations are not
 
 
 # ---- environments ---------------------------------------------------------------------------------------------------

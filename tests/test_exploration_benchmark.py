@@ -26,6 +26,7 @@ EXPECTED = {
     "noisynet-episode": ("factorised", "shared", "episode", None, 0.0, "independent", True),
     "flipout-step": ("gaussian", "flipout", "step", None, 0.0, "independent", True),
     "flipout-annealed": ("gaussian", "flipout", "step", None, 0.0, "independent", True),
+    "flipout-falling": ("gaussian", "flipout", "step", None, 0.0, "independent", False),
     "flipout-episode": ("gaussian", "flipout", "episode", None, 0.0, "independent", True),
     "members": ("gaussian", "flipout", "episode", 10, 0.35, "same", True),
     "members-no-prior": ("gaussian", "flipout", "episode", 10, 0.0, "same", True),
