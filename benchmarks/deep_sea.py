@@ -45,7 +45,8 @@ TASKS: dict[str, tuple[int, bool, int]] = {
 SEEDS = {"sea-30": 5, "sea-50": 5, "sea-100": 3, "stochastic-10": 5, "stochastic-20": 5}  # where it is not ten
 
 _ENSEMBLE: dict[str, Any] = dict(members=MEMBERS, prior_scale=PRIOR, keys_per_transition=MEMBERS)
-_NOISYNET = dict(family="factorised", noise_sharing="shared")
+_LEARNED = dict(learn_sigma=True, schedule="constant")
+_NOISYNET = dict(**_LEARNED, family="factorised", noise_sharing="shared")
 _GREEDY = dict(exploration_initial_eps=0.0, exploration_final_eps=0.0)
 
 #: Arms of SB3's DQN: changes of its arguments, and policy_kwargs.
@@ -58,8 +59,8 @@ ARMS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "members, reward noise": (_GREEDY, {**_ENSEMBLE, "reward_noise": 0.1}),
     "members, bootstrap and reward noise": (_GREEDY, {**_ENSEMBLE, "bootstrap": 0.5, "reward_noise": 0.1}),
     "members, optimism": (_GREEDY, _ENSEMBLE),
-    "flipout-step": (_GREEDY, dict(resample="step")),
-    "flipout-episode": (_GREEDY, dict(resample="episode")),
+    "flipout-step": (_GREEDY, dict(**_LEARNED, resample="step")),
+    "flipout-episode": (_GREEDY, dict(**_LEARNED, resample="episode")),
     "noisynet-step": (_GREEDY, dict(**_NOISYNET, resample="step")),
     "noisynet-episode": (_GREEDY, dict(**_NOISYNET, resample="episode")),
     "epsilon": (dict(exploration_initial_eps=1.0, exploration_final_eps=0.1), {}),

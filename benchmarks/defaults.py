@@ -54,8 +54,9 @@ ARMS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "behaviour linear@.3": (dict(update_noise="mean", learn_sigma=False, schedule="linear"), {}),
     "mode": (dict(act_by_mode=True), {}),
     "mode linear@.5": (dict(_LINEAR, schedule_fraction=0.5, act_by_mode=True), {}),
-    "episode": (dict(resample="episode"), {}),
-    "episode linear@.3": (dict(_LINEAR, schedule_fraction=0.3, resample="episode"), {}),
+    "episode": (dict(_LEARNED, schedule="constant", resample="episode"), {}),
+    "episode linear@.3": (dict(_LINEAR, **_LEARNED, schedule_fraction=0.3, resample="episode"), {}),
+    "episode linear@.3 fixed": (dict(_LINEAR, schedule_fraction=0.3, learn_sigma=False, resample="episode"), {}),
     "members": (dict(members=10, prior_scale=0.35), {}),
 }
 

@@ -36,8 +36,12 @@ _NOISYNET = dict(family="factorised", noise_sharing="shared")
 _MEMBERS = dict(members=10, prior_scale=0.35, resample="episode", target_noise="same")
 
 
+#: The defaults when these arms were run first; members have them still.
+_LEARNED = dict(learn_sigma=True, schedule="constant")
+
+
 def _weight_noise(**policy_kwargs: Any) -> tuple[str, dict[str, Any], dict[str, Any]]:
-    return "FlipoutMlpPolicy", _NO_EPSILON, policy_kwargs
+    return "FlipoutMlpPolicy", _NO_EPSILON, policy_kwargs if "members" in policy_kwargs else {**_LEARNED, **policy_kwargs}
 
 
 #: Name -> (policy, arguments of DQN, policy_kwargs).

@@ -15,6 +15,7 @@ from sb3_flipout.checks import check_choice, check_flag, check_integer, check_st
 from sb3_flipout.layers.base import FlipoutLayer, drawn_base_key
 from sb3_flipout.layers.config import LayerNoise, NoiseKwargs, layer_noise
 from sb3_flipout.layers.derived import PERTURBED_CLASSES, guarded_parent, own_matrices, perturbed_class, plain_class, why_plain
+from sb3_flipout.layers.embedding import OneHotLinear
 from sb3_flipout.layers.interface import without
 from sb3_flipout.layers.weights import PerturbedWeights
 
@@ -26,7 +27,7 @@ LAYERS: tuple[str, ...] = get_args(Layers)
 #: What ``layers=`` may name: the torch.nn classes it stands for, and which of their weights.
 LAYER_CHOICES: dict[str, dict[type[nn.Module], str]] = {
     "all": dict.fromkeys(PERTURBED_CLASSES, "all"),
-    "linear": {nn.Linear: "all"},
+    "linear": {nn.Linear: "all", OneHotLinear: "all"},
     "hidden": {nn.LSTM: "hidden", nn.GRU: "hidden"},
 }
 
@@ -267,10 +268,8 @@ def _check_present(layer: FlipoutLayer, config: LayerNoise, layers: str) -> None
         raise ValueError(f"a layer is already perturbed with {layer.noise_config}, not {config}; call restore first.")
     asked = _noise_on(layer, layers) or layer.noise_on
     if asked != layer.noise_on:
-        raise ValueError(
-            f"a {type(layer).__name__} is already perturbed with noise_on={layer.noise_on!r}, not {asked!r}; call restore "
-            f"first."
-        )
+        present = f"a {type(layer).__name__} is already perturbed with noise_on={layer.noise_on!r}"
+        raise ValueError(f"{present}, not {asked!r}; call restore first.")
 
 
 def restore(module: M) -> M:

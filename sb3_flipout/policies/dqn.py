@@ -48,7 +48,7 @@ class ValueMixin(OffPolicyMixin):
     :param family: How weights are perturbed: ``"gaussian"``, ``"factorised"``, ``"multiplicative"``, ``"dropconnect"`` or
         ``"isotropic"``
     :param sigma_init: Initial sigma in the family's unit (1/sqrt(fan_in), or relative to the mean weights); ``None``: 0.5
-    :param learn_sigma: Whether sigma is trained
+    :param learn_sigma: Whether sigma is trained; by default only with members
     :param resample: How long an environment keeps its noise: ``"step"``, ``"episode"``, ``"rollout"``, or a number of steps;
         by default ``"step"``, with members ``"episode"``
     :param base_every_steps: How often the acting base is redrawn, in collection steps; ``None`` for never
@@ -59,7 +59,7 @@ class ValueMixin(OffPolicyMixin):
     :param perturb_frozen: Whether layers are perturbed whose weights do not learn
     :param init: ``"keep"`` SB3's initialisation, or ``"noisynet"``
     :param schedule: How the noise falls over training: ``"constant"``, ``"linear"``, ``"cosine"`` or ``"exponential"``; by
-        default it is constant
+        default ``"linear"``, with members it is constant
     :param schedule_end: What is left of the noise at the end of the schedule, as a share of the noise scale; default 0, for
         ``"exponential"`` 0.01
     :param schedule_fraction: Share of training over which it falls; default 0.3
@@ -88,7 +88,7 @@ class ValueMixin(OffPolicyMixin):
         *args: Any,
         family: FamilyName = "gaussian",
         sigma_init: float | None = None,
-        learn_sigma: bool = True,
+        learn_sigma: bool | None = None,
         resample: Resample | int | None = None,
         base_every_steps: int | None = None,
         noise_sharing: NoiseSharing = "flipout",

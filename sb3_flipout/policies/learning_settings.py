@@ -112,6 +112,9 @@ class ValueSettings(LearningSettings):
     """
     The settings of value-based policies; arguments as in :class:`LearningSettings`, and
 
+    :param learn_sigma: As there; by default only with members
+    :param schedule: As there; by default the noise falls, with members it is constant: they are what the noise makes of the
+        weights
     :param prior_scale: Scale of the frozen random prior that is added to each member's values (Osband et al. 2018);
         0 for none
     :param keys_per_transition: Number M of members that each sampled transition is learned under, M <= K: a batch holds
@@ -122,12 +125,20 @@ class ValueSettings(LearningSettings):
         of each stored transition, always the same one (Osband et al. 2018)
     """
 
+    learn_sigma: bool | None = None  # type: ignore[assignment]
     prior_scale: float = 0.0
     keys_per_transition: int = 1
     bootstrap: float = 1.0
     reward_noise: float = 0.0
 
+    @property
+    def falls(self) -> str:
+        """How the noise falls over training: what the user chose, or else the default."""
+        return self.schedule or ("linear" if self.members is None else "constant")
+
     def __post_init__(self) -> None:
+        if self.learn_sigma is None:
+            self._set(learn_sigma=self.members is not None)
         super().__post_init__()
         self._set(prior_scale=check_number("prior_scale", self.prior_scale, 0.0, hint="Use 0.0 for no prior."))
         if self.prior_scale > 0 and self.members is None:

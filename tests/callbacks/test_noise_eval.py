@@ -143,7 +143,7 @@ def test_sampled_weights_are_held_for_an_episode(algorithm: type[BaseAlgorithm],
 
 
 def test_a_shared_draw_is_fresh_for_each_episode_and_training_keeps_its_own() -> None:
-    model = make(DQN, policy_kwargs=dict(net_arch=[16], noise_sharing="shared", family="factorised"))
+    model = make(DQN, policy_kwargs=dict(net_arch=[16], noise_sharing="shared", family="factorised", schedule="constant"))
     model.learn(40)
     layers = model.policy.online.perturbed_network.layers
     acting = [layer.bases()[1]["weight_base"] for layer in layers]

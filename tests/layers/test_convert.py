@@ -20,6 +20,7 @@ from sb3_flipout.layers import (
     FlipoutLayer,
     FlipoutLinear,
     FlipoutMultiheadAttention,
+    OneHotLinear,
     effective_weight,
     perturb,
     perturbed,
@@ -98,7 +99,7 @@ def test_only_layers_that_use_their_weights_in_a_known_way_are_converted() -> No
     assert isinstance(attention.out_proj, FlipoutLinear)
     assert sum(isinstance(layer, FlipoutLayer) for layer in net.modules()) == 7
     convolutions = {nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d}
-    others_known = {nn.Linear, nn.Embedding, nn.MultiheadAttention, nn.LSTM, nn.GRU, nn.GRUCell}
+    others_known = {nn.Linear, nn.Embedding, OneHotLinear, nn.MultiheadAttention, nn.LSTM, nn.GRU, nn.GRUCell}
     assert set(PERTURBED_CLASSES) == convolutions | others_known
 
 

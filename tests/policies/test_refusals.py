@@ -176,6 +176,8 @@ def test_a_setting_without_effect_is_refused_and_goes_when_left_out(algorithm: A
 @pytest.mark.parametrize("value", ["False", "no", 0, 1, None, th.tensor(True)])
 @pytest.mark.parametrize("name", ["learn_sigma", "perturb_frozen"])
 def test_a_flag_is_true_or_false(algorithm: Any, name: str, value: Any) -> None:
+    if algorithm is DQN and name == "learn_sigma" and value is None:
+        pytest.skip("None is the default there: learned with members")
     message = f"{name} must be True or False, got {value!r} of type {type(value).__name__}; pass {name}=True or =False."
     with refuses(TypeError, message, algorithm):
         build(algorithm, **{name: value})

@@ -47,7 +47,7 @@ def build(algorithm: type[BaseAlgorithm], buffer: str, policy: str = "Flipout", 
     "noise", [{}, dict(resample="episode", base_every_steps=4), dict(members=5, prior_scale=2.0, target_noise="same")]
 )
 def test_learns_under_fresh_noise(algorithm: type[BaseAlgorithm], buffer: str, noise: dict[str, Any]) -> None:
-    model = build(algorithm, buffer, policy_kwargs=noise)
+    model = build(algorithm, buffer, policy_kwargs=dict(noise, learn_sigma=True))
     assert type(model.replay_buffer) is BUFFERS[buffer][0]
     layers = [layer for layer in model.policy.online.modules() if isinstance(layer, FlipoutLayer)]
     before = [layer.weight_sigma.clone() for layer in layers]

@@ -61,19 +61,24 @@ def test_it_falls_with_the_steps_of_training(algorithm: Any, schedule: str) -> N
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_without_any_setting_it_falls_to_0_on_policy_and_stays_off_policy(algorithm: Any) -> None:
+def test_without_any_setting_it_falls_to_0_and_stays_that_of_actors_off_policy(algorithm: Any) -> None:
     model, scales, total = build(algorithm), Scales(), 320
-    on_policy = algorithm in (PPO, A2C)
-    assert model.policy.noise_settings.learn_sigma is not on_policy
+    falls, on_policy = algorithm is not SAC, algorithm in (PPO, A2C)
+    assert model.policy.noise_settings.learn_sigma is not falls
     sigma = {name: value.detach().clone() for name, value in model.policy.named_parameters() if name.endswith("_sigma")}
     model.learn(total, callback=scales)
     assert len(scales.seen) == total // 2
     for step, scale in scales.seen:
-        rollout = step // 32  # 30 % of training are three of them
-        assert scale == pytest.approx(max(0.0, 1 - rollout / 3) if on_policy else 1.0)
-    assert model.policy.effective_scale == (0.0 if on_policy else 1.0)
+        at = step - step % 32 if on_policy else step  # 30 % of training are 96 steps
+        assert scale == pytest.approx(max(0.0, 1 - at / 96) if falls else 1.0)
+    assert model.policy.effective_scale == (0.0 if falls else 1.0)
     moved = [name for name, value in model.policy.named_parameters() if name in sigma and not value.equal(sigma[name])]
-    assert sigma and bool(moved) is not on_policy
+    assert sigma and bool(moved) is not falls
+
+
+def test_noise_that_members_are_made_of_stays() -> None:
+    model = build(DQN, members=4).learn(320)
+    assert model.policy.effective_scale == 1.0 and model.policy.noise_settings.learn_sigma is True
 
 
 def test_the_first_ratio_is_exact_while_it_falls() -> None:
