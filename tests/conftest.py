@@ -16,8 +16,8 @@ SLOW_CASES = re.compile(
         (
             r"test_stock\.py::test_sigma_frozen_at_zero_trains_bitwise_as_stock\[TRPO-(?!mlp-discrete|dict)",
             r"test_stock\.py::test_sigma_frozen_at_zero_trains_bitwise_as_stock\[A2C-(?!mlp-discrete|image\])",
-            r"test_stock\.py::test_every_family_at_sigma_zero_is_stock\[(multiplicative|isotropic)",
-            r"test_theorem\.py::test_(gradients|a_rows|rows|layers|successive).*\[(multiplicative|dropconnect|isotropic)",
+            r"test_stock\.py::test_every_family_at_sigma_zero_is_stock\[(multiplicative|isotropic|lowrank)",
+            r"test_theorem\.py::test_(gradients|a_rows|rows|layers|successive).*\[(multiplicative|dropconnect|isotropic|lowrank)",
             r"test_diagnostics\.py::test_theorem_2_for_the_means\[(4-.*|.*-4)\]",
             r"test_diagnostics\.py::test_the_variance_falls_as_one_over_the_batch_size\[independent",
             r"test_adapt\.py::test_reaches_the_target_on_a_fixed_network\[.*-50\.0\]",
@@ -45,12 +45,12 @@ SLOW_CASES = re.compile(
             r"test_noise_eval\.py::test_chance_alone_warns_once_in_a_thousand_times",
             r"test_adapt\.py::test_reaches_the_target_on_a_fixed_network\[(A2C-box|DQN-discrete-kl)",
             r"test_sac_td3_options\.py::test_sigma_frozen_at_zero_is_stock_bit_for_bit\[(TQC|CrossQ|DDPG)",
-            r"test_dqn\.py::test_runs_and_learns_sigma\[.*(multiplicative|dropconnect|isotropic)",
-            r"test_replay\.py::test_replay_of_every_family_and_cadence\[.*(multiplicative|dropconnect|isotropic)",
-            r"test_on_policy_contrib\.py::test_trpo_trains_every_family.*\[.*(multiplicative|dropconnect|isotropic)",
+            r"test_dqn\.py::test_runs_and_learns_sigma\[.*(multiplicative|dropconnect|isotropic|lowrank)",
+            r"test_replay\.py::test_replay_of_every_family_and_cadence\[.*(multiplicative|dropconnect|isotropic|lowrank)",
+            r"test_on_policy_contrib\.py::test_trpo_trains_every_family.*\[.*(multiplicative|dropconnect|isotropic|lowrank)",
             r"test_sac_td3\.py::test_each_network_learns_under_the_noise_of_its_role\[.*(TQC|CrossQ|DDPG)",
             r"test_theorem\.py::test_(rows|layers)_.*\[factorised",
-            r"test_policy_diagnostics\.py::test_deviation_is_that_of_drawn_weights\[.*(multiplicative|isotropic|dropconnect)",
+            r"test_policy_diagnostics\.py::test_deviation_is_that_of_drawn_weights\[.*(multiplicative|isotropic|dropconnect|lowrank)",
         )
     )
 )

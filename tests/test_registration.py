@@ -207,8 +207,8 @@ def test_unfit_buffer_class_is_refused_with_the_remedy(bad):
         (
             dict(family="gausian"),
             ValueError,
-            'family must be one of "gaussian", "factorised", "multiplicative", "dropconnect", "isotropic", got \'gausian\'. '
-            "Did you mean 'gaussian'?",
+            'family must be one of "gaussian", "factorised", "multiplicative", "dropconnect", "isotropic", "lowrank", got '
+            "'gausian'. Did you mean 'gaussian'?",
         ),
         (
             dict(noise_sharing="batch"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from typing import Any
 
 import torch as th
@@ -34,11 +35,19 @@ class _Channels(OneWeightLayer, _ConvNd):
     def _least_dims(self) -> int:  # type: ignore[override]
         return 2 + len(self.kernel_size)
 
+    @abstractmethod
+    def _ones(self) -> th.Tensor:
+        """Make a kernel of ones with one output channel per group."""
+
     def _sizes(self, block: Block) -> tuple[int, int]:
         return self.in_channels, self.out_channels
 
     def _unit_dims(self, factor: th.Tensor, x: th.Tensor) -> th.Tensor:
         return factor.view(*factor.shape, *[1] * len(self.kernel_size))
+
+    def _summed(self, x: th.Tensor) -> th.Tensor:
+        found = self._op(x, self._ones(), None)  # one channel per group
+        return found.repeat_interleave(self.out_channels // self.groups, dim=1) if self.groups > 1 else found
 
     def _op_per_row(self, x: th.Tensor, weight: th.Tensor, bias: th.Tensor | None) -> th.Tensor:
         return functional.conv_per_row(self._op, x, weight, bias)
@@ -46,6 +55,9 @@ class _Channels(OneWeightLayer, _ConvNd):
 
 class _Conv(_Channels):
     """Convolutions: kernels are (out, in / groups, ...)."""
+
+    def _ones(self) -> th.Tensor:
+        return self.weight.new_ones(self.groups, *self.weight.shape[1:])
 
     def _op(self, x: th.Tensor, weight: th.Tensor, bias: th.Tensor | None) -> th.Tensor:
         found: th.Tensor = self._conv_forward(x, weight, bias)
@@ -78,6 +90,9 @@ class _ConvTransposed(_Channels, _ConvTransposeNd):
                 f"{type(self).__name__} cannot serve output_size={output_size!r} under noise; set output_padding instead."
             )
         return self.forward_rows(input, view)
+
+    def _ones(self) -> th.Tensor:
+        return self.weight.new_ones(len(self.weight), 1, *self.kernel_size)
 
     def _op(self, x: th.Tensor, weight: th.Tensor, bias: th.Tensor | None) -> th.Tensor:
         apply: Any = (nn.functional.conv_transpose1d, nn.functional.conv_transpose2d, nn.functional.conv_transpose3d)

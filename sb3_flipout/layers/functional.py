@@ -29,7 +29,8 @@ def delta(mean: th.Tensor, sigma: th.Tensor | None, base: th.Tensor | None, rela
     product = sigma if base is None else base if sigma is None else sigma * base
     if product is None:
         raise ValueError("a perturbation needs sigma or a base draw, got neither")
-    return product * mean if relative else product
+    product = product * mean if relative else product
+    return product if product.shape[-mean.dim() :] == mean.shape else product.expand_as(mean)
 
 
 def flipout(
@@ -61,6 +62,37 @@ def flipout(
     if rows_per_input > 1:
         x, of_mean = (part.repeat_interleave(rows_per_input, dim=0) for part in (x, of_mean))
     noise = op((x * s).to(x.dtype), *deltas)
+    return th.addcmul(of_mean, noise, r.to(noise.dtype))
+
+
+def rank_one(
+    op: Op,
+    summed: Callable[[th.Tensor], th.Tensor],
+    x: th.Tensor,  # shape: (N, I, ...) or (N, ..., I)
+    mean: tuple[th.Tensor, th.Tensor | None],
+    sigma: th.Tensor,  # shape: ()
+    s: th.Tensor,  # broadcasts against x
+    r: th.Tensor,  # broadcasts against the output; already multiplied by c
+    rows_per_input: int = 1,
+) -> th.Tensor:
+    """
+    Perturb every row by sigma times the outer product of its factors (Sarkar et al. 2025): ``y + r * sigma * (s . x + 1)``.
+
+    :param op: What the layer does with weights
+    :param summed: ``op`` with weights of 1, for one output of each group, seen by all of its outputs
+    :param x: Inputs
+    :param mean: Mean weight and bias
+    :param sigma: Sigma of the layer
+    :param s: Row factors over inputs
+    :param r: Row factors over outputs, multiplied by the noise scale
+    :param rows_per_input: Number of neighbouring rows that each input is for
+    :return: ``op`` with each row's own weights
+    """
+    of_mean = op(x, *mean)
+    if rows_per_input > 1:
+        x, of_mean = (part.repeat_interleave(rows_per_input, dim=0) for part in (x, of_mean))
+    noise = summed((x * s).to(x.dtype))
+    noise = sigma * (noise if mean[1] is None else noise + 1)
     return th.addcmul(of_mean, noise, r.to(noise.dtype))
 
 

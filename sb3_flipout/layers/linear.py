@@ -47,6 +47,9 @@ class FlipoutLinear(OneWeightLayer, nn.Linear):  # type: ignore[misc]
         dim = self.row_layout.dim
         return functional.linear_per_row(x.transpose(0, dim), weight, bias).transpose(0, dim)
 
+    def _summed(self, x: th.Tensor) -> th.Tensor:
+        return x.sum(dim=-1, keepdim=True)
+
     def _unit_dims(self, factor: th.Tensor, x: th.Tensor) -> th.Tensor:
         dim = self.row_layout.dim
         return factor if x.dim() == 2 else factor.view(*[1] * dim, len(factor), *[1] * (x.dim() - 2 - dim), -1)

@@ -50,13 +50,13 @@ class OneWeightLayer(FlipoutLayer):
         mean, dim = (self.weight, self.bias), x.dim()
         if view.vectors and dim == self._least_dims == 2 and x.shape[0] == view.rows and self.row_layout == FIRST:
             s, r = view.vectors  # the usual case, where nothing has to be moved
-            return functional.flipout(self._op, x, mean, self.deltas(), s.to(mean[0].dtype), r.to(mean[0].dtype))
+            return self._flipped(x, s.to(mean[0].dtype), r.to(mean[0].dtype))
         if view.is_once(x) and self.row_layout == FIRST:
             return self._forward_inputs_once(x, view)
         self._check_rows(x, view.rows)
         if view.vectors:
             s, r = (self._unit_dims(self._spread(vector, x), x) for vector in view.vectors)
-            return functional.flipout(self._op, x, mean, self.deltas(), s, r)
+            return self._flipped(x, s, r)
         scale = view.noise.scale.to(self.weight.dtype)
         if self.noise_config.noise_sharing == "shared":
             c = self._unit_dims(self._spread(scale[:, None], x), x)
@@ -71,7 +71,15 @@ class OneWeightLayer(FlipoutLayer):
         if not view.vectors:
             return self.forward_rows(x.repeat_interleave(times, dim=0), view)
         s, r = (self._unit_dims(vector.to(self.weight.dtype), x) for vector in view.vectors)
-        return functional.flipout(self._op, x, (self.weight, self.bias), self.deltas(), s, r, times)
+        return self._flipped(x, s, r, times)
+
+    def _flipped(self, x: th.Tensor, s: th.Tensor, r: th.Tensor, rows_per_input: int = 1) -> th.Tensor:
+        """Each row with the weights that its factors make."""
+        mean = (self.weight, self.bias)
+        if self.noise_config.spec.rank_one and not self._buffers:  # not where weights are pruned
+            assert self.weight_sigma is not None, "the family has one per layer"
+            return functional.rank_one(self._op, self._summed, x, mean, self.weight_sigma, s, r, rows_per_input)
+        return functional.flipout(self._op, x, mean, self.deltas(), s, r, rows_per_input)
 
     def _spread(self, vector: th.Tensor, x: th.Tensor) -> th.Tensor:
         return self.row_layout.spread(vector.to(self.weight.dtype), x.shape[self.row_layout.dim])
@@ -99,6 +107,10 @@ class OneWeightLayer(FlipoutLayer):
     @abstractmethod
     def _op_per_row(self, x: th.Tensor, weight: th.Tensor, bias: th.Tensor | None) -> th.Tensor:
         """Apply weights that have a leading dimension of rows."""
+
+    @abstractmethod
+    def _summed(self, x: th.Tensor) -> th.Tensor:
+        """Apply weights of 1, without bias: what one output of each group gets, as all of them do."""
 
     @abstractmethod
     def _unit_dims(self, factor: th.Tensor, x: th.Tensor) -> th.Tensor:

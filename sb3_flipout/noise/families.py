@@ -34,6 +34,11 @@ class Family:
     relative: bool
     source: str
 
+    @property
+    def rank_one(self) -> bool:
+        """Whether what a row sees of the noise is sigma times the outer product of its factors, so that dot products do."""
+        return self.base is None and self.sigma == "per_layer"
+
 
 _TABLE = (
     Family(
@@ -49,11 +54,12 @@ _TABLE = (
     Family("multiplicative", "sign", "normal", "normal", "per_weight", True, "Wen et al. 2018, section 4.1"),
     Family("dropconnect", "sign", "sign", "sign", "none", True, "Wan et al. 2013, p = 1/2"),
     Family("isotropic", "sign", "normal", "normal", "per_layer", False, "Plappert et al. 2018"),
+    Family("lowrank", "normal", None, None, "per_layer", False, "Sarkar et al. 2025 (EGGROLL), rank 1"),
 )
 
 FAMILIES: dict[str, Family] = {family.name: family for family in _TABLE}
 
-FamilyName = Literal["gaussian", "factorised", "multiplicative", "dropconnect", "isotropic"]
+FamilyName = Literal["gaussian", "factorised", "multiplicative", "dropconnect", "isotropic", "lowrank"]
 NoiseSharing = Literal["flipout", "shared", "independent"]
 
 #: Who shares a draw: every row its own signs on one base; one draw for the batch; a full draw for each row.

@@ -50,8 +50,8 @@ class ActorMixin(OffPolicyMixin):
     :param action_space: Action space, Box
     :param lr_schedule: Learning rate schedule
     :param args: Further arguments of SB3's policy
-    :param family: How weights are perturbed: ``"gaussian"``, ``"factorised"``, ``"multiplicative"``, ``"dropconnect"`` or
-        ``"isotropic"``
+    :param family: How weights are perturbed: ``"gaussian"``, ``"factorised"``, ``"multiplicative"``, ``"dropconnect"``,
+        ``"isotropic"`` or ``"lowrank"``
     :param sigma_init: Initial sigma in the family's unit (1/sqrt(fan_in), or relative to the mean weights); ``None``: 0.5
     :param learn_sigma: Whether sigma is trained
     :param resample: How long an environment keeps its noise: ``"step"``, ``"episode"`` (the default), ``"rollout"``, or a

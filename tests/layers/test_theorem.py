@@ -23,6 +23,7 @@ LAWS = {
     "multiplicative": (1.0, 3.0),
     "dropconnect": (1.0, 1.0),
     "isotropic": (1.0, 3.0),
+    "lowrank": (1.0, 9.0),  # a product of two normals
 }
 
 

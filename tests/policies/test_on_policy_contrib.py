@@ -358,7 +358,7 @@ def test_trpo_trains_every_family_and_moves_only_what_learns(family, learn_sigma
     model.learn(4 * 32, callback=probe)
     assert probe.worst_ratio <= RATIO_TOLERANCE
     for name, value in model.policy.named_parameters():
-        learns = not name.endswith("_sigma") or (learn_sigma and family != "isotropic")
+        learns = not name.endswith("_sigma") or (learn_sigma and family not in ("isotropic", "lowrank"))
         assert th.equal(value, before[name]) == (not learns), name
 
 
