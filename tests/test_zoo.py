@@ -72,7 +72,9 @@ class Zoo:
     @property
     def stated(self) -> set[str]:
         """Noise settings that each of its policy_kwargs writes out."""
-        return NOISE | ({"target_noise"} if self.replays else {"schedule", "schedule_fraction"})
+        return (
+            NOISE | ({"target_noise"} if self.replays else set()) | (set() if self.acts else {"schedule", "schedule_fraction"})
+        )
 
 
 def actor(algorithm: type[BaseAlgorithm], left_out: set[str], of_policy: frozenset[str] = frozenset()) -> Zoo:
