@@ -49,6 +49,7 @@ ARMS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "linear@.3 sigma .25": (dict(_LINEAR, **_LEARNED, schedule_fraction=0.3, sigma_init=0.25), {}),
     "linear@.5 fixed": (dict(_LINEAR, schedule_fraction=0.5, learn_sigma=False), {}),
     "linear@.3 fixed": (dict(_LINEAR, schedule_fraction=0.3, learn_sigma=False), {}),
+    "linear@.3 to .1 fixed": (dict(_LINEAR, schedule_fraction=0.3, schedule_end=0.1, learn_sigma=False), {}),
     "linear@.3 no gSDE": (dict(_LINEAR, **_LEARNED, schedule_fraction=0.3), dict(use_sde=False, sde_sample_freq=-1)),
     "behaviour": (dict(update_noise="mean", learn_sigma=False), {}),
     "behaviour linear@.3": (dict(update_noise="mean", learn_sigma=False, schedule="linear"), {}),

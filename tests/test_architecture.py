@@ -31,6 +31,7 @@ RINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "diagnostics": (("checks", "noise", "layers", *_OF_POLICIES), (*_SB3, "gymnasium", "matplotlib")),
     "callbacks": (("checks", "noise", "layers", "diagnostics", *_OF_POLICIES), (*_SB3, "gymnasium", "matplotlib")),
     "hooks": (("noise", "policies.base", "policies.state", "buffers", "replay_buffers", "samples"), (*_SB3, "gymnasium")),
+    "evolution": (("checks", "noise", "layers"), _TENSORS),
     "registration": (("policies", "hooks"), (*_SB3, "gymnasium")),
     "zoo": (("registration",), (*_SB3, "rl_zoo3")),
     "": (("noise", "layers", "envs", "diagnostics", "buffers", "policies", "callbacks", "registration"), ()),

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import math
-
 import torch as th
 
 from sb3_flipout.layers import FlipoutLayer
-
-# E[f(z)^2] of a row factor; the weight's noise has one factor over inputs and one over outputs, the bias's only the latter.
-_FACTOR_POWER = {"sign": 1.0, "sqrt_normal": math.sqrt(2 / math.pi), "normal": 1.0}
 
 
 def sigmas(layer: FlipoutLayer) -> th.Tensor | None:
@@ -35,17 +30,8 @@ def noise_deviation(layer: FlipoutLayer, scale: float) -> th.Tensor:
     :param scale: Noise scale c
     :return: Deviations of weights and biases, in this order, shape (n,)
     """
-    spec, power = layer.noise_config.spec, _FACTOR_POWER[layer.noise_config.spec.factor]
-    found = []
-    for block in layer.blocks:
-        weight_sigma, bias_sigma = block.sigmas(layer)
-        pair = (weight_sigma, weight_sigma if spec.sigma == "per_layer" else bias_sigma)
-        for mean, sigma, factors in zip(block.means(layer), pair, (2, 1), strict=True):
-            if mean is not None:
-                unit = mean.detach().abs() if spec.relative else th.ones_like(mean.detach())
-                deviation = unit if sigma is None else unit * sigma.detach().abs()
-                found.append(deviation.flatten() * (scale * power ** (factors / 2)))
-    return th.cat(found)
+    pairs = [pair for block in layer.blocks for pair in layer.variances(block)]
+    return th.cat([scale * variance.detach().sqrt().flatten() for variance in pairs if variance is not None])
 
 
 def signal_to_noise(layer: FlipoutLayer, scale: float) -> th.Tensor:

@@ -69,6 +69,11 @@ class _Conv(_Channels):
         per_output = per_group.repeat_interleave(self.out_channels // self.groups, dim=1)
         return (r[:, :, None] * per_output).view(*r.shape, per_output.shape[2], *[1] * len(self.kernel_size))
 
+    def _outer_sum(self, r: th.Tensor, s: th.Tensor, block: Block) -> th.Tensor:
+        of_group = (part.view(len(part), self.groups, -1) for part in (r, s))
+        found = th.einsum("ngo,ngi->goi", *of_group)
+        return found.reshape(self.out_channels, -1, *[1] * len(self.kernel_size))
+
 
 class _ConvTransposed(_Channels, _ConvTransposeNd):
     """Transposed convolutions: kernels are (in, out / groups, ...), and their bias is over outputs as everywhere."""
@@ -106,6 +111,11 @@ class _ConvTransposed(_Channels, _ConvTransposeNd):
         per_group = r.view(len(r), self.groups, self.out_channels // self.groups)
         per_input = per_group.repeat_interleave(self.in_channels // self.groups, dim=1)
         return (s[:, :, None] * per_input).view(*s.shape, per_input.shape[2], *[1] * len(self.kernel_size))
+
+    def _outer_sum(self, r: th.Tensor, s: th.Tensor, block: Block) -> th.Tensor:
+        of_group = (part.view(len(part), self.groups, -1) for part in (r, s))
+        found = th.einsum("ngo,ngi->gio", *of_group)
+        return found.reshape(self.in_channels, -1, *[1] * len(self.kernel_size))
 
     def fan_in(self, block: Block) -> int:
         """

@@ -141,6 +141,9 @@ class FlipoutEmbedding(FlipoutLayer, nn.Embedding):
     def _outer(self, r: th.Tensor, s: th.Tensor, block: Block) -> th.Tensor:
         return s[:, :, None] * r[:, None, :]
 
+    def _outer_sum(self, r: th.Tensor, s: th.Tensor, block: Block) -> th.Tensor:
+        return s.T @ r
+
     def fan_in(self, block: Block) -> int:
         """
         Count the inputs that one output adds up: a single one.

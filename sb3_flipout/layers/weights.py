@@ -18,6 +18,8 @@ from sb3_flipout.layers.config import LayerNoise
 from sb3_flipout.noise.signs import LayerVectors, factors, salts
 from sb3_flipout.noise.tables import FactorKind
 
+_LARGEST_DRAW = 1 << 24  # numbers that are drawn at once where every row has its own matrix: 64 MiB
+
 
 class PerturbedWeights(nn.Module, ABC):
     """Mixin of layers whose weights are means and perturbations."""
@@ -127,6 +129,62 @@ class PerturbedWeights(nn.Module, ABC):
         delta_weight, delta_bias = self.deltas(block=block)
         s, r = self._factors(block, keys)
         return delta_weight * self._outer(r, s, block), None if delta_bias is None else delta_bias * r
+
+    def summed_deltas(self, keys: th.Tensor, shares: th.Tensor, block: Block | None = None) -> Pair:
+        """
+        Add up what rows add to the mean weights at scale 1, each with a share: ``dW o (R^T diag(shares) S)``, one matrix
+        product where factors tell the rows apart. What an evolution strategy estimates its gradient from.
+
+        :param keys: Noise keys, shape (N,)
+        :param shares: What each row is multiplied by, shape (N,)
+        :param block: Which weight; ``None`` for the first
+        :return: Sums for weight and bias, of their shapes
+        """
+        block = block or self.blocks[0]
+        mean, mean_bias = block.means(self)
+        shares = shares.to(mean.dtype)
+        if self.noise_config.noise_sharing == "shared":
+            weight, bias = self.deltas(block=block)
+            return weight * shares.sum(), None if bias is None else bias * shares.sum()
+        if self._by_factors():
+            weight, bias = self.deltas(block=block)
+            s, r = self._factors(block, keys)
+            r = r * shares[:, None]
+            return weight * self._outer_sum(r, s, block), None if bias is None else bias * r.sum(0)
+        weight, bias = th.zeros_like(mean), None if mean_bias is None else th.zeros_like(mean_bias)
+        rows = max(1, _LARGEST_DRAW // mean.numel())  # every row draws a whole matrix: not all of them at once
+        for first in range(0, len(keys), rows):
+            some, share = keys[first : first + rows], shares[first : first + rows]
+            part, bias_part = self._row_deltas(block, some)
+            weight = weight + th.tensordot(share, part, dims=1)
+            bias = None if bias is None or bias_part is None else bias + share @ bias_part
+        return weight, bias
+
+    def _outer_sum(self, r: th.Tensor, s: th.Tensor, block: Block) -> th.Tensor:
+        """The sum of :meth:`_outer` over rows."""
+        return r.T @ s
+
+    def variances(self, block: Block | None = None) -> Pair:
+        """
+        Compute the variance of each weight's perturbation at scale 1, over draws of base and factors.
+
+        :param block: Which weight; ``None`` for the first
+        :return: Variances of weight and bias, of their shapes
+        """
+        block, spec = block or self.blocks[0], self.noise_config.spec
+        sigma, bias_sigma = (getattr(self, name) if name else None for name in (block.weight_sigma, block.bias_sigma))
+        found: list[th.Tensor | None] = []
+        pair = (sigma, sigma if spec.sigma == "per_layer" else bias_sigma)
+        for mean, own, factors_in in zip(block.means(self), pair, (2, 1), strict=True):
+            if mean is None:
+                found.append(None)
+                continue
+            variance = th.ones_like(mean) if own is None else own.square().expand_as(mean)
+            variance = variance * mean.square() if spec.relative else variance
+            found.append(variance * spec.factor_power**factors_in)
+        weight, bias = found
+        assert weight is not None, "a block has a weight"
+        return weight, bias
 
     def _factors(self, block: Block, keys: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
         """Factors over inputs, shape (N, in), and over outputs, shape (N, out), without noise scale."""

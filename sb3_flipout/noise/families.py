@@ -4,6 +4,7 @@ Every family gives row n the weights ``W + c_n * delta * outer(r_n, s_n)``. It s
 weights are multiplied to give ``delta``, and what the row factors r and s are.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -33,6 +34,11 @@ class Family:
     sigma: Literal["per_weight", "per_layer", "none"]
     relative: bool
     source: str
+
+    @property
+    def factor_power(self) -> float:
+        """Mean square of a row factor: a weight's noise has one over inputs and one over outputs, a bias's only the latter."""
+        return math.sqrt(2 / math.pi) if self.factor == "sqrt_normal" else 1.0
 
     @property
     def rank_one(self) -> bool:

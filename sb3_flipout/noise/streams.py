@@ -17,6 +17,8 @@ class Stream(IntEnum):
     PRIOR = 18  # base perturbation of the members' priors
     FIRST_MEMBERS = 19  # which member a transition of a gradient step is learned under first
     TRANSITIONS = 20  # numbers of stored transitions
+    POPULATION_KEYS = 21  # keys of an evolution strategy's members, generation after generation
+    POPULATION_BASE = 22  # their base perturbations
     # Seeds of what only looks: training never sees their keys.
     ADAPT = 0xADA
     MONITOR = 0x6D6F6E
