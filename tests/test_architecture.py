@@ -25,6 +25,7 @@ RINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     # ale_py and minatar are extras, imported where they are asked for.
     "envs": (("checks",), ("gymnasium", "numpy", "ale_py", "minatar")),
     "samples": ((), _SB3),
+    "envs.vector": (("checks",), ("gymnasium", "numpy", "stable_baselines3")),
     "buffers": (("noise", "samples"), _SB3),
     "replay_buffers": (("noise", "samples"), _SB3),
     "policies": (("checks", "noise", "layers"), (*_SB3, "gymnasium")),
