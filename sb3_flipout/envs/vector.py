@@ -108,7 +108,7 @@ class GymnasiumVecEnv(VecEnv):
             told[i] = True
             self.reset_infos[i] = dict(infos[i])
             infos[i] |= {"terminal_observation": last, "TimeLimit.truncated": was_limit}
-        self._ended = {int(i): (_row(obs, i), bool(limits[i])) for i in np.flatnonzero(dones)}
+        self._ended = {i: (_row(obs, i), bool(limits[i])) for i in np.flatnonzero(dones).tolist()}
         return told
 
     @staticmethod
