@@ -6,6 +6,7 @@ the price of two matrix products (Flipout, Wen et al. 2018), and PPO's update re
 
 from sb3_flipout import callbacks, diagnostics, envs
 from sb3_flipout.callbacks import flipout_policy
+from sb3_flipout.evolution import FlipES
 from sb3_flipout.layers import (
     FlipoutConv1d,
     FlipoutConv2d,
@@ -30,6 +31,7 @@ from sb3_flipout.registration import register, unregister
 __version__ = "0.1.0"
 
 __all__ = [
+    "FlipES",
     "FlipoutConv1d",
     "FlipoutConv2d",
     "FlipoutConv3d",

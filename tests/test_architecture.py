@@ -32,10 +32,13 @@ RINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "diagnostics": (("checks", "noise", "layers", *_OF_POLICIES), (*_SB3, "gymnasium", "matplotlib")),
     "callbacks": (("checks", "noise", "layers", "diagnostics", *_OF_POLICIES), (*_SB3, "gymnasium", "matplotlib")),
     "hooks": (("noise", "policies.base", "policies.state", "buffers", "replay_buffers", "samples"), (*_SB3, "gymnasium")),
-    "evolution": (("checks", "noise", "layers"), _TENSORS),
+    # The estimator knows of no SB3; the algorithm stands on it.
+    "evolution.shaping": (("checks",), _TENSORS),
+    "evolution.estimator": (("checks", "noise", "layers", "evolution.shaping"), _TENSORS),
+    "evolution": (("checks", "noise", "layers", "policies"), (*_SB3, "gymnasium")),
     "registration": (("policies", "hooks"), (*_SB3, "gymnasium")),
     "zoo": (("registration",), (*_SB3, "rl_zoo3")),
-    "": (("noise", "layers", "envs", "diagnostics", "buffers", "policies", "callbacks", "registration"), ()),
+    "": (("noise", "layers", "envs", "diagnostics", "buffers", "policies", "callbacks", "evolution", "registration"), ()),
 }
 
 FILES = sorted(ROOT.rglob("*.py"))

@@ -108,3 +108,10 @@ def test_anneal_and_watch_ends_with_mean_weights_that_have_learned(tmp_path: Pat
     assert rows[-1][1] > 80
     assert number(r"noise scale at the end: (\S+)", out) == 0.02
     assert list(tmp_path.glob("PPO_1/events.*"))
+
+
+def test_flipes_learns() -> None:
+    out = run_example("07_flipes.py", "--steps", "400000")
+    best = max(float(found) for found in re.findall(r"mean weights\s+([\d.]+)", out))
+    assert best > 150
+    assert number(r"(\d+) environment steps per second", out.replace(",", "")) > 0

@@ -104,6 +104,11 @@ class AdaptNoise(ScaleCallback):
         if not isinstance(space, fitting):
             names = ", ".join(f'"{name}"' for name, other in MEASURES.items() if isinstance(space, other.action_spaces))
             raise ValueError(f'measure="{self.measure}" does not fit the action space {space}; use {names}.')
+        if not (hasattr(self.model, "rollout_buffer") or self.off_policy):
+            raise ValueError(
+                f"{self.name} measures on observations of a rollout or replay buffer, and {type(self.model).__name__} has "
+                "none. Use AnnealNoise."
+            )
         if hasattr(self.policy, "lstm_actor"):
             raise ValueError(
                 f"{self.name} cannot measure {type(self.policy).__name__}: observations without the states of the LSTM do not "

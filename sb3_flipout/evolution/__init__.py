@@ -1,6 +1,18 @@
-"""Evolution strategies: the pure estimator; environments and SB3 are no part of it."""
+"""Evolution strategies: a pure estimator on any network and fitness, and FlipES, an SB3 algorithm that stands on it."""
 
 from sb3_flipout.evolution.estimator import Group, Population, Told
+from sb3_flipout.evolution.flipes import FlipES
+from sb3_flipout.evolution.policy import EvolutionSettings, FlipESCnnPolicy, FlipESMultiInputPolicy, FlipESPolicy
 from sb3_flipout.evolution.shaping import SHAPINGS
 
-__all__ = ["SHAPINGS", "Group", "Population", "Told"]
+__all__ = [
+    "SHAPINGS",
+    "EvolutionSettings",
+    "FlipES",
+    "FlipESCnnPolicy",
+    "FlipESMultiInputPolicy",
+    "FlipESPolicy",
+    "Group",
+    "Population",
+    "Told",
+]

@@ -227,7 +227,7 @@ class NoFlipoutForARS(BasePolicy):
         raise ValueError(
             "ARS has no flipout policy: it is parameter noise itself. It perturbs the whole parameter vector, in which sigma "
             'would stand too, and learns from returns alone. Use ARS("MlpPolicy", env); for weight noise with gradients, PPO '
-            'or SAC with "FlipoutMlpPolicy". FlipES, the evolution strategy over flipout layers, is to come.'
+            'or SAC with "FlipoutMlpPolicy"; for an evolution strategy on it, sb3_flipout.FlipES("FlipoutMlpPolicy", env).'
         )
 
     def _predict(self, observation: Any, deterministic: bool = False) -> Any:

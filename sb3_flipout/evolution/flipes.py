@@ -1,0 +1,255 @@
+"""FlipES as an SB3 algorithm: an evolution strategy whose population acts in one batched forward pass."""
+
+from __future__ import annotations
+
+import sys
+import time
+import warnings
+from typing import Any, ClassVar
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
+from stable_baselines3.common.utils import safe_mean
+from typing_extensions import Self
+
+from sb3_flipout.checks import check_integer
+from sb3_flipout.evolution.estimator import Group, Population, Told
+from sb3_flipout.evolution.policy import FlipESCnnPolicy, FlipESMultiInputPolicy, FlipESPolicy
+
+
+class FlipES(BaseAlgorithm):
+    """
+    Evolution strategy on weight noise (Wen et al. 2018, section 4.4; Salimans et al. 2017): each environment plays under the
+    perturbation of one member of the population, and the returns say where the mean weights go.
+
+    A member keeps its perturbation for its episodes. An environment whose member has played them takes the next member, so
+    the population may be larger than the number of environments; at the end of a generation environments wait for the last
+    member, and their steps count.
+
+    :param policy: ``"FlipoutMlpPolicy"``, ``"FlipoutCnnPolicy"``, ``"FlipoutMultiInputPolicy"``, or a policy class
+    :param env: Environment, or its id; a ``VecEnv`` of many environments makes it fast
+    :param learning_rate: Learning rate of the policy's optimizer, or a schedule of it
+    :param population_size: Members of a generation; even where they are antithetic
+    :param episodes_per_member: Episodes over which a member's fitness, its mean return, is taken
+    :param antithetic: Whether members come in pairs with opposite perturbations
+    :param base_perturbations: Number of base draws, each for an equal part of the population; the parts play in turn
+    :param shaping: Fitness shaping: ``"centred_ranks"``, ``"none"``, ``"normalised"`` or ``"top"`` (of ARS)
+    :param top: Share of the antithetic pairs that ``"top"`` uses, in (0, 1]
+    :param policy_kwargs: Keyword arguments of the policy, the noise settings among them
+    :param stats_window_size: Number of episodes over which logged means are taken
+    :param tensorboard_log: Folder of tensorboard logs; ``None`` for none
+    :param verbose: 0 for silence, 1 for what is logged, 2 for more
+    :param seed: Seed of everything
+    :param device: Device of the policy
+    :param _init_setup_model: Whether to build the policy now
+    :raises TypeError: If a value has a wrong type
+    :raises ValueError: If a value is out of range or unfit
+    """
+
+    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
+        "FlipoutMlpPolicy": FlipESPolicy,
+        "FlipoutCnnPolicy": FlipESCnnPolicy,
+        "FlipoutMultiInputPolicy": FlipESMultiInputPolicy,
+    }
+    policy: FlipESPolicy
+    population: Population
+
+    def __init__(
+        self,
+        policy: str | type[FlipESPolicy],
+        env: GymEnv | str | None,
+        learning_rate: float | Schedule = 0.05,
+        population_size: int = 64,
+        episodes_per_member: int = 1,
+        antithetic: bool = True,
+        base_perturbations: int = 1,
+        shaping: str = "centred_ranks",
+        top: float = 1.0,
+        policy_kwargs: dict[str, Any] | None = None,
+        stats_window_size: int = 100,
+        tensorboard_log: str | None = None,
+        verbose: int = 0,
+        seed: int | None = None,
+        device: th.device | str = "auto",
+        _init_setup_model: bool = True,
+    ) -> None:
+        super().__init__(
+            policy,
+            env,
+            learning_rate,
+            policy_kwargs=policy_kwargs,
+            stats_window_size=stats_window_size,
+            tensorboard_log=tensorboard_log,
+            verbose=verbose,
+            device=device,
+            support_multi_env=True,
+            seed=seed,
+            supported_action_spaces=(spaces.Box, spaces.Discrete),
+        )
+        self.population_size = population_size
+        self.episodes_per_member = check_integer("episodes_per_member", episodes_per_member, 1)
+        self.antithetic, self.base_perturbations = antithetic, base_perturbations
+        self.shaping, self.top = shaping, top
+        self.population_seed: int | None = None  # saved, so that a loaded model goes on with the next generation
+        if _init_setup_model:
+            self._setup_model()
+
+    def _setup_model(self) -> None:
+        self._setup_lr_schedule()
+        self.set_random_seed(self.seed)
+        made = self.policy_class(self.observation_space, self.action_space, self.lr_schedule, **self.policy_kwargs)
+        if not isinstance(made, FlipESPolicy):
+            raise TypeError(
+                f"policy must be a FlipESPolicy, got {type(made).__name__}; name one of {', '.join(self.policy_aliases)}, or "
+                "derive a class of yours from sb3_flipout.evolution.FlipESPolicy."
+            )
+        self.policy = made.to(self.device)
+        if self.population_seed is None:
+            self.population_seed = self.policy._noise_seed
+        self.population = Population(
+            self.policy,
+            check_integer("population_size", self.population_size, 2),
+            self.population_seed,
+            self.antithetic,
+            self.base_perturbations,
+            self.shaping,
+            self.top,
+        )
+        self.population.generation = self._n_updates
+
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), "population"]
+
+    def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
+        return ["policy", "policy.optimizer"], []
+
+    # ---- learning ---------------------------------------------------------------------------------------------------
+
+    def learn(
+        self,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        log_interval: int = 1,
+        tb_log_name: str = "FlipES",
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+    ) -> Self:
+        """
+        Learn for a number of environment steps; whole generations are made.
+
+        :param total_timesteps: Environment steps
+        :param callback: Callback, or a list of them, called at each step of the environments
+        :param log_interval: Generations between two logs
+        :param tb_log_name: Name of the run in tensorboard
+        :param reset_num_timesteps: Whether steps are counted from 0
+        :param progress_bar: Whether to show a progress bar
+        :return: The model
+        """
+        total, listed = self._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
+        self.policy.guard.check_whole(self.policy, self.policy.perturbed_network)
+        self.policy.marks.steered = False
+        listed.on_training_start(locals(), globals())
+        while self.num_timesteps < total:
+            fitness = self._evaluate_generation(listed)
+            if fitness is None:
+                break
+            self._learn_from(fitness)
+            if log_interval is not None and self._n_updates % log_interval == 0:
+                self.dump_logs()
+        listed.on_training_end()
+        return self
+
+    def _evaluate_generation(self, callback: BaseCallback) -> th.Tensor | None:
+        """Give the fitness of each member; ``None`` where a callback has asked to stop."""
+        self._update_current_progress_remaining(self.num_timesteps, self._total_timesteps)
+        self.policy.follow_schedule(1 - self._current_progress_remaining)
+        self.policy.set_training_mode(False)
+        self.population.scale = self.policy.effective_scale
+        callback.on_rollout_start()
+        returns = np.zeros(self.population_size)
+        self.population.generation = self._n_updates  # also where a generation was broken off
+        for group in self.population.ask():
+            if not self._play(group, returns[group.rows], callback):
+                return None
+        callback.on_rollout_end()
+        return th.as_tensor(returns / self.episodes_per_member)
+
+    def _play(self, group: Group, returns: np.ndarray, callback: BaseCallback) -> bool:
+        """Let the members of a group play their episodes; ``False`` where a callback has asked to stop."""
+        assert self.env is not None, "learning needs environments"
+        waiting = iter(range(self.n_envs, len(returns)))
+        member = np.arange(self.n_envs) % len(returns)  # of each environment
+        plays = np.arange(self.n_envs) < len(returns)
+        left = np.full(len(returns), self.episodes_per_member)
+        obs: Any = self.env.reset()
+        with self.policy.collecting(self.n_envs):
+            while plays.any():
+                with group.members(th.as_tensor(member, device=self.device)):
+                    actions, _ = self.policy.predict(obs, deterministic=True)
+                obs, rewards, dones, infos = self.env.step(actions)
+                if self._vec_normalize_env is not None:
+                    rewards = self._vec_normalize_env.get_original_reward()
+                np.add.at(returns, member[plays], rewards[plays])
+                self.num_timesteps += self.n_envs
+                callback.update_locals(locals())
+                if not callback.on_step():
+                    return False
+                self._update_info_buffer(infos, dones)
+                for env in np.flatnonzero(dones & plays):
+                    left[member[env]] -= 1
+                    if left[member[env]] == 0:
+                        following = next(waiting, None)
+                        plays[env] = following is not None
+                        member[env] = member[env] if following is None else following
+        return True
+
+    def _learn_from(self, fitness: th.Tensor) -> None:
+        self._update_learning_rate(self.policy.optimizer)
+        self.policy.optimizer.zero_grad()
+        told = self.population.tell(fitness.to(self.device))
+        self._warn_of(told)
+        if told.stepped:
+            self.policy.optimizer.step()
+        self._n_updates += 1
+        alive = fitness[th.isfinite(fitness)]
+        if len(alive):
+            for name, value in (("mean", alive.mean()), ("max", alive.max()), ("std", alive.std(correction=0))):
+                self.logger.record(f"rollout/fitness_{name}", float(value))
+        self.logger.record("train/dropped_members", told.dropped)
+        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+        self.logger.record("noise/scale", self.policy.effective_scale)
+
+    def _warn_of(self, told: Told) -> None:
+        """Say, once per model, what was not learned from."""
+        warned = self.policy.marks.warned
+        if told.dropped and "dropped" not in warned:
+            warned.add("dropped")
+            warnings.warn(
+                f"{told.dropped} of {self.population_size} members were left out of the estimate: the returns of some are not "
+                "finite, and an antithetic twin goes with its pair. Look at the rewards of the environment; "
+                "train/dropped_members counts them.",
+                stacklevel=4,
+            )
+        if not told.stepped and "equal" not in warned:
+            warned.add("equal")
+            warnings.warn(
+                "all members of a generation had the same fitness, or none had a finite one, so no step was made. Where this "
+                "goes on, give the noise a larger sigma_init, or more episodes_per_member.",
+                stacklevel=4,
+            )
+
+    def dump_logs(self) -> None:
+        """Write the logs of a generation."""
+        elapsed = max((time.time_ns() - self.start_time) / 1e9, sys.float_info.epsilon)
+        if self.ep_info_buffer:
+            self.logger.record("rollout/ep_rew_mean", safe_mean([info["r"] for info in self.ep_info_buffer]))
+            self.logger.record("rollout/ep_len_mean", safe_mean([info["l"] for info in self.ep_info_buffer]))
+        self.logger.record("time/fps", int((self.num_timesteps - self._num_timesteps_at_start) / elapsed))
+        self.logger.record("time/time_elapsed", int(elapsed), exclude="tensorboard")
+        self.logger.record("time/total_timesteps", self.num_timesteps, exclude="tensorboard")
+        self.logger.dump(step=self.num_timesteps)
