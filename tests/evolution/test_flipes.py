@@ -240,7 +240,7 @@ def test_callbacks_about_noise_work_or_say_why_not() -> None:
     evaluation = NoiseEvalCallback(make_vec_env("CartPole-v1", 2), eval_freq=20, n_eval_episodes=2, warn=False, verbose=0)
     model = build().learn(300, callback=[MonitorNoise(), AnnealNoise(1.0, 0.5), evaluation])
     assert model.policy.effective_scale == 0.5 and set(evaluation.returns) == {"mean", "sampled"}
-    with pytest.raises(ValueError, match="AdaptNoise measures on observations of a .* buffer, and FlipES has none"):
+    with pytest.raises(ValueError, match=r"AdaptNoise measures on observations of a .* buffer, and FlipES has none"):
         build().learn(100, callback=AdaptNoise(target=0.1))
 
 
