@@ -126,6 +126,8 @@ def learn(
     for step in range(steps):
         with th.no_grad():
             action = int(agent.values(th.tensor([int(obs)]), index)[0, 0].argmax())
+        if step < learning_starts:  # as SB3 does
+            action = int(generator.integers(env.action_space.n))
         then, reward, terminated, _, info = env.step(action)
         for array, value in zip(stored, (obs, action, reward, terminated, then), strict=True):
             array[step % size] = value
@@ -147,10 +149,11 @@ def learn(
 def _update(agent: Agent, target: Agent, optimizer: Any, batch: list[th.Tensor], keys: int, gamma: float) -> None:
     obs, actions, rewards, dones, then = batch
     indices = agent.draw(keys)
+    values = agent.values(obs, indices)
+    target.unit = agent.unit  # one prior for both, measured once
     with th.no_grad():
         best = target.values(then, indices).amax(dim=2)
         goal = rewards[:, None] + (1 - dones[:, None]) * gamma * best
-    values = agent.values(obs, indices)
     chosen = values.gather(2, actions[:, None, None].expand(-1, values.shape[1], 1))[:, :, 0]
     loss = nn.functional.smooth_l1_loss(chosen, goal)
     optimizer.zero_grad()

@@ -237,10 +237,13 @@ def exponent(rows: list[Row], draws: int = 10_000) -> str:
     found: dict[int, list[float]] = {}
     for row in rows:
         size, deterministic, _ = TASKS[row["task"]]
-        if row["arm"] == "members" and deterministic and size >= 10 and row["solved"] is not None:
-            found.setdefault(size, []).append(float(row["solved"]))
+        if row["arm"] == "members" and deterministic and size >= 10:
+            found.setdefault(size, []).append(float(row["solved"] or np.inf))
+    failed = [size for size in sorted(found) if not np.all(np.isfinite(found[size]))]
+    found = {size: episodes for size, episodes in found.items() if size not in failed}
+    without = f" Left out, since not all seeds are solved: {', '.join(map(str, failed))}." if failed else ""
     if len(found) < 3:
-        return "Too few sizes have been run for an exponent."
+        return f"Too few sizes have been run, and solved in all seeds, for an exponent.{without}"
     generator, sizes = np.random.default_rng(0), np.array(sorted(found))
 
     def slope(medians: list[float]) -> float:
@@ -253,7 +256,7 @@ def exponent(rows: list[Row], draws: int = 10_000) -> str:
     low, high = np.percentile(again, [2.5, 97.5])
     return (
         f"Episodes of `members` grow as size to the power {fitted:.2f} (95 % bootstrap interval over seeds [{low:.2f}, "
-        f"{high:.2f}], sizes {', '.join(map(str, sizes))})."
+        f"{high:.2f}], sizes {', '.join(map(str, sizes))}).{without}"
     )
 
 

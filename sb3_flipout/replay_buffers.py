@@ -34,10 +34,14 @@ class NumberedBufferMixin(ReplayBuffer):
         :param args: What the stock buffer takes: observation, next observation, action, reward, done, infos
         :param kwargs: The same by name
         """
-        position = self.pos
+        if self.actions.shape[-1] == 1:  # made anew by a `reset` of the user's
+            _widen(self)
+        before = self.pos
         super().add(*args, **kwargs)
-        if self.pos != position or self.buffer_size == 1:  # a class of the user's may leave transitions out
-            self.actions[position, :, -1] = self._new_numbers(self.n_envs)
+        # A class of the user's may store several steps at once, or leave some out.
+        steps = 1 if self.buffer_size == 1 else (self.pos - before) % self.buffer_size
+        places = (before + np.arange(steps)) % self.buffer_size
+        self.actions[places, :, 1] = self._new_numbers(steps * self.n_envs).reshape(steps, self.n_envs)
 
     def _new_numbers(self, n: int) -> np.ndarray:
         counts = th.arange(self.numbered, self.numbered + n)
@@ -55,14 +59,16 @@ class NumberedBufferMixin(ReplayBuffer):
         """
         samples = super().sample(*args, **kwargs)
         both = samples.actions
-        if both.dim() != 2 or both.shape[1] != 2:
+        if both.dim() != 2 or both.shape[1] != 2 or both.dtype != th.int64:
+            kind = type(self).__bases__[1].__name__
             raise TypeError(
-                f"a sample of {type(self).__bases__[1].__name__} has actions of shape {tuple(both.shape)} and has lost the "
-                "numbers of its transitions, which stand beside them. Take actions from self.actions as ReplayBuffer does, "
-                "and leave their last dimension as it is; or leave out bootstrap and reward_noise."
+                f"a sample of {kind} has actions of shape {tuple(both.shape)} and type {both.dtype}, "
+                "and has lost the numbers of its transitions, which stand beside them. Take actions from self.actions as "
+                "ReplayBuffer does, and leave their last dimension and their type as they are; or leave out bootstrap and "
+                "reward_noise."
             )
         actions = both[:, :1]
-        setattr(actions, _NAME, both[:, 1].to(th.int64))
+        setattr(actions, _NAME, both[:, 1])
         return with_parts(samples, actions=actions)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -75,7 +81,8 @@ class NumberedBufferMixin(ReplayBuffer):
         derived_from = vars(type(self)).get("DERIVED_FROM")
         if derived_from is None:
             return super().__reduce_ex__(protocol)
-        return _empty_numbered, (derived_from,), self.__getstate__()  # type: ignore[attr-defined]
+        state = getattr(self, "__getstate__", None)  # which Python 3.10 has in classes that define it only
+        return _empty_numbered, (derived_from,), dict(self.__dict__) if state is None else state()
 
 
 def numbers_of(samples: Any) -> th.Tensor | None:
@@ -128,8 +135,12 @@ def number_transitions(buffer: Any, key: int) -> int:
     buffer.__class__ = numbered(kind)
     assert isinstance(buffer, NumberedBufferMixin), "that is what numbered makes"
     buffer.numbers_key, buffer.numbered = key, 0
-    numbers = np.zeros_like(buffer.actions, dtype=np.int64)
-    rows = buffer.size()
+    return _widen(buffer)
+
+
+def _widen(buffer: NumberedBufferMixin) -> int:
+    """Give the array of actions a column of numbers, and the transitions that are stored theirs; how many these are."""
+    numbers, rows = np.zeros_like(buffer.actions, dtype=np.int64), buffer.size()
     numbers[:rows, :, 0] = buffer._new_numbers(rows * buffer.n_envs).reshape(rows, buffer.n_envs)
     buffer.actions = np.concatenate([buffer.actions.astype(np.int64), numbers], axis=2)
     return rows * buffer.n_envs

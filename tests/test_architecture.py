@@ -31,7 +31,10 @@ RINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "policies": (("checks", "noise", "layers"), (*_SB3, "gymnasium")),
     "diagnostics": (("checks", "noise", "layers", *_OF_POLICIES), (*_SB3, "gymnasium", "matplotlib")),
     "callbacks": (("checks", "noise", "layers", "diagnostics", *_OF_POLICIES), (*_SB3, "gymnasium", "matplotlib")),
-    "hooks": (("noise", "policies.base", "policies.state", "buffers", "replay_buffers", "samples"), (*_SB3, "gymnasium")),
+    "hooks": (
+        ("noise", "policies.base", "policies.sampled", "policies.state", "buffers", "replay_buffers", "samples"),
+        (*_SB3, "gymnasium"),
+    ),
     # The estimator knows of no SB3; the algorithm stands on it.
     "evolution.shaping": (("checks",), _TENSORS),
     "evolution.estimator": (("checks", "noise", "layers", "evolution.shaping"), _TENSORS),

@@ -25,7 +25,7 @@ class Told(NamedTuple):
 
     :param used: Members whose fitness counts
     :param dropped: Members whose fitness was not finite, and their antithetic twins
-    :param stepped: Whether there is a gradient: not where no member is left, or all have the same fitness
+    :param stepped: Whether there is a gradient: not where no member is left, all have the same fitness, or the scale is 0
     """
 
     used: int
@@ -51,7 +51,10 @@ class Population:
     Member n sees the weights ``W + c_n dW o r_n s_n^T``. The estimate is
     ``1/N sum_n u_n / c_n (dW o r_n s_n^T) / v``, with utility u and the variance v of a weight's perturbation at scale 1:
     unbiased for the gradient of the mean fitness under Gaussian perturbations, of whatever sigma. Where perturbations are
-    relative to the weights, v is its mean over a layer, since weights of 0 have none.
+    relative to the weights, v is its mean over a layer, since weights of 0 have none. Parameters that are not perturbed get no
+    gradient, and stay as they are: those of normalisation layers, skipped or frozen ones.
+
+    The attribute ``scale`` multiplies all perturbations of the generations that are asked for from then on.
 
     :param module: Network with perturbed layers, one network
     :param size: Number of members N; even where they are antithetic
@@ -91,6 +94,8 @@ class Population:
         self.seed = check_integer("seed", seed)
         self.shaping = check_choice("shaping", shaping, SHAPINGS)
         self.top = check_number("top", top, 0.0, 1.0, above=True)
+        if self.top < 1 and self.shaping != "top":
+            raise ValueError(f'top={top} has no effect with shaping={shaping!r}; give shaping="top", or leave top out.')
         self.scale = 1.0
         self.generation = 0  # the one that `ask` gives next
         self._asked: list[Group] = []
@@ -123,9 +128,12 @@ class Population:
         :param fitness: Fitness of each member, the larger the better, shape (N,); a member whose fitness is not finite is
             dropped, with its antithetic twin
         :return: What came of it
+        :raises TypeError: If it is no tensor
         :raises ValueError: If the shape is another one
         :raises RuntimeError: If no generation has been asked for since the last was told
         """
+        if not isinstance(fitness, th.Tensor):
+            raise TypeError(f"fitness must be a tensor, got {type(fitness).__name__}; use torch.as_tensor(fitness).")
         if not self._asked:
             raise RuntimeError("tell needs a generation that was asked for; call ask() before each tell().")
         if fitness.shape != (self.size,):
@@ -139,6 +147,7 @@ class Population:
             utilities[whole] = SHAPINGS[self.shaping](fitness[whole].double(), pairs[whole], self.top)
         groups, self._asked = self._asked, []
         differs = used > 0 and bool((fitness[whole] != fitness[whole][0]).any())
+        differs = differs and any(bool(group.noise.scale.any()) for group in groups)
         if differs:
             self._add_gradients(groups, utilities / used)
         return Told(used, self.size - used, differs)
@@ -147,8 +156,9 @@ class Population:
         means, gradients = [], []
         sums = [_estimate(group, shares[group.rows]) for group in groups]
         for number, mean in enumerate(mean for layer in self.network.layers for mean in layer.means()):
-            means.append(mean)
-            gradients.append(-th.stack([of_group[number] for of_group in sums]).sum(0))
+            if mean.requires_grad:  # not a frozen one
+                means.append(mean)
+                gradients.append(-th.stack([of_group[number] for of_group in sums]).sum(0))
         th.autograd.backward(means, gradients)
 
 

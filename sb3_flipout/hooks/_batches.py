@@ -11,6 +11,7 @@ import torch as th
 
 from sb3_flipout.noise import Stream, fold
 from sb3_flipout.policies.base import FlipoutPolicyMixin
+from sb3_flipout.policies.sampled import SampledBatch
 from sb3_flipout.replay_buffers import number_transitions, numbers_of
 from sb3_flipout.samples import repeat_rows, with_parts
 
@@ -86,26 +87,37 @@ def batches_for_members(algorithm: Any, policy: FlipoutPolicyMixin) -> Iterator[
         _check_divides(batch_size, times)  # `train` can be called with another one
         given = sample(batch_size // times, *args, **kwargs)
         samples = repeat_rows(given, times) if times > 1 else given
-        return samples if bootstrap is None else _drawn(policy, samples, numbers_of(given), times)
+        return _noted(policy, samples, None if bootstrap is None else _numbers(given).repeat_interleave(times))
 
     buffer.sample = for_members
     try:
         yield
     finally:
-        if bootstrap is not None:
-            bootstrap.numbers = None
+        _learning(policy).batches.clear()
         if own is None:
             del buffer.sample  # the class's own is under it
         else:
             buffer.sample = own
 
 
-def _drawn(policy: Any, samples: Any, numbers: th.Tensor | None, times: int) -> Any:
-    """The batch with the rewards of its rows' members; its numbers are noted for the network."""
+def _numbers(samples: Any) -> th.Tensor:
+    numbers = numbers_of(samples)
     if numbers is None:
         raise TypeError(
             "a sample of the replay buffer carries no numbers of its transitions, which bootstrap and reward_noise need: what "
             "was put in place of its `sample` makes the actions anew. Hand on the actions that `sample` of the class gives."
         )
-    rewards = policy.learning.noise_on_rewards(samples.rewards, numbers.repeat_interleave(times))
-    return with_parts(samples, rewards=rewards)
+    return numbers
+
+
+def _noted(policy: Any, samples: Any, numbers: th.Tensor | None) -> Any:
+    """The batch with the rewards of its rows' members; it is noted, so that networks know it again."""
+    learning = _learning(policy)
+    if numbers is not None:
+        samples = with_parts(samples, rewards=learning.noise_on_rewards(samples.rewards, numbers))
+    learning.batches.append(SampledBatch(samples, numbers))
+    return samples
+
+
+def _learning(policy: Any) -> Any:
+    return policy.learning

@@ -167,9 +167,25 @@ class OneHotLinear(nn.Embedding):
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features)
         self.bias = nn.Parameter(th.empty(out_features))
-        bound = 1 / math.sqrt(in_features)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw weights and biases anew, as ``nn.Linear`` does."""
+        bound = 1 / math.sqrt(self.num_embeddings)
         nn.init.uniform_(self.weight, -bound, bound)
-        nn.init.uniform_(self.bias, -bound, bound)
+        if hasattr(self, "bias"):  # not yet, when the constructor of nn.Embedding asks
+            nn.init.uniform_(self.bias, -bound, bound)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """
+        Refuse: there is a bias to be given, too.
+
+        :param args: Not used
+        :param kwargs: Not used
+        :raises TypeError: Always
+        """
+        raise TypeError("OneHotLinear cannot be made from a table alone; make one, and copy weight and bias into it.")
 
     def forward(self, input: th.Tensor) -> th.Tensor:
         """

@@ -92,7 +92,7 @@ def rank_one(
     if rows_per_input > 1:
         x, of_mean = (part.repeat_interleave(rows_per_input, dim=0) for part in (x, of_mean))
     noise = summed((x * s).to(x.dtype))
-    noise = sigma * (noise if mean[1] is None else noise + 1)
+    noise = (sigma * (noise if mean[1] is None else noise + 1)).to(of_mean.dtype)
     return th.addcmul(of_mean, noise, r.to(noise.dtype))
 
 

@@ -71,7 +71,8 @@ class ValueMixin(OffPolicyMixin):
         of a gradient step, M each have the same transition and different members. With M = K it is the update of
         bootstrapped DQN (Osband et al. 2016)
     :param bootstrap: Probability that a stored transition is in a member's bootstrap sample; 1: all are in all of them
-    :param reward_noise: Standard deviation of what each member adds to the reward of each stored transition; 0 for none
+    :param reward_noise: Standard deviation of what each member adds to the reward of each stored transition (under
+        ``VecNormalize`` the normalised one); 0 for none
     :param kwargs: Further keyword arguments of SB3's policy
     :raises TypeError: If an argument is unknown, or a value has a wrong type
     :raises ValueError: If a noise setting is unknown, out of range or unfit

@@ -82,19 +82,22 @@ class LearningValueNetwork(LearnsUnderNoise, BasePolicy):
         """
         with self.step_noise(obs):
             noise = self.perturbed_network.active
-            if isinstance(noise, RowNoise):
-                obs = each_once(obs, noise.rows_per_input)
-            values: th.Tensor = super().forward(obs)
             if not isinstance(noise, RowNoise):
-                return values
+                plain: th.Tensor = super().forward(obs)
+                return plain
             learning = self.learning if self.learning is not None and self.learning.active else None
+            if learning is not None:
+                noise.rows_per_input = learning.rows_per_input(obs)
+            given = each_once(obs, noise.rows_per_input)
+            values: th.Tensor = super().forward(given)
             if self.prior is not None:
                 prior, scale = self.prior
                 if learning is not None:
-                    prior.measure(obs, noise)
-                values = values + scale * prior(obs, noise)
-            learns = learning is not None and self.role == Role.ONLINE and th.is_grad_enabled()
-            return learning.bootstrap.only_its_own(values, noise.keys) if learning is not None and learns else values
+                    prior.measure(given, noise)
+                values = values + scale * prior(given, noise)
+            if learning is None or self.role != Role.ONLINE or not th.is_grad_enabled():
+                return values
+            return learning.bootstrap.only_its_own(values, learning.batch_of(obs), noise.keys)
 
 
 class LearningCritic(LearnsUnderNoise):

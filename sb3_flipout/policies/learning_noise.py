@@ -12,8 +12,8 @@ import torch as th
 
 from sb3_flipout.noise import RowNoise, Stream, fold, fold_in
 from sb3_flipout.noise.keys import restrict
-from sb3_flipout.policies.bootstrap import Bootstrap
 from sb3_flipout.policies.learning_settings import LearningSettings
+from sb3_flipout.policies.sampled import Bootstrap, SampledBatch
 
 
 class Role(IntEnum):
@@ -39,6 +39,7 @@ class LearningNoise:
         self.scale = 1.0
         self.keys_per_transition: int = getattr(settings, "keys_per_transition", 1)  # a setting of value-based policies
         self.bootstrap = Bootstrap(getattr(settings, "bootstrap", 1.0), getattr(settings, "reward_noise", 0.0))
+        self.batches: list[SampledBatch] = []  # of the gradient step that goes on
         self.inputs_once = False  # whether networks may get a repeated observation once; found out when they are built
         # Whether gradient steps need bases of their own: not with members, whose base is frozen, and not where the factors
         # alone are the noise.
@@ -51,6 +52,7 @@ class LearningNoise:
         :param _: What torch hands to hooks
         """
         self.step += 1
+        self.batches.clear()
 
     def noise_of(self, role: Role) -> str:
         """
@@ -79,9 +81,7 @@ class LearningNoise:
             return None
         rows = th.arange(n, device=device)
         if self.keys_per_transition > 1:
-            noise = RowNoise(self._stratified(role, rows), self.scale)
-            noise.rows_per_input = self.keys_per_transition if self.inputs_once else 1
-            return noise
+            return RowNoise(self._stratified(role, rows), self.scale)
         keys = fold_in(fold(self.seed, Stream.LEARNING_KEYS, self.step, self._role(role)), rows)
         return RowNoise(restrict(keys, self.settings.members), self.scale)
 
@@ -93,15 +93,33 @@ class LearningNoise:
 
     def noise_on_rewards(self, rewards: th.Tensor, numbers: th.Tensor) -> th.Tensor:
         """
-        Note which transitions the batch of the present gradient step has, and perturb their rewards.
+        Perturb the rewards of a batch of the present gradient step, each by its row's member.
 
         :param rewards: Rewards, shape (N, 1)
         :param numbers: Numbers of the transitions, shape (N,)
         :return: What each row's member learns from, shape (N, 1)
         """
-        self.bootstrap.numbers = numbers
         noise = self.rows(Role.ONLINE, len(numbers), numbers.device)
-        return rewards if noise is None else self.bootstrap.noise_on(rewards, noise.keys)
+        return rewards if noise is None else self.bootstrap.noise_on(rewards, numbers, noise.keys)
+
+    def rows_per_input(self, obs: Any) -> int:
+        """
+        Count the neighbouring rows that have the same observation, as far as networks may get it once.
+
+        :param obs: Observations
+        :return: Number of rows
+        """
+        once = self.inputs_once and any(batch.is_repeated(obs) for batch in self.batches)
+        return self.keys_per_transition if once else 1
+
+    def batch_of(self, obs: Any) -> SampledBatch | None:
+        """
+        Find the batch whose observations a network is asked about.
+
+        :param obs: Observations
+        :return: The batch; ``None`` if they are those of none
+        """
+        return next((batch for batch in self.batches if batch.observations is obs), None)
 
     def base_key(self, role: Role) -> int:
         """
@@ -118,4 +136,4 @@ class LearningNoise:
 
         :return: Attributes
         """
-        return {**self.__dict__, "active": False}
+        return {**self.__dict__, "active": False, "batches": []}

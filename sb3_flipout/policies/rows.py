@@ -16,7 +16,7 @@ from sb3_flipout.layers.row_layout import PROBED_ROWS, find_layouts
 from sb3_flipout.noise import RowNoise
 from sb3_flipout.policies.observations import looked_at
 
-_FEW_INPUTS = 3
+_INPUTS = (1, 16)  # batches of so many: a single one, and enough that a rare dropout shows
 _TRIES = 3  # sets of observations: units that are dead for one may live for another
 # Packages whose networks are known; what is not of them is a user's.
 _KNOWN = ("torch", "stable_baselines3", "sb3_contrib", "sb3_flipout", "builtins", "abc", "typing")
@@ -64,19 +64,24 @@ def takes_inputs_once(net: Callable[[Any], th.Tensor], network: PerturbedNetwork
     """
     space = copy.deepcopy(policy.observation_space)
     space.seed(0)
-    batch = _stacked([row for row in [space.sample() for _ in range(_FEW_INPUTS)] for _ in range(times)])
-    noise = RowNoise(th.arange(_FEW_INPUTS * times, device=policy.device))
     with looked_at(policy):
         policy.train()  # as when it learns
-        try:
-            obs = policy.obs_to_tensor(batch)[0]
-            with network.activate(noise):
-                of_rows = net(obs)
-            noise.rows_per_input = times
-            with network.activate(noise):
-                of_inputs = net(obs)
-        except Exception:  # it cannot take such a batch, so it will not be given one
-            return False
+        return all(_says_the_same(net, network, policy, times, [space.sample() for _ in range(n)]) for n in _INPUTS)
+
+
+def _says_the_same(
+    net: Callable[[Any], th.Tensor], network: PerturbedNetwork, policy: BasePolicy, times: int, rows: list[Any]
+) -> bool:
+    noise = RowNoise(th.arange(len(rows) * times, device=policy.device))
+    try:
+        obs = policy.obs_to_tensor(_stacked([row for row in rows for _ in range(times)]))[0]
+        with network.activate(noise):
+            of_rows = net(obs)
+        noise.rows_per_input = times
+        with network.activate(noise):
+            of_inputs = net(obs)
+    except Exception:  # it cannot take such a batch, so it will not be given one
+        return False
     tolerance = 1e-5 * float(of_rows.abs().max())
     return of_inputs.shape == of_rows.shape and th.allclose(of_inputs, of_rows, 1e-4, tolerance, equal_nan=True)
 

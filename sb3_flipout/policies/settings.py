@@ -118,10 +118,12 @@ class NoiseSettings:
         :return: Settings
         """
         chosen = (self.schedule, self.schedule_end, self.schedule_fraction) != (None, None, None)
-        was_constant = saved.get("schedule", "constant") == "constant"
+        learned = bool(saved.get("learn_sigma")) and not self.learn_sigma
+        # What names no schedule and learned sigma was made when both were the default.
+        was_constant = saved.get("schedule", "constant") == "constant" or (saved["schedule"] is None and learned)
         if not was_constant or chosen or self.falls == "constant":
             return self
-        if "schedule" not in saved and saved.get("learn_sigma") and not self.learn_sigma:  # of 0.1.0, which learned it
+        if learned and saved.get("schedule") is None:
             warnings.warn(
                 "the model was saved by 0.1.0, which learned sigma by default; it goes on with sigma as it is, fixed. To go "
                 'on learning it, load with custom_objects={"policy_kwargs": dict(learn_sigma=True, ...)}.',

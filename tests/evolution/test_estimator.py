@@ -212,6 +212,7 @@ def test_a_parametrised_layer_learns_through_its_parametrisation() -> None:
         (dict(size=8, antithetic=False, base_perturbations=3), ValueError, r"size=8 must be a multiple of 3: members"),
         (dict(size=1), ValueError, "size must be an integer >= 2, got 1"),
         (dict(size=8, shaping="ranks"), ValueError, "shaping must be one of"),
+        (dict(size=8, top=0.5), ValueError, "top=0.5 has no effect with shaping='centred_ranks'"),
         (dict(size=8, top=0.0), ValueError, "top must be a finite number > 0 and <= 1"),
         (dict(size=8, antithetic=1), TypeError, "antithetic must be True or False"),
     ],
@@ -228,6 +229,8 @@ def test_a_plain_network_and_wrong_fitness_are_refused() -> None:
     with pytest.raises(RuntimeError, match="tell needs a generation"):
         population.tell(th.zeros(4))
     population.ask()
+    with pytest.raises(TypeError, match="fitness must be a tensor, got list"):
+        population.tell([1.0, 2.0, 3.0, 4.0])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"fitness must have shape \(4,\).*got \(3,\)"):
         population.tell(th.zeros(3))
 
@@ -235,3 +238,15 @@ def test_a_plain_network_and_wrong_fitness_are_refused() -> None:
 def test_what_it_is_tested_on_is_perturbed() -> None:
     assert all(isinstance(layer, FlipoutLayer) for layer in flipout_layers([network("gru"), network("conv")]))
     assert isinstance(network("gru")[0], FlipoutGRU)  # type: ignore[index]
+
+
+def test_frozen_weights_stay_and_a_scale_of_0_is_no_step() -> None:
+    net = perturb(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)))
+    net[0].bias.requires_grad_(False)
+    population = Population(net, 8)
+    population.ask()
+    assert population.tell(th.arange(8.0)).stepped
+    assert net[0].bias.grad is None and net[0].weight.grad is not None
+    population.scale = 0.0
+    population.ask()
+    assert not population.tell(th.arange(8.0)).stepped

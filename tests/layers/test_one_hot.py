@@ -73,3 +73,12 @@ def test_it_begins_as_the_linear_layer_does() -> None:
     assert layer.weight_sigma is not None and th.allclose(layer.weight_sigma, th.full_like(layer.weight_sigma, 0.5 * bound))
     plain = perturb(nn.Sequential(OneHotLinear(6, 2)))
     assert isinstance(plain[0], FlipoutOneHotLinear)
+
+
+def test_it_can_be_drawn_anew_and_not_made_of_a_table() -> None:
+    layer = OneHotLinear(100, 8)
+    nn.init.constant_(layer.bias, 3.0)
+    layer.reset_parameters()
+    assert float(layer.weight.detach().abs().max()) <= 0.1 and float(layer.bias.detach().abs().max()) <= 0.1
+    with pytest.raises(TypeError, match="OneHotLinear cannot be made from a table alone"):
+        OneHotLinear.from_pretrained(th.zeros(3, 2))

@@ -129,7 +129,7 @@ def test_members_learn_from_their_own_samples_and_rewards() -> None:
     assert model.logger.name_to_value["train/loss"] == pytest.approx(float(total.detach()), rel=1e-5)
     for (name, weight), gradient in zip(weights.items(), expected, strict=True):
         th.testing.assert_close(weight.grad, gradient, rtol=1e-4, atol=1e-6, msg=name)
-    assert model.policy.learning.bootstrap.numbers is None
+    assert model.policy.learning.batches == []
 
 
 def test_without_them_nothing_is_stored_and_nothing_changes() -> None:
@@ -154,15 +154,58 @@ def test_draws_stay_with_their_transitions() -> None:
     assert np.array_equal(buffer_of(model).actions, before)
 
 
-def test_a_network_that_gets_other_rows_is_refused() -> None:
+@pytest.mark.parametrize("given", ["some", "others of the same number", "augmented"])
+def test_a_network_that_is_asked_about_other_observations_is_refused(given: str) -> None:
     class Own(DQN):
         def train(self, gradient_steps: int, batch_size: int = 100) -> None:
-            samples = self.replay_buffer.sample(batch_size)
-            self.q_net(samples.observations[:6])
+            obs = self.replay_buffer.sample(batch_size).observations
+            others = {"some": obs[:6], "augmented": obs + 0.1}.get(given, th.randn_like(obs))
+            with th.no_grad():
+                self.q_net(others)
+            self.q_net(others)
 
     model = build(Own).learn(8)
-    with pytest.raises(ValueError, match=r"bootstrap=0.5: the network got 6 rows with gradients while the batch .* has 24"):
+    with pytest.raises(ValueError, match=r"bootstrap=0.5: the network was asked, with gradients, about observations"):
         model.learn(12)
+
+
+def test_of_two_batches_each_has_its_own_numbers() -> None:
+    class Own(DQN):
+        def train(self, gradient_steps: int, batch_size: int = 100) -> None:
+            learning, inputs = self.policy.learning, [self.replay_buffer.sample(batch_size).observations for _ in range(2)]
+            assert [batch.observations for batch in learning.batches] == inputs
+            for batch in learning.batches:
+                values = self.q_net(batch.observations)
+                (gradient,) = th.autograd.grad(values.sum(), [self.q_net.q_net[-1].weight], retain_graph=True)
+                kept = in_bootstrap(batch.numbers, learning.rows(0, batch_size, values.device).keys, 0.5)
+                assert 0 < int(kept.sum()) < batch_size
+                (expected,) = th.autograd.grad((values * kept[:, None]).sum(), [self.q_net.q_net[-1].weight])
+                compared.append(th.allclose(gradient, expected, rtol=1e-4, atol=1e-5))
+
+    compared: list[bool] = []
+    build(Own).learn(20)
+    assert len(compared) > 4 and all(compared)
+
+
+class Mirror(ReplayBuffer):
+    """Of a user: stores each step twice, and makes its arrays anew."""
+
+    def add(self, obs: Any, then: Any, action: Any, *args: Any) -> None:
+        super().add(obs, then, action, *args)
+        super().add(-obs, -then, action, *args)
+
+    def reset(self) -> None:
+        super().reset()
+        self.actions = np.zeros((self.buffer_size, self.n_envs, 1), dtype=np.int64)
+
+
+def test_a_buffer_that_stores_several_steps_at_once_numbers_all_of_them() -> None:
+    model = build(replay_buffer_class=Mirror, buffer_size=70).learn(60)
+    actions = buffer_of(model).actions
+    assert len(np.unique(actions[:, :, 1])) == 70 and set(np.unique(actions[:, :, 0])) <= set(range(model.action_space.n))
+    model.replay_buffer.reset()
+    model.learn(30)
+    assert len(np.unique(buffer_of(model).actions[:60, 0, 1])) == 60
 
 
 # ---- saved, loaded, resumed -------------------------------------------------------------------------------------------
@@ -259,7 +302,7 @@ def test_buffers_that_cannot_be_given_numbers_are_refused() -> None:
             samples = super()._get_samples(*args, **kwargs)
             return samples._replace(actions=samples.actions.reshape(-1, 1))
 
-    with pytest.raises(TypeError, match=r"a sample of Shapes has actions of shape \(24, 1\) and has lost the numbers"):
+    with pytest.raises(TypeError, match=r"a sample of Shapes has actions of shape \(24, 1\) and type torch.int64"):
         build(replay_buffer_class=Shapes).learn(20)
     model = build()
     own = model.replay_buffer.sample

@@ -162,3 +162,46 @@ def test_a_wrong_number_of_inputs_is_refused() -> None:
     rows.rows_per_input = 3
     with sb3_flipout.perturbed(net, rows), pytest.raises(ValueError, match="keys for 6 rows"):
         net(th.randn(3, 4))
+
+
+@pytest.mark.filterwarnings("ignore:DQN explores by weight noise and by epsilon-greedy")
+@pytest.mark.parametrize("given", ["others", "another number", "augmented", "augmented in place", "joined"])
+def test_observations_that_are_no_copies_are_all_seen(given: str) -> None:
+    """Only what the replay buffer has repeated is given once: a `train` of the user's may ask about anything."""
+
+    class Own(DQN):
+        def train(self, gradient_steps: int, batch_size: int = 100) -> None:
+            samples, learning = self.replay_buffer.sample(batch_size), self.policy.learning
+            obs = samples.observations
+            if given == "augmented in place":
+                obs += th.randn_like(obs)
+            asked = {
+                "others": th.randn(8 * M, obs.shape[1]),
+                "another number": th.randn(10, obs.shape[1]),
+                "augmented": obs + th.randn_like(obs),
+                "joined": th.cat([obs, samples.next_observations]),
+            }.get(given, obs)
+            found = self.q_net(asked)
+            learning.inputs_once = False
+            compared.append(th.allclose(found, self.q_net(asked), rtol=1e-4, atol=1e-5))
+            learning.inputs_once = True
+
+    compared: list[bool] = []
+    noise = dict(members=K, keys_per_transition=M, net_arch=[8])
+    env = vector_env("discrete", 1)
+    greedy = dict(exploration_initial_eps=0.0, exploration_final_eps=0.0)
+    Own("FlipoutMlpPolicy", env, policy_kwargs=noise, batch_size=6 * M, learning_starts=8, **greedy, device="cpu").learn(20)
+    assert len(compared) > 1 and all(compared)
+
+
+def test_batch_normalisation_of_a_single_observation_is_not_asked_for() -> None:
+    class Normalised(BaseFeaturesExtractor):
+        def __init__(self, space: spaces.Box) -> None:
+            super().__init__(space, space.shape[0])
+            self.norm = nn.BatchNorm1d(space.shape[0])
+
+        def forward(self, x: th.Tensor) -> th.Tensor:
+            return self.norm(x)
+
+    model = build(vector_env("discrete", 1), features_extractor_class=Normalised)
+    assert model.policy.learning.inputs_once is False

@@ -1,0 +1,93 @@
+"""What the replay buffer has given in the gradient step that goes on, and what an ensemble's members make of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch as th
+
+from sb3_flipout.noise.transitions import in_bootstrap, reward_draws
+
+
+class SampledBatch:
+    """
+    A batch that the replay buffer has given: known again by its very tensors, since nothing else tells of which transitions
+    observations are.
+
+    :param samples: What the buffer gave, each transition repeated for its members
+    :param numbers: Number of the transition of each row, shape (N,); ``None`` where nobody needs them
+    """
+
+    def __init__(self, samples: Any, numbers: th.Tensor | None = None) -> None:
+        self.observations, self.next_observations = samples.observations, samples.next_observations
+        self.numbers = numbers
+        parts = [*_parts(samples.observations), *_parts(samples.next_observations)]
+        self._versions = {id(part): part._version for part in parts}  # what is written into since is another observation
+
+    def is_repeated(self, obs: Any) -> bool:
+        """
+        Tell whether observations are this batch's, as they were given: copy next to copy.
+
+        :param obs: Observations
+        :return: Whether they are
+        """
+        mine = obs is self.observations or obs is self.next_observations
+        return mine and all(self._versions.get(id(part)) == part._version for part in _parts(obs))
+
+
+def _parts(obs: Any) -> list[th.Tensor]:
+    return list(obs.values()) if isinstance(obs, dict) else [obs]
+
+
+class Bootstrap:
+    """
+    What each member learns from, and what it adds to rewards.
+
+    :param share: Probability that a transition is in a member's bootstrap sample
+    :param reward_noise: Standard deviation of what a member adds to a reward
+    """
+
+    def __init__(self, share: float = 1.0, reward_noise: float = 0.0) -> None:
+        self.share = share
+        self.reward_noise = reward_noise
+
+    @property
+    def needs_numbers(self) -> bool:
+        """Whether transitions have to be told apart at all."""
+        return self.share < 1 or self.reward_noise > 0
+
+    def noise_on(self, rewards: th.Tensor, numbers: th.Tensor, members: th.Tensor) -> th.Tensor:
+        """
+        Perturb rewards.
+
+        :param rewards: Rewards, shape (N, 1)
+        :param numbers: Numbers of the transitions, shape (N,)
+        :param members: Member of each row, shape (N,)
+        :return: Perturbed rewards, the same shape
+        """
+        if self.reward_noise == 0:
+            return rewards
+        return rewards + self.reward_noise * reward_draws(numbers, members, rewards.dtype)[:, None]
+
+    def only_its_own(self, values: th.Tensor, batch: SampledBatch | None, members: th.Tensor) -> th.Tensor:
+        """
+        Let gradients through only where a row's transition is in its member's bootstrap sample.
+
+        The loss is SB3's mean over all rows, as in ``boot_dqn`` of bsuite; the loss that it logs counts all of them.
+
+        :param values: What the network says of a batch, shape (N, ...)
+        :param batch: The batch that it was asked about; ``None`` if it is none of the buffer's
+        :param members: Member of each row, shape (N,)
+        :return: The same values
+        :raises ValueError: If it cannot be told which transitions they are
+        """
+        if self.share == 1:
+            return values
+        if batch is None or batch.numbers is None:
+            raise ValueError(
+                f"bootstrap={self.share}: the network was asked, with gradients, about observations that are not those of a "
+                "batch of the replay buffer, so it cannot be told which members learn from them. Hand it "
+                "samples.observations themselves, ask under torch.no_grad(), or leave bootstrap out."
+            )
+        kept = in_bootstrap(batch.numbers, members, self.share)
+        return th.where(kept.view(-1, *[1] * (values.dim() - 1)), values, values.detach())
