@@ -9,6 +9,7 @@ Sources: Osband et al. 2016 and 2018 (bootstrapped DQN, randomized prior functio
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -35,24 +36,24 @@ def prior_network(states: int, outputs: int) -> nn.Sequential:
     return net
 
 
-class Agent(nn.Module):
+class Agent(nn.Module, ABC):
     """Values under several indices, with a prior in units of its root mean square over the first batch."""
 
     def __init__(self, prior_scale: float) -> None:
         super().__init__()
         self.prior_scale, self.unit = prior_scale, None
 
+    @abstractmethod
     def learned(self, obs: th.Tensor, indices: th.Tensor) -> th.Tensor:
         """Give what is learned, shape (B, J, actions)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def prior(self, obs: th.Tensor, indices: th.Tensor) -> th.Tensor:
         """Give what is not, shape (B, J, actions)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def draw(self, n: int | None) -> th.Tensor:
         """Draw one index to act under (``None``), or those to learn under in a gradient step."""
-        raise NotImplementedError
 
     def values(self, obs: th.Tensor, indices: th.Tensor) -> th.Tensor:
         with th.no_grad():

@@ -21,6 +21,8 @@ from sb3_flipout.checks import check_integer
 from sb3_flipout.evolution.estimator import Group, Population, Told
 from sb3_flipout.evolution.policy import FlipESCnnPolicy, FlipESMultiInputPolicy, FlipESPolicy
 
+_STATE = "flipout_noise"  # where the noise state stands in a saved model, as with all algorithms
+
 
 class FlipES(BaseAlgorithm):
     """
@@ -95,7 +97,6 @@ class FlipES(BaseAlgorithm):
         self.episodes_per_member = check_integer("episodes_per_member", episodes_per_member, 1)
         self.antithetic, self.base_perturbations = antithetic, base_perturbations
         self.shaping, self.top = shaping, top
-        self.population_seed: int | None = None  # saved, so that a loaded model goes on with the next generation
         if _init_setup_model:
             self._setup_model()
 
@@ -109,18 +110,56 @@ class FlipES(BaseAlgorithm):
                 "derive a class of yours from sb3_flipout.evolution.FlipESPolicy."
             )
         self.policy = made.to(self.device)
-        if self.population_seed is None:
-            self.population_seed = self.policy._noise_seed
+        state = self.__dict__.pop(_STATE, None)
+        if state is not None:
+            self.policy.set_noise_state(state)
         self.population = Population(
             self.policy,
             check_integer("population_size", self.population_size, 2),
-            self.population_seed,
+            self.policy._noise_seed,
             self.antithetic,
             self.base_perturbations,
             self.shaping,
             self.top,
         )
         self.population.generation = self._n_updates
+
+    def set_random_seed(self, seed: int | None = None) -> None:
+        """
+        Seed everything, the noise of the generations that follow included.
+
+        :param seed: Seed; ``None`` changes nothing
+        """
+        super().set_random_seed(seed)
+        if seed is not None and getattr(self, "policy", None) is not None:
+            self.policy.reseed_noise(seed)
+
+    def save(self, *args: Any, **kwargs: Any) -> None:
+        """
+        Save the model with the state of its noise.
+
+        :param args: As of SB3's algorithms
+        :param kwargs: The same by name
+        """
+        self.__dict__[_STATE] = self.policy.noise_state()
+        try:
+            super().save(*args, **kwargs)
+        finally:
+            self.__dict__.pop(_STATE, None)
+
+    @classmethod
+    def load(cls, *args: Any, **kwargs: Any) -> Self:
+        """
+        Load a model, which goes on with the generation that follows; where a seed is given, with one of other noise.
+
+        :param args: As of SB3's algorithms
+        :param kwargs: The same by name
+        :return: Model
+        """
+        model = super().load(*args, **kwargs)
+        if kwargs.get("seed") is not None:
+            model.policy.reseed_noise(kwargs["seed"])
+        return model
 
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "population"]
@@ -172,7 +211,8 @@ class FlipES(BaseAlgorithm):
         self.population.scale = self.policy.effective_scale
         callback.on_rollout_start()
         returns = np.zeros(self.population_size)
-        self.population.generation = self._n_updates  # also where a generation was broken off
+        # Also where a generation was broken off, or the noise was reseeded.
+        self.population.seed, self.population.generation = self.policy._noise_seed, self._n_updates
         for group in self.population.ask():
             if not self._play(group, returns[group.rows], callback):
                 return None
@@ -238,8 +278,9 @@ class FlipES(BaseAlgorithm):
         if not told.stepped and "equal" not in warned:
             warned.add("equal")
             warnings.warn(
-                "all members of a generation had the same fitness, or none had a finite one, so no step was made. Where this "
-                "goes on, give the noise a larger sigma_init, or more episodes_per_member.",
+                "all members of a generation had the same fitness, none had a finite one, or the noise has fallen to 0, so no "
+                "step was made. Where this goes on, give the noise a larger sigma_init or schedule_end, or more "
+                "episodes_per_member.",
                 stacklevel=4,
             )
 

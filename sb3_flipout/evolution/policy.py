@@ -227,9 +227,12 @@ class FlipESPolicy(FlipoutPolicyMixin):
         """
         Refuse: an evolution strategy has no update that passes through the network.
 
-        :raises NotImplementedError: Always
+        :raises RuntimeError: Always
         """
-        raise NotImplementedError("FlipES estimates its gradient from returns; no pass through the network learns.")
+        raise RuntimeError(
+            "FlipES estimates its gradient from returns, so no pass through the network learns. For an update under noise use "
+            "an algorithm with gradients, PPO for example."
+        )
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         told = super()._get_constructor_parameters()

@@ -33,6 +33,13 @@ def delta(mean: th.Tensor, sigma: th.Tensor | None, base: th.Tensor | None, rela
     return product if product.shape[-mean.dim() :] == mean.shape else product.expand_as(mean)
 
 
+def _for_rows(x: th.Tensor, of_mean: th.Tensor, rows_per_input: int) -> tuple[th.Tensor, th.Tensor]:
+    """Inputs and what the mean weights make of them, repeated for the neighbouring rows that have the same input."""
+    if rows_per_input == 1:
+        return x, of_mean
+    return x.repeat_interleave(rows_per_input, dim=0), of_mean.repeat_interleave(rows_per_input, dim=0)
+
+
 def flipout(
     op: Op,
     x: th.Tensor,  # shape: (N, I, ...) or (N, ..., I)
@@ -58,9 +65,7 @@ def flipout(
     :param rows_per_input: Number of neighbouring rows that each input is for
     :return: ``op`` with each row's own weights
     """
-    of_mean = op(x, *mean)
-    if rows_per_input > 1:
-        x, of_mean = (part.repeat_interleave(rows_per_input, dim=0) for part in (x, of_mean))
+    x, of_mean = _for_rows(x, op(x, *mean), rows_per_input)
     noise = op((x * s).to(x.dtype), *deltas)
     return th.addcmul(of_mean, noise, r.to(noise.dtype))
 
@@ -88,9 +93,7 @@ def rank_one(
     :param rows_per_input: Number of neighbouring rows that each input is for
     :return: ``op`` with each row's own weights
     """
-    of_mean = op(x, *mean)
-    if rows_per_input > 1:
-        x, of_mean = (part.repeat_interleave(rows_per_input, dim=0) for part in (x, of_mean))
+    x, of_mean = _for_rows(x, op(x, *mean), rows_per_input)
     noise = summed((x * s).to(x.dtype))
     noise = (sigma * (noise if mean[1] is None else noise + 1)).to(of_mean.dtype)
     return th.addcmul(of_mean, noise, r.to(noise.dtype))

@@ -168,6 +168,35 @@ def test_a_saved_model_goes_on_with_the_same_generation(tmp_path: Path) -> None:
     assert np.array_equal(*(m.predict(np.ones(4, np.float32), deterministic=True)[0] for m in (model, loaded)))
 
 
+def test_the_state_of_the_noise_is_saved_and_a_seed_changes_it(tmp_path: Path) -> None:
+    model = build().learn(100)
+    model.policy.noise_scale = 0.5
+    model.save(tmp_path / "model")
+    loaded, other = (FlipES.load(tmp_path / "model", env=model.get_env(), device="cpu", **kw) for kw in ({}, dict(seed=7)))
+    assert loaded.policy.noise_scale == other.policy.noise_scale == 0.5
+    assert not hasattr(model, "flipout_noise") and not hasattr(loaded, "flipout_noise")
+    seeds = []
+    for one in (model, loaded, other):
+        one.learn(1, callback=(scales := Scale()))
+        assert scales.scale == 0.5
+        seeds.append(one.population.seed)
+    assert seeds[0] == seeds[1] != seeds[2]
+    model.set_random_seed(7)
+    assert model.policy._noise_seed == other.policy._noise_seed
+
+
+class Scale(BaseCallback):
+    """Keeps the scale of the last generation."""
+
+    scale = -1.0
+
+    def _on_rollout_start(self) -> None:
+        self.scale = self.model.population.scale  # type: ignore[attr-defined]
+
+    def _on_step(self) -> bool:
+        return True
+
+
 def test_the_noise_falls_as_the_schedule_says() -> None:
     scales: list[float] = []
 
@@ -267,6 +296,21 @@ def test_a_policy_of_another_kind_is_refused() -> None:
 
     with pytest.raises(TypeError, match="policy must be a FlipESPolicy, got ActorCriticPolicy"):
         FlipES(MlpPolicy, "CartPole-v1")  # type: ignore[arg-type]
+
+
+def test_what_makes_no_sense_of_it_is_refused() -> None:
+    policy = build().policy
+    with pytest.raises(RuntimeError, match="FlipES estimates its gradient from returns"):
+        policy.updating()
+    with pytest.raises(ValueError, match="SB3 has no policy of this kind without noise"):
+        policy.to_plain_policy()
+
+
+def test_where_the_noise_has_fallen_no_step_is_made_and_it_is_said() -> None:
+    model = build()
+    model.policy.noise_scale = 0.0
+    with pytest.warns(UserWarning, match="or the noise has fallen to 0, so no step was made"):
+        model.learn(50)
 
 
 def test_copies_of_the_policy_say_the_same() -> None:
