@@ -187,6 +187,26 @@ def test_of_two_batches_each_has_its_own_numbers() -> None:
     assert len(compared) > 4 and all(compared)
 
 
+def test_batches_are_those_of_one_gradient_step() -> None:
+    """What has been learned from is let go of: else a long update would keep all its batches."""
+    held: list[int] = []
+
+    class Own(DQN):
+        def train(self, gradient_steps: int, batch_size: int = 100) -> None:
+            sample = self.replay_buffer.sample
+            self.replay_buffer.sample = lambda *args, **kwargs: (
+                sample(*args, **kwargs),
+                held.append(len(self.policy.learning.batches)),
+            )[0]
+            try:
+                super().train(5, batch_size)
+            finally:
+                self.replay_buffer.sample = sample
+
+    build(Own).learn(20)
+    assert len(held) >= 10 and set(held) == {1}
+
+
 class Mirror(ReplayBuffer):
     """Of a user: stores each step twice, and makes its arrays anew."""
 

@@ -172,3 +172,13 @@ def test_the_default_gives_way_where_nobody_has_said_how_long_training_is() -> N
     _, callback = model._setup_learn(0)
     model.collect_rollouts(model.env, callback, model.rollout_buffer, 16)
     assert model.policy.effective_scale == 1.0
+
+
+def test_a_model_that_learned_sigma_by_default_goes_on_under_constant_noise() -> None:
+    """DQN's default was constant noise of learned sigma; settings saved then name no schedule."""
+    model = build(DQN)
+    state = model.policy.noise_state()
+    state["settings"] |= dict(schedule=None, learn_sigma=True)
+    with pytest.warns(UserWarning, match="which learned sigma by default; it goes on with sigma as it is, fixed"):
+        model.policy.set_noise_state(state)
+    assert model.policy.noise_settings.falls == "constant"
