@@ -33,17 +33,15 @@ def delta(mean: th.Tensor, sigma: th.Tensor | None, base: th.Tensor | None, rela
     return product if product.shape[-mean.dim() :] == mean.shape else product.expand_as(mean)
 
 
-def _for_rows(x: th.Tensor, of_mean: th.Tensor, rows_per_input: int) -> tuple[th.Tensor, th.Tensor]:
-    """Inputs and what the mean weights make of them, repeated for the neighbouring rows that have the same input."""
-    if rows_per_input == 1:
-        return x, of_mean
-    return x.repeat_interleave(rows_per_input, dim=0), of_mean.repeat_interleave(rows_per_input, dim=0)
+def _for_rows(of_inputs: th.Tensor, rows_per_input: int) -> th.Tensor:
+    """Repeat what there is of each input for the neighbouring rows that have it."""
+    return of_inputs if rows_per_input == 1 else of_inputs.repeat_interleave(rows_per_input, dim=0)
 
 
 def flipout(
     op: Op,
     x: th.Tensor,  # shape: (N, I, ...) or (N, ..., I)
-    mean: tuple[th.Tensor, th.Tensor | None],
+    mean: tuple[th.Tensor, th.Tensor | None] | None,
     deltas: tuple[th.Tensor, th.Tensor | None],
     s: th.Tensor,  # broadcasts against x
     r: th.Tensor,  # broadcasts against the output; already multiplied by c
@@ -58,16 +56,17 @@ def flipout(
 
     :param op: What the layer does with weights
     :param x: Inputs
-    :param mean: Mean weight and bias
+    :param mean: Mean weight and bias; ``None`` where they are 0
     :param deltas: Base perturbation of weight and bias
     :param s: Row factors over inputs
     :param r: Row factors over outputs, multiplied by the noise scale
     :param rows_per_input: Number of neighbouring rows that each input is for
     :return: ``op`` with each row's own weights
     """
-    x, of_mean = _for_rows(x, op(x, *mean), rows_per_input)
-    noise = op((x * s).to(x.dtype), *deltas)
-    return th.addcmul(of_mean, noise, r.to(noise.dtype))
+    of_mean = None if mean is None else _for_rows(op(x, *mean), rows_per_input)
+    noise = op((_for_rows(x, rows_per_input) * s).to(x.dtype), *deltas)
+    r = r.to(noise.dtype)
+    return noise * r if of_mean is None else th.addcmul(of_mean, noise, r)
 
 
 def rank_one(
@@ -93,8 +92,8 @@ def rank_one(
     :param rows_per_input: Number of neighbouring rows that each input is for
     :return: ``op`` with each row's own weights
     """
-    x, of_mean = _for_rows(x, op(x, *mean), rows_per_input)
-    noise = summed((x * s).to(x.dtype))
+    of_mean = _for_rows(op(x, *mean), rows_per_input)
+    noise = summed((_for_rows(x, rows_per_input) * s).to(x.dtype))
     noise = (sigma * (noise if mean[1] is None else noise + 1)).to(of_mean.dtype)
     return th.addcmul(of_mean, noise, r.to(noise.dtype))
 

@@ -79,7 +79,7 @@ class OneWeightLayer(FlipoutLayer):
         if self.noise_config.spec.rank_one and not self._buffers:  # not where weights are pruned
             assert self.weight_sigma is not None, "the family has one per layer"
             return functional.rank_one(self._op, self._summed, x, mean, self.weight_sigma, s, r, rows_per_input)
-        return functional.flipout(self._op, x, mean, self.deltas(), s, r, rows_per_input)
+        return functional.flipout(self._op, x, None if self.mean_is_zero else mean, self.deltas(), s, r, rows_per_input)
 
     def _spread(self, vector: th.Tensor, x: th.Tensor) -> th.Tensor:
         return self.row_layout.spread(vector.to(self.weight.dtype), x.shape[self.row_layout.dim])

@@ -27,6 +27,7 @@ class PerturbedWeights(nn.Module, ABC):
     noise_config: LayerNoise
     noise_index: int | None
     noise_scaled: bool = True  # whether the noise scale multiplies the layer's noise
+    mean_is_zero: bool = False  # whether the noise is all there is, and stays so: then the product with the mean is not made
     blocks: tuple[Block, ...] = (Block(),)  # the perturbed ones
     quiet_blocks: tuple[Block, ...] = ()  # those that noise_on= leaves alone
 

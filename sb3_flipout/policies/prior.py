@@ -41,7 +41,7 @@ class Prior(nn.Module):
         layers = flipout_layers([network])
         for layer in layers:
             layer.noise_index = FIRST_NUMBER + (layer.noise_index or 0)
-            layer.noise_scaled = False
+            layer.noise_scaled, layer.mean_is_zero = False, True
             # A bias is the same in all states: where it outweighs the rest, a member prefers one action everywhere.
             bias_sigmas = [block.sigmas(layer)[1] for block in layer.blocks]
             for tensor in [*layer.means(), *(sigma for sigma in bias_sigmas if sigma is not None)]:
