@@ -39,6 +39,8 @@ RINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "evolution.shaping": (("checks",), _TENSORS),
     "evolution.estimator": (("checks", "noise", "layers", "evolution.shaping"), _TENSORS),
     "evolution": (("checks", "noise", "layers", "policies"), (*_SB3, "gymnasium")),
+    # ray is an extra, imported where it is asked for.
+    "evolution.ray_workers": (("checks", "evolution"), (*_TENSORS, "ray")),
     "registration": (("policies", "hooks"), (*_SB3, "gymnasium")),
     "zoo": (("registration",), (*_SB3, "rl_zoo3")),
     "": (("noise", "layers", "envs", "diagnostics", "buffers", "policies", "callbacks", "evolution", "registration"), ()),

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 import time
 import warnings
+from contextlib import closing
 from typing import Any, ClassVar
 
 import numpy as np
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
@@ -19,12 +20,15 @@ from typing_extensions import Self
 
 from sb3_flipout.checks import check_integer
 from sb3_flipout.evolution.estimator import Group, Population, Told
+from sb3_flipout.evolution.kept_noise import KeepsNoise
+from sb3_flipout.evolution.playing import Played, Player, merge, seed_of_environments, statistics_of
 from sb3_flipout.evolution.policy import FlipESCnnPolicy, FlipESMultiInputPolicy, FlipESPolicy
+from sb3_flipout.evolution.workers import Generation, Job, Workers
 
-_STATE = "flipout_noise"  # where the noise state stands in a saved model, as with all algorithms
+_Found = list[tuple[slice, Played | None]]  # members, and what came of their episodes; None where their worker was lost
 
 
-class FlipES(BaseAlgorithm):
+class FlipES(KeepsNoise):
     """
     Evolution strategy on weight noise (Wen et al. 2018, section 4.4; Salimans et al. 2017): each environment plays under the
     perturbation of one member of the population, and the returns say where the mean weights go.
@@ -42,6 +46,9 @@ class FlipES(BaseAlgorithm):
     :param base_perturbations: Number of base draws, each for an equal part of the population; the parts play in turn
     :param shaping: Fitness shaping: ``"centred_ranks"``, ``"none"``, ``"normalised"`` or ``"top"`` (of ARS)
     :param top: Share of the antithetic pairs that ``"top"`` uses, in (0, 1]
+    :param workers: Processes that play the population, as :class:`~sb3_flipout.evolution.ray_workers.RayWorkers`; ``None``:
+        it plays in ``env``, in this process. With workers, ``env`` says the spaces, and keeps the statistics of a
+        ``VecNormalize``; callbacks are called once for each chunk of members that comes back
     :param policy_kwargs: Keyword arguments of the policy, the noise settings among them
     :param stats_window_size: Number of episodes over which logged means are taken
     :param tensorboard_log: Folder of tensorboard logs; ``None`` for none
@@ -72,6 +79,7 @@ class FlipES(BaseAlgorithm):
         base_perturbations: int = 1,
         shaping: str = "centred_ranks",
         top: float = 1.0,
+        workers: Workers | None = None,
         policy_kwargs: dict[str, Any] | None = None,
         stats_window_size: int = 100,
         tensorboard_log: str | None = None,
@@ -96,7 +104,7 @@ class FlipES(BaseAlgorithm):
         self.population_size = population_size
         self.episodes_per_member = check_integer("episodes_per_member", episodes_per_member, 1)
         self.antithetic, self.base_perturbations = antithetic, base_perturbations
-        self.shaping, self.top = shaping, top
+        self.shaping, self.top, self.workers = shaping, top, workers
         if _init_setup_model:
             self._setup_model()
 
@@ -110,9 +118,8 @@ class FlipES(BaseAlgorithm):
                 "derive a class of yours from sb3_flipout.evolution.FlipESPolicy."
             )
         self.policy = made.to(self.device)
-        state = self.__dict__.pop(_STATE, None)
-        if state is not None:
-            self.policy.set_noise_state(state)
+        self._restore_noise()
+        self._job: Job | None = None
         self.population = Population(
             self.policy,
             check_integer("population_size", self.population_size, 2),
@@ -124,45 +131,8 @@ class FlipES(BaseAlgorithm):
         )
         self.population.generation = self._n_updates
 
-    def set_random_seed(self, seed: int | None = None) -> None:
-        """
-        Seed everything, the noise of the generations that follow included.
-
-        :param seed: Seed; ``None`` changes nothing
-        """
-        super().set_random_seed(seed)
-        if seed is not None and getattr(self, "policy", None) is not None:
-            self.policy.reseed_noise(seed)
-
-    def save(self, *args: Any, **kwargs: Any) -> None:
-        """
-        Save the model with the state of its noise.
-
-        :param args: As of SB3's algorithms
-        :param kwargs: The same by name
-        """
-        self.__dict__[_STATE] = self.policy.noise_state()
-        try:
-            super().save(*args, **kwargs)
-        finally:
-            self.__dict__.pop(_STATE, None)
-
-    @classmethod
-    def load(cls, *args: Any, **kwargs: Any) -> Self:
-        """
-        Load a model, which goes on with the generation that follows; where a seed is given, with one of other noise.
-
-        :param args: As of SB3's algorithms
-        :param kwargs: The same by name
-        :return: Model
-        """
-        model = super().load(*args, **kwargs)
-        if kwargs.get("seed") is not None:
-            model.policy.reseed_noise(kwargs["seed"])
-        return model
-
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "population"]
+        return [*super()._excluded_save_params(), "population", "workers", "_job"]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         return ["policy", "policy.optimizer"], []
@@ -192,6 +162,8 @@ class FlipES(BaseAlgorithm):
         total, listed = self._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
         self.policy.guard.check_whole(self.policy, self.policy.perturbed_network)
         self.policy.marks.steered = False
+        if self.workers is not None:
+            self.workers.start(self._told_workers())
         listed.on_training_start(locals(), globals())
         while self.num_timesteps < total:
             fitness = self._evaluate_generation(listed)
@@ -203,50 +175,83 @@ class FlipES(BaseAlgorithm):
         listed.on_training_end()
         return self
 
+    def _told_workers(self) -> Job:
+        """The same object as long as nothing has changed, so that workers go on from one ``learn`` to the next."""
+        sizes = self.population_size, self.antithetic, self.base_perturbations, self.episodes_per_member
+        normalised = statistics_of(self._vec_normalize_env) is not None
+        if self._job is None or self._job[1:] != (*sizes, normalised):
+            self._job = Job(copy.deepcopy(self.policy).cpu(), *sizes, normalised)
+        return self._job
+
     def _evaluate_generation(self, callback: BaseCallback) -> th.Tensor | None:
         """Give the fitness of each member; ``None`` where a callback has asked to stop."""
         self._update_current_progress_remaining(self.num_timesteps, self._total_timesteps)
         self.policy.follow_schedule(1 - self._current_progress_remaining)
         self.policy.set_training_mode(False)
-        self.population.scale = self.policy.effective_scale
+        population = self.population
+        # Seed and number also where a generation was broken off, or the noise was reseeded.
+        population.scale, population.seed, population.generation = (
+            self.policy.effective_scale,
+            self.policy._noise_seed,
+            self._n_updates,
+        )
         callback.on_rollout_start()
-        returns = np.zeros(self.population_size)
-        # Also where a generation was broken off, or the noise was reseeded.
-        self.population.seed, self.population.generation = self.policy._noise_seed, self._n_updates
-        for group in self.population.ask():
-            if not self._play(group, returns[group.rows], callback):
-                return None
+        plays = self._play_here if self.workers is None else self._play_elsewhere
+        found = plays(population.ask(), callback)
+        if found is None:
+            return None
         callback.on_rollout_end()
-        return th.as_tensor(returns / self.episodes_per_member)
+        fitness = np.full(self.population_size, np.nan)
+        for members, played in sorted(found, key=lambda item: item[0].start):
+            if played is not None:
+                fitness[members] = played.fitness
+                merge(statistics_of(self._vec_normalize_env), played.statistics)
+        return th.as_tensor(fitness)
 
-    def _play(self, group: Group, returns: np.ndarray, callback: BaseCallback) -> bool:
-        """Let the members of a group play their episodes; ``False`` where a callback has asked to stop."""
+    def _play_here(self, groups: list[Group], callback: BaseCallback) -> _Found | None:
         assert self.env is not None, "learning needs environments"
-        waiting = iter(range(self.n_envs, len(returns)))
-        member = np.arange(self.n_envs) % len(returns)  # of each environment
-        plays = np.arange(self.n_envs) < len(returns)
-        left = np.full(len(returns), self.episodes_per_member)
-        obs: Any = self.env.reset()
-        with self.policy.collecting(self.n_envs):
-            while plays.any():
-                with group.members(th.as_tensor(member, device=self.device)):
-                    actions, _ = self.policy.predict(obs, deterministic=True)
-                obs, rewards, dones, infos = self.env.step(actions)
-                if self._vec_normalize_env is not None:
-                    rewards = self._vec_normalize_env.get_original_reward()
-                np.add.at(returns, member[plays], rewards[plays])
-                self.num_timesteps += self.n_envs
-                callback.update_locals(locals())
+        player, found = Player(self.policy, self.env, self.episodes_per_member), _Found()
+
+        def on_step(step: dict[str, Any]) -> bool:
+            self.num_timesteps += self.n_envs
+            self._update_info_buffer(step["infos"], step["dones"])
+            callback.update_locals(step)
+            return callback.on_step()
+
+        for group in groups:
+            seed = seed_of_environments(self.population.seed, self._n_updates, group.rows.start)
+            played = player.play(group, slice(None), seed, on_step)
+            if played is None:
+                return None
+            found.append((group.rows, played))
+        return found
+
+    def _play_elsewhere(self, groups: list[Group], callback: BaseCallback) -> _Found | None:
+        assert self.workers is not None, "asked by _evaluate_generation"
+        found, statistics = _Found(), statistics_of(self._vec_normalize_env)
+        collects = statistics is not None and self._vec_normalize_env.training  # type: ignore[union-attr]
+        weights = {name: tensor.cpu().numpy() for name, tensor in self.policy.state_dict().items()}
+        generation = Generation(self._n_updates, self.population.seed, self.population.scale, weights, statistics, collects)
+        chunks = self.workers.chunks([group.rows for group in groups])
+        with closing(self.workers.play(generation, chunks)) as plays:
+            for members, played in plays:
+                found.append((members, played))
+                if played is None:
+                    continue
+                self.num_timesteps += played.steps
+                for reward, length, success in played.episodes.tolist():
+                    self.ep_info_buffer.append(dict(r=reward, l=length))  # type: ignore[union-attr]
+                    if not np.isnan(success):
+                        self.ep_success_buffer.append(success)  # type: ignore[union-attr]
+                callback.update_locals(dict(played=played))
                 if not callback.on_step():
-                    return False
-                self._update_info_buffer(infos, dones)
-                for env in np.flatnonzero(dones & plays):
-                    left[member[env]] -= 1
-                    if left[member[env]] == 0:
-                        following = next(waiting, None)
-                        plays[env] = following is not None
-                        member[env] = member[env] if following is None else following
-        return True
+                    return None
+        if all(played is None for _, played in found):
+            raise RuntimeError(
+                "all workers were lost in one generation, so nothing can be learned from it. Look at what ended them (the "
+                "cluster's logs say it), and whether they have enough memory and time."
+            )
+        return found
 
     def _learn_from(self, fitness: th.Tensor) -> None:
         self._update_learning_rate(self.policy.optimizer)
@@ -261,6 +266,8 @@ class FlipES(BaseAlgorithm):
             for name, value in (("mean", alive.mean()), ("max", alive.max()), ("std", alive.std(correction=0))):
                 self.logger.record(f"rollout/fitness_{name}", float(value))
         self.logger.record("train/dropped_members", told.dropped)
+        if self.workers is not None:
+            self.logger.record("train/replaced_workers", self.workers.replaced)
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         self.logger.record("noise/scale", self.policy.effective_scale)
 
@@ -271,8 +278,8 @@ class FlipES(BaseAlgorithm):
             warned.add("dropped")
             warnings.warn(
                 f"{told.dropped} of {self.population_size} members were left out of the estimate: the returns of some are not "
-                "finite, and an antithetic twin goes with its pair. Look at the rewards of the environment; "
-                "train/dropped_members counts them.",
+                "finite, or their worker was lost; an antithetic twin goes with its pair. Look at the rewards of the "
+                "environment; train/dropped_members counts them.",
                 stacklevel=4,
             )
         if not told.stepped and "equal" not in warned:

@@ -19,6 +19,7 @@ class Stream(IntEnum):
     TRANSITIONS = 20  # numbers of stored transitions
     POPULATION_KEYS = 21  # keys of an evolution strategy's members, generation after generation
     POPULATION_BASE = 22  # their base perturbations
+    POPULATION_ENVIRONMENTS = 23  # seeds of the environments that they play in
     # Seeds of what only looks: training never sees their keys.
     ADAPT = 0xADA
     MONITOR = 0x6D6F6E
