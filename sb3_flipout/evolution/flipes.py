@@ -214,7 +214,8 @@ class FlipES(KeepsNoise):
 
         def on_step(step: dict[str, Any]) -> bool:
             self.num_timesteps += self.n_envs
-            self._update_info_buffer(step["infos"], step["dones"])
+            ended = np.flatnonzero(step["dones"])  # a thousand environments have few ends in a step
+            self._update_info_buffer([step["infos"][env] for env in ended], np.ones(len(ended), dtype=bool))
             callback.update_locals(step)
             return callback.on_step()
 

@@ -66,7 +66,7 @@ def flipout(
     of_mean = None if mean is None else _for_rows(op(x, *mean), rows_per_input)
     noise = op((_for_rows(x, rows_per_input) * s).to(x.dtype), *deltas)
     r = r.to(noise.dtype)
-    return noise * r if of_mean is None else th.addcmul(of_mean, noise, r)
+    return noise * r if of_mean is None else of_mean.addcmul_(noise, r)  # in place: of_mean is nobody's, and large
 
 
 def rank_one(
@@ -93,9 +93,20 @@ def rank_one(
     :return: ``op`` with each row's own weights
     """
     of_mean = _for_rows(op(x, *mean), rows_per_input)
-    noise = summed((_for_rows(x, rows_per_input) * s).to(x.dtype))
+    noise = _summed_products(_for_rows(x, rows_per_input), s, summed)
     noise = (sigma * (noise if mean[1] is None else noise + 1)).to(of_mean.dtype)
-    return th.addcmul(of_mean, noise, r.to(noise.dtype))
+    return of_mean.addcmul_(noise, r.to(noise.dtype))
+
+
+# Numbers of a product that stay in a core's cache. Beyond it, what is summed up at once need not be written to memory.
+_BLOCK = 1 << 18
+
+
+def _summed_products(x: th.Tensor, s: th.Tensor, summed: Callable[[th.Tensor], th.Tensor]) -> th.Tensor:
+    rows = max(1, _BLOCK * len(x) // max(1, x.numel()))
+    if len(x) <= rows or len(s) != len(x) or th.compiler.is_compiling():
+        return summed((x * s).to(x.dtype))
+    return th.cat([summed((x[n : n + rows] * s[n : n + rows]).to(x.dtype)) for n in range(0, len(x), rows)])
 
 
 def shared(
