@@ -42,7 +42,8 @@ RINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     # ray is an extra, imported where it is asked for.
     "evolution.ray_workers": (("checks", "evolution"), (*_TENSORS, "ray")),
     "registration": (("policies", "hooks"), (*_SB3, "gymnasium")),
-    "zoo": (("registration",), (*_SB3, "rl_zoo3")),
+    # rl_zoo3 is an extra, imported where it is asked for.
+    "zoo": (("registration", "evolution"), (*_SB3, "rl_zoo3")),
     "": (("noise", "layers", "envs", "diagnostics", "buffers", "policies", "callbacks", "evolution", "registration"), ()),
 }
 

@@ -28,6 +28,7 @@ from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.sb2_compat.rmsprop_tf_like import RMSpropTFLike
 from stable_baselines3.common.vec_env import VecEnv
 
+from sb3_flipout import FlipES
 from sb3_flipout.envs import minatar
 from sb3_flipout.policies import FlipoutPolicyMixin
 from sb3_flipout.policies.extractors import MinAtarCNN
@@ -145,7 +146,7 @@ def policy_class(name: str, env: str) -> type[Any]:
 
 
 def test_every_file_is_in_the_table() -> None:
-    assert {path.stem for path in FOLDER.iterdir()} == set(ZOO)
+    assert {path.stem for path in FOLDER.iterdir()} == {*ZOO, "flipes"}  # of which RL Zoo has no file
     assert {path.suffix for path in FOLDER.iterdir()} == {".yml"}
 
 
@@ -232,6 +233,51 @@ def test_minatar_games_get_these_spaces(name: str, env: str) -> None:
     assert (game.observation_space, game.action_space.n) == (SPACES[env][0], SPACES[env][1].n)
     assert isinstance(game, minatar.ChannelsFirst)
     assert game.spec.max_episode_steps == 5000
+
+
+# ---- FlipES, which RL Zoo does not know -----------------------------------------------------------------------------
+
+FLIPES = yaml.safe_load((FOLDER / "flipes.yml").read_text())
+
+
+@pytest.mark.parametrize("env", FLIPES)
+def test_entries_of_flipes_are_arguments_of_it(env: str) -> None:
+    config = dict(FLIPES[env])
+    for name in ("n_timesteps", "normalize"):
+        config.pop(name)
+    kwargs, n_envs = read_kwargs(config), config.pop("n_envs")
+    space = spaces.Box(-1, 1, (2,)) if env == "Swimmer-v5" else gym.make(env).action_space
+
+    class Like(gym.Env[Any, Any]):
+        observation_space, action_space = spaces.Box(-1, 1, (8,)), space
+
+    model = FlipES(env=make_vec_env(Like, n_envs), device="cpu", **{**config, "policy_kwargs": kwargs})  # type: ignore[arg-type]
+    assert model.population_size == config["population_size"] == n_envs
+    assert model.policy.noise_settings.sigma_init == kwargs["sigma_init"]
+
+
+def zoo_of_ours(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "sb3_flipout.zoo", *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=280, check=False)
+
+
+def test_flipes_is_trained_and_enjoyed_by_rl_zoos_commands(tmp_path: Path) -> None:
+    header = (FOLDER / "flipes.yml").read_text()
+    for command in ("train --algo flipes --env CartPole-v1 --conf-file zoo_configs/flipes.yml", "enjoy --algo flipes"):
+        assert f"#   python -m sb3_flipout.zoo {command}" in header
+    chosen = ["--algo", "flipes", "--env", "CartPole-v1"]
+    conf = ["--conf-file", str(FOLDER / "flipes.yml"), "-n", "3000", "--seed", "1", "--num-threads", "1", "--device", "cpu"]
+    done = zoo_of_ours("train", *chosen, *conf, "--eval-freq", "-1", folder=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    saved = tmp_path / "logs" / "flipes" / "CartPole-v1_1" / "CartPole-v1.zip"
+    assert FlipES.load(saved, device="cpu").num_timesteps >= 3000
+    done = zoo_of_ours("enjoy", *chosen, "--folder", "logs", "--no-render", "-n", "200", folder=tmp_path)
+    assert done.returncode == 0 and "Mean reward" in done.stdout, done.stdout + done.stderr
+
+
+def test_an_unknown_command_is_refused(tmp_path: Path) -> None:
+    done = zoo_of_ours("trian", folder=tmp_path)
+    assert done.returncode == 1 and "usage: python -m sb3_flipout.zoo {train,enjoy," in done.stderr
 
 
 # ---- the commands ---------------------------------------------------------------------------------------------------

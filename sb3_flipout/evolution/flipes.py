@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import sys
-import time
-import warnings
 from contextlib import closing
 from typing import Any, ClassVar
 
@@ -15,20 +12,20 @@ from gymnasium import spaces
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
-from stable_baselines3.common.utils import safe_mean
 from typing_extensions import Self
 
 from sb3_flipout.checks import check_integer
-from sb3_flipout.evolution.estimator import Group, Population, Told
+from sb3_flipout.evolution.estimator import Group, Population
 from sb3_flipout.evolution.kept_noise import KeepsNoise
 from sb3_flipout.evolution.playing import Played, Player, merge, seed_of_environments, statistics_of
 from sb3_flipout.evolution.policy import FlipESCnnPolicy, FlipESMultiInputPolicy, FlipESPolicy
+from sb3_flipout.evolution.telling import Tells
 from sb3_flipout.evolution.workers import Generation, Job, Workers
 
 _Found = list[tuple[slice, Played | None]]  # members, and what came of their episodes; None where their worker was lost
 
 
-class FlipES(KeepsNoise):
+class FlipES(KeepsNoise, Tells):
     """
     Evolution strategy on weight noise (Wen et al. 2018, section 4.4; Salimans et al. 2017): each environment plays under the
     perturbation of one member of the population, and the returns say where the mean weights go.
@@ -271,34 +268,3 @@ class FlipES(KeepsNoise):
             self.logger.record("train/replaced_workers", self.workers.replaced)
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         self.logger.record("noise/scale", self.policy.effective_scale)
-
-    def _warn_of(self, told: Told) -> None:
-        """Say, once per model, what was not learned from."""
-        warned = self.policy.marks.warned
-        if told.dropped and "dropped" not in warned:
-            warned.add("dropped")
-            warnings.warn(
-                f"{told.dropped} of {self.population_size} members were left out of the estimate: the returns of some are not "
-                "finite, or their worker was lost; an antithetic twin goes with its pair. Look at the rewards of the "
-                "environment; train/dropped_members counts them.",
-                stacklevel=4,
-            )
-        if not told.stepped and "equal" not in warned:
-            warned.add("equal")
-            warnings.warn(
-                "all members of a generation had the same fitness, none had a finite one, or the noise has fallen to 0, so no "
-                "step was made. Where this goes on, give the noise a larger sigma_init or schedule_end, or more "
-                "episodes_per_member.",
-                stacklevel=4,
-            )
-
-    def dump_logs(self) -> None:
-        """Write the logs of a generation."""
-        elapsed = max((time.time_ns() - self.start_time) / 1e9, sys.float_info.epsilon)
-        if self.ep_info_buffer:
-            self.logger.record("rollout/ep_rew_mean", safe_mean([info["r"] for info in self.ep_info_buffer]))
-            self.logger.record("rollout/ep_len_mean", safe_mean([info["l"] for info in self.ep_info_buffer]))
-        self.logger.record("time/fps", int((self.num_timesteps - self._num_timesteps_at_start) / elapsed))
-        self.logger.record("time/time_elapsed", int(elapsed), exclude="tensorboard")
-        self.logger.record("time/total_timesteps", self.num_timesteps, exclude="tensorboard")
-        self.logger.dump(step=self.num_timesteps)
