@@ -6,7 +6,7 @@
 
 Arms: `flipout`; `ideal`, the same with a full draw of each member's weights (Wen et al.'s IdealES,
 noise_sharing="independent"); `lowrank` (EGGROLL's rank-one noise); `ARS` of sb3-contrib with rl_zoo3's settings (Swimmer:
-Mania et al. 2018). Equal environment steps. Needs `pip install ".[bench,contrib]" "gymnasium[mujoco]"`.
+Mania et al. 2018). Equal environment steps. Needs `pip install ".[bench,contrib]"`.
 """
 
 from __future__ import annotations

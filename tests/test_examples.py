@@ -110,6 +110,13 @@ def test_anneal_and_watch_ends_with_mean_weights_that_have_learned(tmp_path: Pat
     assert list(tmp_path.glob("PPO_1/events.*"))
 
 
+@pytest.mark.slow
+def test_flipes_on_ray_learns() -> None:
+    out = run_example("08_ray_workers.py", "--generations", "12")
+    means = [float(found) for found in re.findall(r"steps: +([\d.]+)", out)]
+    assert len(means) == 12 and means[-1] > 2 * means[0]
+
+
 def test_flipes_learns() -> None:
     out = run_example("07_flipes.py", "--steps", "400000")
     best = max(float(found) for found in re.findall(r"mean weights\s+([\d.]+)", out))
