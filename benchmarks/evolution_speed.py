@@ -296,6 +296,59 @@ def _generations(model: FlipES, n: int) -> tuple[float, float]:
     return (model.num_timesteps - before) / seconds, (seconds - sum(spent)) / n
 
 
+# ---- variance ----------------------------------------------------------------------------------------------------------
+
+
+def variance(rounds: int) -> str:
+    """Linear 32-32, each member judged on inputs of its own: fitness -|y - target|^2 / 32, no shaping."""
+    lines = ["| members | arm | variance of the estimate, over IdealES | squared bias, over its standard error squared |"]
+    lines.append("|---:|---|---:|---:|")
+    kinds: dict[str, tuple[dict[str, Any], int]] = {
+        "IdealES: a full draw for each member": (dict(noise_sharing="independent"), 1),
+        "flipout, 1 base draw": ({}, 1),
+        "flipout, 8 base draws": ({}, 8),
+        "flipout, 32 base draws": ({}, 32),
+        "lowrank": (dict(family="lowrank"), 1),
+    }
+    for members in (64, 1024):
+        ideal = 0.0
+        for name, (noise, bases) in kinds.items():
+            draws = _estimates(members, bases, noise, 20 * rounds)
+            spread = float(draws.var(0).sum())
+            ideal = ideal or spread
+            bias = float((draws.mean(0) - _exact()).square().sum()) / (spread / len(draws))
+            lines.append(f"| {members:,} | {name} | {spread / ideal:.2f} | {bias:.2f} |")
+    return "\n".join(lines)
+
+
+def _problem() -> tuple[nn.Linear, th.Tensor, th.Tensor]:
+    th.manual_seed(0)
+    return nn.Linear(32, 32, bias=False).double(), th.randn(1024, 32).double(), th.randn(1024, 32).double()
+
+
+def _exact() -> th.Tensor:
+    net, x, target = _problem()
+    loss = (net(x) - target).square().mean(1).mean()
+    return th.autograd.grad(loss, net.weight)[0]
+
+
+def _estimates(members: int, bases: int, noise: dict[str, Any], times: int) -> th.Tensor:
+    net, x, target = _problem()
+    module = perturb(nn.Sequential(net), learn_sigma=False, sigma_init=0.25, **noise)
+    population, found = Population(module, members, base_perturbations=bases, shaping="none"), []
+    generator = th.Generator().manual_seed(1)
+    for _ in range(times):
+        some = th.randint(1024, (members // 2,), generator=generator).repeat_interleave(2)  # twins are judged alike
+        fitness = th.zeros(members, dtype=th.float64)
+        for group in population.ask():
+            with th.no_grad(), group.members():
+                fitness[group.rows] = -(module(x[some[group.rows]]) - target[some[group.rows]]).square().mean(1)
+        module.zero_grad()
+        population.tell(fitness)
+        found.append(module[0].weight.grad.clone())
+    return th.stack(found)
+
+
 # ---- the paper's comparison --------------------------------------------------------------------------------------------
 
 # Wen et al. 2018, section 5.4 and appendix: seconds per update, FlipES on one GPU, and cpuES on 40 cores.
@@ -343,6 +396,7 @@ PARTS: dict[str, tuple[str, Callable[[int], str]]] = {
     "share": ("Share of plain batched inference, 64-256-256-16", share),
     "environments": (f"CartPole, {MEMBERS:,} members: environment steps per second", environments),
     "scaling": ("Workers on Ray, wall-clock time", scaling),
+    "variance": ("Variance of the estimate", variance),
     "paper": ("The paper's comparison: 784-d-10, 5,000 samples per update", paper),
 }
 

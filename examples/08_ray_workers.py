@@ -3,8 +3,8 @@
     pip install ".[ray]"
     python examples/08_ray_workers.py [--workers 2] [--generations 30]
 
-You should see the fitness rise, and the same numbers with any number of workers. On a cluster, run it where Ray's head is, with
-RAY_ADDRESS set.
+You should see the fitness rise, and the same numbers with any number of workers. On a cluster, run it where Ray's head is,
+with RAY_ADDRESS set.
 """
 
 import argparse
@@ -35,6 +35,6 @@ class Tell(BaseCallback):
 
 
 with RayWorkers(make_env, args.workers, members_per_chunk=16) as workers:
-    model = FlipES("FlipoutMlpPolicy", make_env(), population_size=64, learning_rate=0.1, workers=workers, seed=0, device="cpu")
+    model = FlipES("FlipoutMlpPolicy", make_env(), 0.1, population_size=64, workers=workers, seed=0, device="cpu")
     for _ in range(args.generations):
         model.learn(1, callback=Tell(), reset_num_timesteps=False)

@@ -83,8 +83,7 @@ class Player:
             obs: Any = self.env.reset()
             self._note(seen)
             while desk.plays.any():
-                with group.members(th.as_tensor(numbers.start + desk.member, device=self.policy.device)):
-                    actions, _ = self.policy.predict(obs, deterministic=True)
+                actions = self._actions(group, obs, np.flatnonzero(desk.plays), numbers.start + desk.member)
                 obs, rewards, dones, infos = self.env.step(actions)
                 self._note(seen)
                 if self._normalised is not None:
@@ -95,6 +94,15 @@ class Player:
                     return None
         episodes = np.array(desk.episodes, dtype=np.float32).reshape(-1, 3)
         return Played(desk.returns / self.episodes_per_member, steps, episodes, seen)
+
+    def _actions(self, group: Group, obs: Any, playing: np.ndarray, member: np.ndarray) -> np.ndarray:
+        """The actions of the members at play. Environments that wait take any: nobody asks the network for them."""
+        some = {name: part[playing] for name, part in obs.items()} if isinstance(obs, dict) else obs[playing]
+        with group.members(th.as_tensor(member[playing], device=self.policy.device)):
+            chosen, _ = self.policy.predict(some, deterministic=True)
+        actions: np.ndarray = chosen[np.zeros(len(member), dtype=np.int64)]
+        actions[playing] = chosen
+        return actions
 
     @contextmanager
     def _frozen(self) -> Iterator[None]:
