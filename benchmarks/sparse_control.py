@@ -75,6 +75,7 @@ def _held(sigma: float, fraction: float, update: str = "independent", **more: An
 
 FLIPOUT: dict[str, dict[str, Any]] = {
     "flipout": dict(_RECIPE),
+    "1 in inputs' units": dict(_RECIPE, sigma_init=1.0, sigma_unit="inputs"),
     "3@.5": _held(3.0, 0.5, **_LEARNED),
     "3@.5 ent .001": _held(3.0, 0.5, **_LEARNED, ent_coef=0.001),
     "3@.5 ent .01": _held(3.0, 0.5, **_LEARNED, ent_coef=0.01),

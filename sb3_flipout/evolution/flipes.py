@@ -159,6 +159,7 @@ class FlipES(KeepsNoise, Tells):
         total, listed = self._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
         self.policy.guard.check_whole(self.policy, self.policy.perturbed_network)
         self.policy.marks.steered = False
+        self.policy.meet_observations(self._last_obs)
         if self.workers is not None:
             self.workers.start(self._told_workers())
         listed.on_training_start(locals(), globals())

@@ -90,6 +90,8 @@ class FlipESPolicy(FlipoutPolicyMixin):
     :param layers: Which kinds of layer in it: ``"all"`` or ``"linear"``
     :param skip: Names of modules to leave out, as in ``policy.named_modules()``; ``*`` stands for anything
     :param perturb_frozen: Whether layers are perturbed whose weights do not learn
+    :param sigma_unit: ``"weights"`` (the family's unit), or ``"inputs"``: sigma of weights is divided, once, by the root mean
+        square of what each layer gets of the first observations
     :param schedule: How the noise falls over training: ``"constant"``, ``"linear"``, ``"cosine"`` or ``"exponential"``
     :param schedule_end: What is left of the noise at the end of the schedule, as a share of the noise scale
     :param schedule_fraction: Share of training over which it falls; default 0.3
@@ -122,6 +124,7 @@ class FlipESPolicy(FlipoutPolicyMixin):
         layers: Layers = "all",
         skip: str | Sequence[str] = (),
         perturb_frozen: bool = False,
+        sigma_unit: str = "weights",
         schedule: NoiseSchedule | None = None,
         schedule_end: float | None = None,
         schedule_fraction: float | None = None,
@@ -130,6 +133,7 @@ class FlipESPolicy(FlipoutPolicyMixin):
         extractor = self.DEFAULT_EXTRACTOR if features_extractor_class is None else features_extractor_class
         noise: dict[str, Any] = dict(family=family, sigma_init=sigma_init, learn_sigma=learn_sigma)
         noise |= dict(noise_sharing=noise_sharing, perturb=perturb, layers=layers, skip=skip, perturb_frozen=perturb_frozen)
+        noise |= dict(sigma_unit=sigma_unit)
         noise |= dict(schedule=schedule, schedule_end=schedule_end, schedule_fraction=schedule_fraction)
         kwargs.pop("resample", None)  # a copy's: a member is kept for its episodes
         kwargs.pop("init", None)

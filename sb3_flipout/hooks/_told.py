@@ -222,6 +222,7 @@ def collect_rollout(original: Method, algorithm: Any, *args: Any, **kwargs: Any)
     if not isinstance(algorithm.rollout_buffer, KeyedBufferMixin):  # one that was put there by hand
         store_noise(algorithm.rollout_buffer)
     _follow_schedule(algorithm)
+    policy.meet_observations(algorithm._last_obs)
     policy.begin_rollout()
     with _counted_steps(algorithm), policy.collecting(algorithm.n_envs):
         finished = original(algorithm, *args, **kwargs)
@@ -230,6 +231,7 @@ def collect_rollout(original: Method, algorithm: Any, *args: Any, **kwargs: Any)
 
 def collect_transitions(original: Method, algorithm: Any, *args: Any, **kwargs: Any) -> Any:
     """The same for replayed transitions, whose collection steps are marked one by one."""
+    policy_of(algorithm).meet_observations(algorithm._last_obs)
     policy_of(algorithm).begin_rollout()
     with _counted_steps(algorithm):
         finished = original(algorithm, *args, **kwargs)

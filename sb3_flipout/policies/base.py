@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -23,6 +24,7 @@ from sb3_flipout.policies.observations import n_rows
 from sb3_flipout.policies.plain import plain_copy
 from sb3_flipout.policies.rows import give_layouts
 from sb3_flipout.policies.settings import NoiseSettings
+from sb3_flipout.policies.sigma_units import divide_by_inputs
 from sb3_flipout.policies.state import NoiseState
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -227,6 +229,29 @@ class FlipoutPolicyMixin(NoiseState):
         :raises ValueError: If it would not act as the mean weights do: a subclass changes what the stock class computes
         """
         return plain_copy(self, NoiseState)
+
+    def meet_observations(self, obs: Any) -> None:
+        """
+        Tell the first observations of a training; with ``sigma_unit="inputs"`` they are what sigma is measured by, once.
+
+        :param obs: Observations as the algorithm has them, shape (n_envs, ...)
+        """
+        if self._sigma_in_units or obs is None:
+            return
+        self._sigma_in_units = True
+        tensors, _ = self.obs_to_tensor(obs)
+        left = divide_by_inputs(self.perturbed_network.layers, lambda: self.mean_outputs(tensors))
+        for name in ("q_net", "quantile_net", "actor"):  # a target is a copy of what it is the target of
+            target = getattr(self, f"{name}_target", None)
+            if target is not None:
+                target.load_state_dict(getattr(self, name).state_dict())
+        if left:
+            names = [name for name, layer in self.named_modules() if any(layer is one for one in left)]
+            warnings.warn(
+                f'sigma_unit="inputs" has no effect on {", ".join(names)}: their inputs are 0 in the first observations, or '
+                "they are neither linear layers nor convolutions. Their sigma is in units of 1/sqrt(fan_in).",
+                stacklevel=2,
+            )
 
     def mean_outputs(self, obs: Any) -> list[th.Tensor]:
         """

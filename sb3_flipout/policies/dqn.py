@@ -57,6 +57,8 @@ class ValueMixin(OffPolicyMixin):
     :param layers: Which kinds of layer in it: ``"all"``, ``"linear"`` (as NoisyNet) or ``"hidden"``
     :param skip: Names of modules to leave out, as in ``policy.named_modules()``; ``*`` stands for anything
     :param perturb_frozen: Whether layers are perturbed whose weights do not learn
+    :param sigma_unit: ``"weights"`` (the family's unit), or ``"inputs"``: sigma of weights is divided, once, by the root mean
+        square of what each layer gets of the first observations
     :param init: ``"keep"`` SB3's initialisation, or ``"noisynet"``
     :param schedule: How the noise falls over training: ``"constant"``, ``"linear"``, ``"cosine"`` or ``"exponential"``; by
         default ``"linear"``, with members it is constant
@@ -97,6 +99,7 @@ class ValueMixin(OffPolicyMixin):
         layers: Layers = "all",
         skip: str | Sequence[str] = (),
         perturb_frozen: bool = False,
+        sigma_unit: str = "weights",
         init: Init = "keep",
         schedule: NoiseSchedule | None = None,
         schedule_end: float | None = None,
@@ -111,7 +114,7 @@ class ValueMixin(OffPolicyMixin):
     ) -> None:
         noise: dict[str, Any] = dict(family=family, sigma_init=sigma_init, learn_sigma=learn_sigma, resample=resample)
         noise |= dict(base_every_steps=base_every_steps, noise_sharing=noise_sharing, perturb=perturb, layers=layers)
-        noise |= dict(skip=skip, perturb_frozen=perturb_frozen, init=init)
+        noise |= dict(skip=skip, perturb_frozen=perturb_frozen, init=init, sigma_unit=sigma_unit)
         noise |= dict(schedule=schedule, schedule_end=schedule_end, schedule_fraction=schedule_fraction)
         noise |= dict(target_noise=target_noise, members=members, prior_scale=prior_scale)
         noise |= dict(keys_per_transition=keys_per_transition, bootstrap=bootstrap, reward_noise=reward_noise)

@@ -49,6 +49,8 @@ class OnPolicyMixin(OnPolicyPasses):
         weights alone)
     :param skip: Names of modules to leave out, as in ``policy.named_modules()``; ``*`` stands for anything
     :param perturb_frozen: Whether layers are perturbed whose weights do not learn
+    :param sigma_unit: ``"weights"`` (the family's unit), or ``"inputs"``: sigma of weights is divided, once, by the root mean
+        square of what each layer gets of the first observations
     :param init: ``"keep"`` SB3's initialisation, or ``"noisynet"``
     :param schedule: How the noise falls over training: ``"constant"``, ``"linear"``, ``"cosine"`` or ``"exponential"``; by
         default it falls linearly
@@ -81,6 +83,7 @@ class OnPolicyMixin(OnPolicyPasses):
         layers: Layers = "all",
         skip: str | Sequence[str] = (),
         perturb_frozen: bool = False,
+        sigma_unit: str = "weights",
         init: Init = "keep",
         schedule: NoiseSchedule | None = None,
         schedule_end: float | None = None,
@@ -98,6 +101,7 @@ class OnPolicyMixin(OnPolicyPasses):
             "layers": layers,
             "skip": skip,
             "perturb_frozen": perturb_frozen,
+            "sigma_unit": sigma_unit,
             "init": init,
             "schedule": schedule,
             "schedule_end": schedule_end,

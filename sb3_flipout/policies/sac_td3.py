@@ -62,6 +62,8 @@ class ActorMixin(OffPolicyMixin):
     :param layers: Which kinds of layer in it: ``"all"``, ``"linear"`` or ``"hidden"``
     :param skip: Names of modules to leave out, as in ``policy.named_modules()``; ``*`` stands for anything
     :param perturb_frozen: Whether layers are perturbed whose weights do not learn
+    :param sigma_unit: ``"weights"`` (the family's unit), or ``"inputs"``: sigma of weights is divided, once, by the root mean
+        square of what each layer gets of the first observations
     :param init: ``"keep"`` SB3's initialisation, or ``"noisynet"``
     :param schedule: How the noise falls over training: ``"constant"``, ``"linear"``, ``"cosine"`` or ``"exponential"``; by
         default it is constant
@@ -106,6 +108,7 @@ class ActorMixin(OffPolicyMixin):
         layers: Layers = "all",
         skip: str | Sequence[str] = (),
         perturb_frozen: bool = False,
+        sigma_unit: str = "weights",
         init: Init = "keep",
         schedule: NoiseSchedule | None = None,
         schedule_end: float | None = None,
@@ -118,7 +121,7 @@ class ActorMixin(OffPolicyMixin):
     ) -> None:
         noise: dict[str, Any] = dict(family=family, sigma_init=sigma_init, learn_sigma=learn_sigma, resample=resample)
         noise |= dict(base_every_steps=base_every_steps, noise_sharing=noise_sharing, perturb=perturb, layers=layers)
-        noise |= dict(skip=skip, perturb_frozen=perturb_frozen, init=init)
+        noise |= dict(skip=skip, perturb_frozen=perturb_frozen, init=init, sigma_unit=sigma_unit)
         noise |= dict(schedule=schedule, schedule_end=schedule_end, schedule_fraction=schedule_fraction)
         noise |= dict(target_noise=target_noise, members=members, act_by_mode=act_by_mode, update_noise=update_noise)
         self._init_off_policy(ActorSettings, noise, (observation_space, action_space), lr_schedule, args, kwargs)

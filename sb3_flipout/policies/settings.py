@@ -19,6 +19,7 @@ from sb3_flipout.layers.convert import LAYERS
 from sb3_flipout.noise.schedule import SCHEDULES, scheduled_factor
 from sb3_flipout.noise.stream import check_resample
 from sb3_flipout.policies.legacy import moved_hint
+from sb3_flipout.policies.sigma_units import UNITS
 
 Perturb = Literal["policy", "heads", "all"]
 PERTURB_CHOICES: tuple[str, ...] = get_args(Perturb)
@@ -31,6 +32,9 @@ class NoiseSettings:
 
     :param family: How weights are perturbed: a name in ``sb3_flipout.noise.FAMILIES``
     :param sigma_init: Initial sigma in the family's unit; ``None`` for the default
+    :param sigma_unit: ``"weights"`` (the family's unit), or ``"inputs"``: sigma of weights is divided, once, by the root mean
+        square of what each layer gets of the first observations, so that it is the standard deviation that their noise adds to
+        an output, whatever the scale of observations
     :param learn_sigma: Whether sigma is trained
     :param resample: How long an environment keeps its noise: ``"step"``, ``"episode"``, ``"rollout"``, or a number of steps
     :param noise_sharing: ``"flipout"``, ``"shared"`` or ``"independent"``
@@ -51,6 +55,7 @@ class NoiseSettings:
 
     family: str = "gaussian"
     sigma_init: float | None = None
+    sigma_unit: str = "weights"
     learn_sigma: bool = True
     resample: str | int = "step"
     noise_sharing: str = "flipout"
@@ -75,7 +80,13 @@ class NoiseSettings:
             layers=check_choice("layers", self.layers, LAYERS),
             skip=check_strings("skip", self.skip),
             perturb_frozen=check_flag("perturb_frozen", self.perturb_frozen),
+            sigma_unit=check_choice("sigma_unit", self.sigma_unit, UNITS),
         )
+        if self.sigma_unit == "inputs" and (noise.spec.relative or noise.spec.sigma == "none"):
+            raise ValueError(
+                f'sigma_unit="inputs" does not fit family={self.family!r}, whose noise is relative to the mean weights. Leave '
+                'it out, or use family="gaussian".'
+            )
         self._check_schedule()
 
     def _set(self, **values: Any) -> None:

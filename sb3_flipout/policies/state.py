@@ -60,6 +60,7 @@ class NoiseState(BasePolicy):
         self._noise_scale = 1.0
         self._schedule_factor = settings.factor_at(0.0)
         self._noise_ladder: tuple[float, ...] | None = None
+        self._sigma_in_units = settings.sigma_unit == "weights"  # or the first observations are still to come
 
     # ---- what the user sets -------------------------------------------------------------------------------------
 
@@ -149,6 +150,7 @@ class NoiseState(BasePolicy):
             "noise_scale": self._noise_scale,
             "schedule_factor": self._schedule_factor,
             "noise_ladder": self._noise_ladder,
+            "sigma_in_units": self._sigma_in_units,
         }
 
     def set_noise_state(self, state: Mapping[str, Any]) -> None:
@@ -171,6 +173,7 @@ class NoiseState(BasePolicy):
         ladder = state.get("noise_ladder")
         self.noise_ladder = None if ladder is None else tuple(ladder)
         self._noise_seed, self._noise_scale, self._schedule_factor = seed, scale, factor
+        self._sigma_in_units = bool(state.get("sigma_in_units", True))
         self._keys.restart(steps, fold(seed, Stream.COLLECTION))
         self._evaluation.seed, self._evaluation.calls = fold(seed, Stream.EVALUATION), evaluations
         self.noise_settings = self.noise_settings.as_saved(state["settings"])
