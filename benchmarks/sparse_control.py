@@ -127,7 +127,7 @@ def make(run: Run) -> Row:
         changes, policy_kwargs = WEIGHT_NOISE[run.task], dict(FLIPOUT[run.arm])
         if run.task == "SAC":
             policy_kwargs["act_by_mode"] = True
-            entropy = policy_kwargs.pop("ent_coef", "auto" if run.arm == "flipout" else None)
+            entropy = policy_kwargs.pop("ent_coef", "auto" if run.arm in ("flipout", "1 in inputs' units") else None)
             changes = dict(changes, ent_coef=entropy) if entropy is not None else changes
     row = train(task, run, {**task.changes, **changes}, policy_kwargs, watch)
     return dict(row, first_success=watch.first, episodes=len(watch.ends), last_successes=sum(watch.ends[-20:]))
