@@ -17,14 +17,18 @@ import numpy as np
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """
-    Suggest the known name that is nearest to an unknown one.
+    Suggest the known name that is nearest to an unknown one; of equally near ones the first.
 
     :param name: What came
     :param known: Names that exist
     :return: `` Did you mean 'x'?`` with a leading space; empty where nothing is near
     """
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f" Did you mean {near[0]!r}?" if near else ""
+    names = list(known)
+    near = difflib.get_close_matches(name, names, n=max(1, len(names)))
+    if not near:
+        return ""
+    nearest = min(near, key=lambda one: (-difflib.SequenceMatcher(None, one, name).ratio(), names.index(one)))
+    return f" Did you mean {nearest!r}?"
 
 
 def check_choice(name: str, value: Any, allowed: Collection[str], hint: str = "") -> str:
