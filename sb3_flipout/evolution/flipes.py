@@ -17,7 +17,7 @@ from typing_extensions import Self
 from sb3_flipout.checks import check_integer
 from sb3_flipout.evolution.estimator import Group, Population
 from sb3_flipout.evolution.kept_noise import KeepsNoise
-from sb3_flipout.evolution.playing import Played, Player, merge, seed_of_environments, statistics_of
+from sb3_flipout.evolution.playing import Played, Player, frozen, merge, normalisation, seed_of_environments, statistics_of
 from sb3_flipout.evolution.policy import FlipESCnnPolicy, FlipESMultiInputPolicy, FlipESPolicy
 from sb3_flipout.evolution.telling import Tells
 from sb3_flipout.evolution.workers import Generation, Job, Workers
@@ -129,7 +129,7 @@ class FlipES(KeepsNoise, Tells):
         self.population.generation = self._n_updates
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "population", "workers", "_job"]
+        return [*super()._excluded_save_params(), "population", "workers", "_job", "_began"]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         return ["policy", "policy.optimizer"], []
@@ -156,7 +156,8 @@ class FlipES(KeepsNoise, Tells):
         :param progress_bar: Whether to show a progress bar
         :return: The model
         """
-        total, listed = self._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
+        with frozen(self._vec_normalize_env):  # it resets the environments, and nobody plays what it sees
+            total, listed = self._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
         self.policy.guard.check_whole(self.policy, self.policy.perturbed_network)
         self.policy.marks.steered = False
         self.policy.meet_observations(self._last_obs)
@@ -176,9 +177,9 @@ class FlipES(KeepsNoise, Tells):
     def _told_workers(self) -> Job:
         """The same object as long as nothing has changed, so that workers go on from one ``learn`` to the next."""
         sizes = self.population_size, self.antithetic, self.base_perturbations, self.episodes_per_member
-        normalised = statistics_of(self._vec_normalize_env) is not None
-        if self._job is None or self._job[1:] != (*sizes, normalised):
-            self._job = Job(copy.deepcopy(self.policy).cpu(), *sizes, normalised)
+        how = normalisation(self._vec_normalize_env)
+        if self._job is None or self._job[1:] != (*sizes, how):
+            self._job = Job(copy.deepcopy(self.policy).cpu(), *sizes, how)
         return self._job
 
     def _evaluate_generation(self, callback: BaseCallback) -> th.Tensor | None:
@@ -195,7 +196,11 @@ class FlipES(KeepsNoise, Tells):
         )
         callback.on_rollout_start()
         plays = self._play_here if self.workers is None else self._play_elsewhere
-        found = plays(population.ask(), callback)
+        self._began = self.num_timesteps
+        try:
+            found = plays(population.ask(), callback)
+        finally:
+            self._began = None
         if found is None:
             return None
         callback.on_rollout_end()
@@ -212,7 +217,7 @@ class FlipES(KeepsNoise, Tells):
 
         def on_step(step: dict[str, Any]) -> bool:
             self.num_timesteps += self.n_envs
-            ended = np.flatnonzero(step["dones"])  # a thousand environments have few ends in a step
+            ended = np.flatnonzero(step["ended"])  # members' episodes; a thousand environments have few ends in a step
             self._update_info_buffer([step["infos"][env] for env in ended], np.ones(len(ended), dtype=bool))
             callback.update_locals(step)
             return callback.on_step()
@@ -238,10 +243,6 @@ class FlipES(KeepsNoise, Tells):
                 if played is None:
                     continue
                 self.num_timesteps += played.steps
-                for reward, length, success in played.episodes.tolist():
-                    self.ep_info_buffer.append(dict(r=reward, l=length))  # type: ignore[union-attr]
-                    if not np.isnan(success):
-                        self.ep_success_buffer.append(success)  # type: ignore[union-attr]
                 callback.update_locals(dict(played=played))
                 if not callback.on_step():
                     return None
@@ -250,7 +251,16 @@ class FlipES(KeepsNoise, Tells):
                 "all workers were lost in one generation, so nothing can be learned from it. Look at what ended them (the "
                 "cluster's logs say it), and whether they have enough memory and time."
             )
+        for _, played in sorted(found, key=lambda item: item[0].start):
+            self._note_episodes(played)
         return found
+
+    def _note_episodes(self, played: Played | None) -> None:
+        """For the logs, in the order of the members: workers are done in any order."""
+        for reward, length, success in [] if played is None else played.episodes.tolist():
+            self.ep_info_buffer.append(dict(r=reward, l=length))  # type: ignore[union-attr]
+            if not np.isnan(success):
+                self.ep_success_buffer.append(success)  # type: ignore[union-attr]
 
     def _learn_from(self, fitness: th.Tensor) -> None:
         self._update_learning_rate(self.policy.optimizer)

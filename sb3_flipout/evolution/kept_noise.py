@@ -16,6 +16,8 @@ class KeepsNoise(BaseAlgorithm):
     """Mixin of an algorithm that saves and loads the state of its policy's noise, and seeds it."""
 
     policy: FlipESPolicy
+    #: Steps before the generation that is being played; ``None`` between two.
+    _began: int | None = None
 
     def _restore_noise(self) -> None:
         state = self.__dict__.pop(_STATE, None)
@@ -39,10 +41,13 @@ class KeepsNoise(BaseAlgorithm):
         :param args: As of SB3's algorithms
         :param kwargs: The same by name
         """
-        self.__dict__[_STATE] = self.policy.noise_state()
+        now, self.__dict__[_STATE] = self.num_timesteps, self.policy.noise_state()
+        # Who goes on plays the generation again, from its start; its steps must not count twice.
+        self.num_timesteps = now if self._began is None else self._began
         try:
             super().save(*args, **kwargs)
         finally:
+            self.num_timesteps = now
             self.__dict__.pop(_STATE, None)
 
     @classmethod

@@ -79,18 +79,23 @@ class Player:
         desk, n_envs = _Desk(len(numbers), self.env.num_envs, self.episodes_per_member), self.env.num_envs
         steps, seen = 0, _fresh(self._normalised)
         self.env.seed(seed)
-        with self.policy.collecting(n_envs), self._frozen():
-            obs: Any = self.env.reset()
+        with self.policy.collecting(n_envs):
+            with frozen(self._normalised):
+                obs: Any = self.env.reset()
             self._note(seen)
             while desk.plays.any():
                 actions = self._actions(group, obs, np.flatnonzero(desk.plays), numbers.start + desk.member)
-                obs, rewards, dones, infos = self.env.step(actions)
+                with frozen(self._normalised):  # and not while callbacks run, which may save it
+                    obs, rewards, dones, infos = self.env.step(actions)
                 self._note(seen)
                 if self._normalised is not None:
                     rewards = self._normalised.get_original_reward()
+                ended = dones & desk.plays
                 desk.add(rewards, dones, infos)
                 steps += n_envs
-                if on_step is not None and not on_step(dict(rewards=rewards, dones=dones, infos=infos, new_obs=obs)):
+                if on_step is not None and not on_step(
+                    dict(actions=actions, rewards=rewards, dones=dones, ended=ended, infos=infos, new_obs=obs)
+                ):
                     return None
         episodes = np.array(desk.episodes, dtype=np.float32).reshape(-1, 3)
         return Played(desk.returns / self.episodes_per_member, steps, episodes, seen)
@@ -104,17 +109,6 @@ class Player:
         actions[playing] = chosen
         return actions
 
-    @contextmanager
-    def _frozen(self) -> Iterator[None]:
-        if self._normalised is None:
-            yield
-            return
-        before, self._normalised.training = self._normalised.training, False
-        try:
-            yield
-        finally:
-            self._normalised.training = before
-
     def _note(self, seen: Statistics) -> None:
         if seen is None or self._normalised is None:
             return
@@ -126,6 +120,36 @@ class Player:
         else:
             assert isinstance(obs, np.ndarray), "the statistics are of an array"
             seen.update(obs)
+
+
+@contextmanager
+def frozen(normalised: VecNormalize | None) -> Iterator[None]:
+    """
+    Let the statistics of observations stand still.
+
+    :param normalised: The environment's wrapper; ``None`` for none
+    :return: Context manager
+    """
+    if normalised is None:
+        yield
+        return
+    before, normalised.training = normalised.training, False
+    try:
+        yield
+    finally:
+        normalised.training = before
+
+
+def normalisation(normalised: VecNormalize | None) -> tuple[Any, ...] | None:
+    """
+    Say how observations are normalised, beside the statistics.
+
+    :param normalised: The environment's wrapper; ``None`` for none
+    :return: Its settings; ``None`` where observations are not normalised
+    """
+    if normalised is None or not normalised.norm_obs:
+        return None
+    return normalised.clip_obs, normalised.epsilon, tuple(normalised.norm_obs_keys or ())
 
 
 def statistics_of(normalised: VecNormalize | None) -> Statistics:

@@ -189,7 +189,7 @@ class FlipESPolicy(FlipoutPolicyMixin):
             return self._actions(self(observation))
 
     def _actions(self, outputs: th.Tensor) -> th.Tensor:
-        return outputs.argmax(dim=1) if isinstance(self.action_space, spaces.Discrete) else outputs
+        return outputs.argmax(dim=1) + self.action_space.start if isinstance(self.action_space, spaces.Discrete) else outputs
 
     @staticmethod
     def outputs_of(policy: Any, obs: Any) -> list[th.Tensor]:

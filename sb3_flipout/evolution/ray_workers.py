@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import time
 import warnings
@@ -77,8 +78,9 @@ class RayWorkers(Workers):
         self._ray: Any = None
         self._job: Job | None = None
         self._stored: Any = None  # reference to it in the object store
+        self._session: Any = None  # of Ray, in which the actors are
         self._actors: list[Any] = []
-        self._starting: list[Any] = []  # of those, replacements that have not done anything yet
+        self._starting: dict[Any, Any] = {}  # replacements, by what says that they are ready
         self._here: Worker | None = None  # in place of actors, where Ray is not to be had
 
     # ---- the actors -------------------------------------------------------------------------------------------------
@@ -92,7 +94,7 @@ class RayWorkers(Workers):
         :raises ImportError: If Ray is not installed
         :raises ConnectionError: If no Ray cluster can be reached
         """
-        if job is self._job:
+        if job is self._job and (self._here is not None or self._session == _session(self._ray)):
             return
         self._check_sizes(job)
         self.close()
@@ -108,7 +110,7 @@ class RayWorkers(Workers):
             warnings.warn(f"the population plays in this process: {error}", stacklevel=4)
             self._here = Worker(job, self.make_env, self.device)
             return
-        self._stored = self._ray.put(job)
+        self._stored, self._session = self._ray.put(job), _session(self._ray)
         self._actors = [self._hired() for _ in range(self.workers)]
         try:  # so that what is wrong with make_env is said now, and not as a worker that was lost
             self._ray.get([actor.ready.remote() for actor in self._actors], timeout=self.start_timeout)
@@ -145,10 +147,10 @@ class RayWorkers(Workers):
 
     def close(self) -> None:
         """End all actors. Ray itself, and other work on its cluster, goes on."""
-        actors, self._actors, self._starting = self._actors, [], []
+        actors, self._actors, self._starting = self._actors, [], {}
         self._here = self._job = self._stored = None
-        for actor in actors:
-            if self._ray is not None and self._ray.is_initialized():
+        if self._ray is not None and self._session is not None and self._session == _session(self._ray):
+            for actor in actors:
                 self._ray.kill(actor)
 
     # ---- a generation -----------------------------------------------------------------------------------------------
@@ -165,27 +167,51 @@ class RayWorkers(Workers):
             for chunk in chunks:
                 yield chunk, self._here.play(generation, chunk)
             return
-        told, waiting, idle = self._ray.put(generation), deque(chunks), deque(self._actors)
+        told, waiting = self._ray.put(generation), deque(chunks)
+        coming = list(self._starting.values())
+        idle = deque(actor for actor in self._actors if all(actor is not one for one in coming))
         running: dict[Any, _Running] = {}
         try:
             while waiting or running:
                 while waiting and idle:
                     actor, chunk = idle.popleft(), waiting.popleft()
-                    time_left = self.timeout + (self.start_timeout if actor in self._starting else 0.0)
                     result = actor.play.remote(told, chunk.start, chunk.stop)
-                    running[result] = _Running(actor, chunk, time.monotonic() + time_left)
-                soonest = min(item.deadline for item in running.values())
-                done, _ = self._ray.wait(list(running), timeout=max(0.0, soonest - time.monotonic()))
-                late = [result for result, item in running.items() if item.deadline <= time.monotonic()]
-                for result in done or late[:1]:
+                    running[result] = _Running(actor, chunk, time.monotonic() + self.timeout)
+                ready = self._next(running)
+                if ready in self._starting:
+                    idle.extend(self._welcomed(ready))
+                elif ready is not None or running:
+                    result = min(running, key=lambda one: running[one].deadline) if ready is None else ready
                     item = running.pop(result)
-                    self._starting = [actor for actor in self._starting if actor is not item.actor]
-                    played = self._result(result) if done else None
-                    idle.append(item.actor if played is not None else self._replaced(item.actor))
+                    played = None if ready is None else self._result(result)
+                    if played is None:
+                        self._replace(item.actor)
+                    else:
+                        idle.append(item.actor)
                     yield item.chunk, played
-        finally:  # stopped: what is being played is played to its end, so that nobody waits for it in the next generation
-            if running:
-                self._ray.wait(list(running), num_returns=len(running), timeout=self.timeout)
+                else:  # nobody is left, and nobody comes
+                    yield waiting.popleft(), None
+        finally:  # stopped: nobody waits for what is still being played, now or in the next generation
+            for item in running.values():
+                self._replace(item.actor)
+                self.replaced -= 1
+
+    def _next(self, running: dict[Any, _Running]) -> Any:
+        """A result, or a replacement that is ready; ``None`` where neither comes in time."""
+        soonest = min((item.deadline for item in running.values()), default=time.monotonic() + self.start_timeout)
+        awaited = [*running, *self._starting]
+        done = self._ray.wait(awaited, timeout=max(0.0, soonest - time.monotonic()))[0] if awaited else []
+        return done[0] if done else None
+
+    def _welcomed(self, ready: Any) -> list[Any]:
+        """A replacement that can play now; none if it died while it was made, after which there is one worker less."""
+        actor = self._starting.pop(ready)
+        try:
+            self._ray.get(ready)
+        except self._ray.exceptions.RayError:
+            self._actors = [one for one in self._actors if one is not actor]
+            return []
+        return [actor]
 
     def _result(self, result: Any) -> Played | None:
         errors = self._ray.exceptions
@@ -197,13 +223,13 @@ class RayWorkers(Workers):
             return None
         return played
 
-    def _replaced(self, lost: Any) -> Any:
+    def _replace(self, lost: Any) -> None:
+        """End an actor, and hire another one, which plays when the cluster has room for it and it is ready."""
         self._ray.kill(lost)
         self.replaced += 1
         new = self._hired()
-        self._starting.append(new)
-        self._actors[self._actors.index(lost)] = new
-        return new
+        self._starting[new.ready.remote()] = new
+        self._actors = [new if one is lost else one for one in self._actors]
 
 
 class _Running(NamedTuple):
@@ -228,6 +254,11 @@ class _Actor:
         return self._worker.play(generation, slice(first, stop))
 
 
+def _session(ray: Any) -> Any:
+    """What Ray is connected to, to be compared; ``None`` for nothing."""
+    return ray.get_runtime_context().get_job_id() if ray is not None and ray.is_initialized() else None
+
+
 def _connected(address: str | None) -> Any:
     """Ray, connected to a cluster."""
     try:
@@ -248,6 +279,6 @@ def _connected(address: str | None) -> Any:
 
 def _knock(address: str | None) -> None:
     """Look whether anybody listens: Ray itself takes minutes to find out that nobody does."""
-    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+    host, _, port = (address or os.environ.get("RAY_ADDRESS", "")).removeprefix("ray://").rpartition(":")
     if host and port.isdigit():
         socket.create_connection((host, int(port)), timeout=10).close()

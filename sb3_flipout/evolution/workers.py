@@ -15,8 +15,8 @@ from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 from typing_extensions import Self
 
 from sb3_flipout.checks import check_integer
-from sb3_flipout.evolution.estimator import Population
-from sb3_flipout.evolution.playing import Played, Player, Statistics, seed_of_environments, statistics_of
+from sb3_flipout.evolution.estimator import Group, Population
+from sb3_flipout.evolution.playing import Played, Player, Statistics, normalisation, seed_of_environments
 from sb3_flipout.evolution.policy import FlipESPolicy
 
 MakeEnv = Callable[[], VecEnv | gym.Env[Any, Any]]
@@ -31,7 +31,7 @@ class Job(NamedTuple):
     :param antithetic: Whether members come in pairs
     :param base_perturbations: Number of base draws
     :param episodes_per_member: Episodes of each member
-    :param normalised: Whether observations are normalised
+    :param normalisation: How observations are normalised; ``None`` where they are not
     """
 
     policy: FlipESPolicy
@@ -39,7 +39,7 @@ class Job(NamedTuple):
     antithetic: bool
     base_perturbations: int
     episodes_per_member: int
-    normalised: bool
+    normalisation: tuple[Any, ...] | None
 
 
 class Generation(NamedTuple):
@@ -79,12 +79,16 @@ class Worker:
         self.env = BaseAlgorithm._wrap_env(make_env(), monitor_wrapper=False)
         check_for_correct_spaces(self.env, policy.observation_space, policy.action_space)
         self._normalised = unwrap_vec_normalize(self.env)
-        if (statistics_of(self._normalised) is not None) != job.normalised:
+        own = normalisation(self._normalised)
+        if own != job.normalisation:
             raise ValueError(
-                "make_env and the model's own environments must both normalise observations by VecNormalize, or both not: the "
-                "model's keep the statistics of all workers. Wrap the other one too."
+                "make_env and the model's own environments must both normalise observations by VecNormalize, or both not, and "
+                "with the same clip_obs, epsilon and norm_obs_keys: the model's keep the statistics of all workers. Here: "
+                f"{own}, the model's: {job.normalisation}."
             )
         policy.set_training_mode(False)
+        self._asked: tuple[int, int, float] | None = None  # the generation that the last groups are of
+        self._last: list[Group] = []
         self._player = Player(policy, self.env, job.episodes_per_member)
         self._population = Population(policy, job.population_size, 0, job.antithetic, job.base_perturbations)
 
@@ -101,14 +105,21 @@ class Worker:
             self._normalised.training = generation.collects
             if generation.statistics is not None:
                 self._normalised.obs_rms = generation.statistics  # type: ignore[assignment]
-        population = self._population
-        population.seed, population.generation, population.scale = generation.seed, generation.number, generation.scale
-        group = next(group for group in population.ask() if group.rows.start <= members.start < group.rows.stop)
+        groups = self._groups(generation)
+        group = next(group for group in groups if group.rows.start <= members.start < group.rows.stop)
         some = slice(members.start - group.rows.start, members.stop - group.rows.start)
         seed = seed_of_environments(generation.seed, generation.number, members.start)
         played = self._player.play(group, some, seed)
         assert played is not None, "nobody can stop it"
         return played
+
+    def _groups(self, generation: Generation) -> list[Group]:
+        """The members of a generation, whose keys are made once for all of its chunks."""
+        asked, population = (generation.seed, generation.number, generation.scale), self._population
+        if asked != self._asked:
+            population.seed, population.generation, population.scale = asked
+            self._asked, self._last = asked, population.ask()
+        return self._last
 
 
 class Workers(ABC):

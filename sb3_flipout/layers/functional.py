@@ -38,6 +38,13 @@ def _for_rows(of_inputs: th.Tensor, rows_per_input: int) -> th.Tensor:
     return of_inputs if rows_per_input == 1 else of_inputs.repeat_interleave(rows_per_input, dim=0)
 
 
+def _added(of_mean: th.Tensor, noise: th.Tensor, r: th.Tensor) -> th.Tensor:
+    """Add the noise; without gradients in place, since ``of_mean`` is nobody's, and new memory is slow where it is large."""
+    if th.is_grad_enabled() or th.compiler.is_compiling() or th._C._are_functorch_transforms_active():
+        return th.addcmul(of_mean, noise, r)
+    return of_mean.addcmul_(noise, r)
+
+
 def flipout(
     op: Op,
     x: th.Tensor,  # shape: (N, I, ...) or (N, ..., I)
@@ -66,7 +73,7 @@ def flipout(
     of_mean = None if mean is None else _for_rows(op(x, *mean), rows_per_input)
     noise = op((_for_rows(x, rows_per_input) * s).to(x.dtype), *deltas)
     r = r.to(noise.dtype)
-    return noise * r if of_mean is None else of_mean.addcmul_(noise, r)  # in place: of_mean is nobody's, and large
+    return noise * r if of_mean is None else _added(of_mean, noise, r)
 
 
 def rank_one(
@@ -95,7 +102,7 @@ def rank_one(
     of_mean = _for_rows(op(x, *mean), rows_per_input)
     noise = _summed_products(_for_rows(x, rows_per_input), s, summed)
     noise = (sigma * (noise if mean[1] is None else noise + 1)).to(of_mean.dtype)
-    return of_mean.addcmul_(noise, r.to(noise.dtype))
+    return _added(of_mean, noise, r.to(noise.dtype))
 
 
 # Numbers of a product that stay in a core's cache. Beyond it, what is summed up at once need not be written to memory.

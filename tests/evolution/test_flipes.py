@@ -314,3 +314,47 @@ def test_copies_of_the_policy_say_the_same() -> None:
     obs = th.randn(5, 4)
     copied = copy.deepcopy(model.policy)
     assert isinstance(copied, FlipESPolicy) and th.equal(copied(obs), model.policy(obs))
+
+
+def test_a_checkpoint_in_mid_generation_goes_on_with_it(tmp_path: Path) -> None:
+    """With noise that falls, and statistics of observations: both are those of the generation's start."""
+
+    def env(statistics: Path | None = None) -> Any:
+        plain = make_vec_env("CartPole-v1", 4)
+        return VecNormalize(plain, norm_reward=False) if statistics is None else VecNormalize.load(str(statistics), plain)
+
+    noise = dict(sigma_init=1.0, schedule="linear", schedule_fraction=1.0)
+    unbroken, resumed = Fitness(), Fitness()
+    checkpoints = CheckpointCallback(23, str(tmp_path), "model", save_vecnormalize=True)
+    whole = build(env(), noise=noise).learn(6000, callback=[unbroken, checkpoints])
+    steps = sorted(int(path.stem.split("_")[1]) for path in tmp_path.glob("model_*_steps.zip"))
+    for step in (steps[1], steps[len(steps) // 2]):
+        statistics = tmp_path / f"model_vecnormalize_{step}_steps.pkl"
+        loaded = FlipES.load(tmp_path / f"model_{step}_steps", env=env(statistics), device="cpu")
+        assert loaded.env.training and loaded.num_timesteps < step
+        resumed.found.clear()
+        loaded.learn(6000 - loaded.num_timesteps, callback=resumed, reset_num_timesteps=False)
+        expected = unbroken.found[-len(resumed.found) :]
+        assert all(th.equal(a, b) for a, b in zip(resumed.found, expected, strict=True))
+        pairs = zip(loaded.policy.parameters(), whole.policy.parameters(), strict=True)
+        assert all(th.equal(a, b) for a, b in pairs) and len(resumed.found) > 1
+
+
+def test_discrete_actions_start_where_the_space_does() -> None:
+    class Shifted(gym.Env[Any, Any]):
+        observation_space, action_space = spaces.Box(-1, 1, (2,)), spaces.Discrete(3, start=5)
+
+        def reset(self, **kwargs: Any) -> Any:
+            return np.zeros(2, dtype=np.float32), {}
+
+        def step(self, action: Any) -> Any:
+            assert self.action_space.contains(action)
+            return np.zeros(2, dtype=np.float32), float(action), True, False, {}
+
+    build(make_vec_env(lambda: Shifted(), 4), noise=dict(sigma_init=5.0)).learn(1)  # type: ignore[arg-type, return-value]
+
+
+def test_only_episodes_of_members_are_logged() -> None:
+    model = build(n_envs=16, population_size=2)
+    model.learn(1)
+    assert len(model.ep_info_buffer) == 2  # type: ignore[arg-type]
