@@ -208,6 +208,7 @@ def in_one_process(rank: int, folder: str) -> None:
             "unharmed": before == {name: table for name, table in process_tables().items() if name in before},
         }
         th.save(result, f"{folder}/{rank}.pt")
+        dist.barrier()  # neither takes its group down while the other still talks
     finally:
         dist.destroy_process_group()
 
