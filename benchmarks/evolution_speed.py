@@ -351,7 +351,7 @@ def _estimates(members: int, bases: int, noise: dict[str, Any], times: int) -> t
 
 # ---- the paper's comparison --------------------------------------------------------------------------------------------
 
-# Wen et al. 2018, section 5.4 and appendix: seconds per update, FlipES on one GPU, and cpuES on 40 cores.
+# Wen et al. 2018, section 4.4: seconds per update, FlipES on one GPU, and cpuES on 40 cores.
 PAPER = {32: (0.12, 0.51), 128: (0.13, 1.22), 512: (0.18, 5.10), 2048: (1.86, 38.0)}
 
 

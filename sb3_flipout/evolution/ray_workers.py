@@ -190,7 +190,8 @@ class RayWorkers(Workers):
                         idle.append(item.actor)
                     yield item.chunk, played
                 else:  # nobody is left, and nobody comes
-                    yield waiting.popleft(), None
+                    while waiting:
+                        yield waiting.popleft(), None
         finally:  # stopped: nobody waits for what is still being played, now or in the next generation
             for item in running.values():
                 self._replace(item.actor)

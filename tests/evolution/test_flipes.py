@@ -10,6 +10,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
+from generations import Fitness
 from gymnasium import spaces
 from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback, EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
@@ -29,22 +30,6 @@ def build(env: Any = "CartPole-v1", n_envs: int = 4, policy: str = "FlipoutMlpPo
     env = make_vec_env(env, n_envs, seed=3) if isinstance(env, str) else env
     settings: dict[str, Any] = dict(population_size=8, seed=0, device="cpu", policy_kwargs=noise)
     return FlipES(policy, env, **{**settings, **kwargs})
-
-
-class Fitness(BaseCallback):
-    """Keeps the fitness of each generation."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[th.Tensor] = []
-
-    def _on_training_start(self) -> None:
-        model: Any = self.model
-        tell = model.population.tell
-        model.population.tell = lambda fitness: (self.found.append(fitness.clone()), tell(fitness))[1]
-
-    def _on_step(self) -> bool:
-        return True
 
 
 def plays_by_hand(model: FlipES, group: Any, member: int, env: gym.Env[Any, Any], seed: int) -> float:

@@ -14,11 +14,13 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
+from generations import Fitness
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecNormalize
 
-from sb3_flipout.evolution import FlipES, RayWorkers
+from sb3_flipout.evolution import FlipES, Generation, RayWorkers, Worker
+from sb3_flipout.evolution.ray_workers import _knock
 
 ray = pytest.importorskip("ray")
 
@@ -59,22 +61,6 @@ class Mortal(gym.Wrapper[Any, Any, Any, Any]):
         return self.env.step(action)
 
 
-class Fitness(BaseCallback):
-    """Keeps what is told of each generation."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[th.Tensor] = []
-
-    def _on_training_start(self) -> None:
-        model: Any = self.model
-        tell = type(model.population).tell.__get__(model.population)
-        model.population.tell = lambda fitness: (self.found.append(fitness.clone()), tell(fitness))[1]
-
-    def _on_step(self) -> bool:
-        return True
-
-
 def build(workers: RayWorkers | None, env: Any = None, **kwargs: Any) -> FlipES:
     settings: dict[str, Any] = dict(population_size=16, base_perturbations=2, seed=0, device="cpu")
     return FlipES(
@@ -101,7 +87,6 @@ def test_results_do_not_depend_on_the_number_of_workers(make_env: Any) -> None:
     """Nor on whether there are any: the chunks are the same ones in this process."""
     found = [learned(RayWorkers(make_env, n, members_per_chunk=4), make_env) for n in (1, 3)]
     here = RayWorkers(make_env, 1, members_per_chunk=4, address="ray://nowhere.invalid:1", fallback=True)
-    here._check_sizes = lambda job: None  # type: ignore[method-assign]
     found.append(_without_ray(here, make_env))
     first, fitness = found[0]
     assert first._n_updates == 2 and len(set(fitness.found[0].tolist())) > 3
@@ -109,7 +94,8 @@ def test_results_do_not_depend_on_the_number_of_workers(make_env: Any) -> None:
         assert model.num_timesteps == first.num_timesteps
         assert all(th.equal(a, b) for a, b in zip(told.found, fitness.found, strict=True))
         assert all(th.equal(a, b) for a, b in zip(model.policy.parameters(), first.policy.parameters(), strict=True))
-        assert list(model.ep_info_buffer) and len(model.ep_info_buffer) == len(first.ep_info_buffer)  # type: ignore[arg-type]
+        # Logs too: episodes stand in the order of the members, and not in that in which workers were done.
+        assert list(model.ep_info_buffer) == list(first.ep_info_buffer) != []  # type: ignore[arg-type]
 
 
 def _without_ray(workers: RayWorkers, make_env: Any) -> tuple[FlipES, Fitness]:
@@ -287,6 +273,39 @@ def test_what_does_not_fit_is_refused_when_the_model_starts() -> None:
         build(workers).learn(1)
 
 
+def test_normalisation_of_another_kind_is_refused() -> None:
+    def clipped() -> Any:
+        return VecNormalize(make_vec_env("CartPole-v1", 3), norm_reward=False, clip_obs=0.1)
+
+    job = build(None, normalised())._told_workers()
+    Worker(job, normalised)
+    for make_env in (clipped, cartpoles):
+        with pytest.raises(
+            ValueError, match="both normalise observations by VecNormalize, or both not, and with the same clip"
+        ):
+            Worker(job, make_env)
+
+
+def test_a_worker_makes_the_keys_of_a_generation_once() -> None:
+    model = build(None)
+    worker, weights = Worker(model._told_workers(), cartpoles), model.policy.state_dict()
+    given = {name: tensor.numpy() for name, tensor in weights.items()}
+    asked: list[int] = []
+    ask = worker._population.ask
+    worker._population.ask = lambda: (asked.append(1), ask())[1]  # type: ignore[method-assign]
+    for number, members in ((0, slice(0, 4)), (0, slice(4, 8)), (1, slice(0, 4))):
+        worker.play(Generation(number, 5, 1.0, given, None, False), members)
+    assert len(asked) == 2
+
+
+def test_a_dead_address_of_the_environment_variable_is_found_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    with pytest.raises(ConnectionRefusedError):
+        _knock(None)
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    _knock(None)
+
+
 def test_a_population_smaller_than_the_workers_is_refused() -> None:
     with pytest.raises(ValueError, match="population_size=16 must be at least workers=17"):
         build(RayWorkers(cartpoles, 17)).learn(1)
@@ -303,7 +322,8 @@ def test_without_ray_or_a_cluster_the_message_says_what_to_do(tmp_path: Path) ->
     script = """
 import sys, warnings
 from stable_baselines3.common.env_util import make_vec_env
-from sb3_flipout.evolution import FlipES, RayWorkers
+from sb3_flipout.evolution import FlipES, Generation, RayWorkers, Worker
+from sb3_flipout.evolution.ray_workers import _knock
 for address, hide in (("127.0.0.1:1", False), (None, True)):
     if hide:
         sys.modules["ray"] = None
