@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch as th
@@ -12,6 +13,7 @@ from typing_extensions import Unpack
 from sb3_flipout.layers.base import FlipoutLayer
 from sb3_flipout.layers.block import Block, Pair
 from sb3_flipout.layers.config import NoiseKwargs, layer_noise
+from sb3_flipout.layers.row_layout import FIRST
 from sb3_flipout.layers.row_view import RowView
 from sb3_flipout.noise.signs import LayerVectors, factors_at
 
@@ -68,8 +70,10 @@ class FlipoutEmbedding(FlipoutLayer, nn.Embedding):
         view = self.row_view()
         if view is None:
             return super().forward(input)
-        if view.is_once(input):
-            input = input.repeat_interleave(view.noise.rows_per_input, dim=0)
+        if view.is_once(input) and self.row_layout == FIRST:
+            if view.of_keys and view.noise.rows_per_key > 1:
+                return self._by_key(super().forward(input), input, view)
+            return view.noise.for_rows(super().forward(input)) + self._noise(input, view, view.noise.for_rows)
         if not input.dim() or not self.row_layout.fits(input.shape[0], len(view.noise)):
             raise ValueError(
                 f"FlipoutEmbedding got indices of shape {tuple(input.shape)} and keys for {len(view.noise)} rows; the first "
@@ -78,8 +82,11 @@ class FlipoutEmbedding(FlipoutLayer, nn.Embedding):
             )
         return super().forward(input) + self._noise(input, view)
 
-    def _noise(self, index: th.Tensor, view: RowView) -> th.Tensor:
-        """What each row's noise adds to the entries, shape (N, ..., D)."""
+    def _noise(
+        self, given: th.Tensor, view: RowView, for_rows: Callable[[th.Tensor], th.Tensor] = lambda of_rows: of_rows
+    ) -> th.Tensor:
+        """What each row's noise adds to the entries, shape (N, ..., D). What is looked up is looked up once for each input."""
+        index = for_rows(given)
         keys = self._of_entries(view.noise.keys, index)
         scale = self._of_entries(view.noise.scale.to(self.weight.dtype), index)[..., None]
         if view.vectors:
@@ -87,17 +94,30 @@ class FlipoutEmbedding(FlipoutLayer, nn.Embedding):
             s = factors_at(keys, index, self.noise_index or 0, 0, self.noise_config.spec.factor, self.weight.dtype)
             r = r.view(len(index), *[1] * (index.dim() - 1), -1)
             delta, delta_bias = self.deltas()
-            noise = delta[index] * s[..., None] * r
+            noise = for_rows(delta[given]) * s[..., None] * r
             noise = noise if delta_bias is None else noise + delta_bias * r
         elif self.noise_config.noise_sharing == "shared":
             delta, delta_bias = self.deltas()
-            noise = scale * (delta[index] if delta_bias is None else delta[index] + delta_bias)
+            found = for_rows(delta[given])
+            noise = scale * (found if delta_bias is None else found + delta_bias)
         else:  # the slow reference: every row draws its own table
             tables, biases = self.row_weights(view.noise.keys, view.noise.scale)
             rows = self._of_entries(th.arange(len(view.noise), device=index.device), index)
             noise = (tables - self.weight)[rows, index]
             noise = noise if biases is None else noise + (biases - self._mean_bias())[rows]
         return noise
+
+    def _by_key(self, found: th.Tensor, index: th.Tensor, view: RowView) -> th.Tensor:
+        """Entries of each key's rows, which all have the same indices: what does not depend on the key is done once."""
+        delta, delta_bias = self.deltas()
+        r = view.of_keys[1].to(self.weight.dtype)
+        r = r.view(len(r), *[1] * index.dim(), -1)
+        keys = view.noise.keys[:: view.noise.rows_per_key]
+        index_of_keys = index.expand(len(keys), *index.shape)
+        keys = keys.view(-1, *[1] * index.dim()).expand(index_of_keys.shape)
+        s = factors_at(keys, index_of_keys, self.noise_index or 0, 0, self.noise_config.spec.factor, self.weight.dtype)
+        found = found if delta_bias is None else found + delta_bias * r
+        return th.addcmul(found, delta[index] * r, s[..., None]).flatten(0, 1)
 
     def _mean_bias(self) -> th.Tensor:
         bias: th.Tensor = self.blocks[0].means(self)[1]  # type: ignore[assignment]

@@ -33,9 +33,9 @@ def delta(mean: th.Tensor, sigma: th.Tensor | None, base: th.Tensor | None, rela
     return product if product.shape[-mean.dim() :] == mean.shape else product.expand_as(mean)
 
 
-def _for_rows(of_inputs: th.Tensor, rows_per_input: int) -> th.Tensor:
-    """Repeat what there is of each input for the neighbouring rows that have it."""
-    return of_inputs if rows_per_input == 1 else of_inputs.repeat_interleave(rows_per_input, dim=0)
+def _each_its_own(of_inputs: th.Tensor) -> th.Tensor:
+    """What there is of each input is what there is of each row."""
+    return of_inputs
 
 
 def _added(of_mean: th.Tensor, noise: th.Tensor, r: th.Tensor) -> th.Tensor:
@@ -52,13 +52,13 @@ def flipout(
     deltas: tuple[th.Tensor, th.Tensor | None],
     s: th.Tensor,  # broadcasts against x
     r: th.Tensor,  # broadcasts against the output; already multiplied by c
-    rows_per_input: int = 1,
+    for_rows: Callable[[th.Tensor], th.Tensor] = _each_its_own,
 ) -> th.Tensor:
     """
     Perturb every row by its own pseudo-independent weights: Wen et al. 2018, eq. (4).
 
     Right for every ``op`` in which the factors of a weight element's input and output are constant: a matrix product,
-    and a convolution with one factor per channel, since ``op(x, dw * r s^T) = r * op(s * x, dw)``. Where neighbouring rows
+    and a convolution with one factor per channel, since ``op(x, dw * r s^T) = r * op(s * x, dw)``. Where several rows
     have the same input, ``op`` with the mean weights is computed once for them.
 
     :param op: What the layer does with weights
@@ -67,11 +67,11 @@ def flipout(
     :param deltas: Base perturbation of weight and bias
     :param s: Row factors over inputs
     :param r: Row factors over outputs, multiplied by the noise scale
-    :param rows_per_input: Number of neighbouring rows that each input is for
+    :param for_rows: Repeats what there is of each input for the rows that have it; by default there is one
     :return: ``op`` with each row's own weights
     """
-    of_mean = None if mean is None else _for_rows(op(x, *mean), rows_per_input)
-    noise = op((_for_rows(x, rows_per_input) * s).to(x.dtype), *deltas)
+    of_mean = None if mean is None else for_rows(op(x, *mean))
+    noise = op((for_rows(x) * s).to(x.dtype), *deltas)
     r = r.to(noise.dtype)
     return noise * r if of_mean is None else _added(of_mean, noise, r)
 
@@ -84,7 +84,7 @@ def rank_one(
     sigma: th.Tensor,  # shape: ()
     s: th.Tensor,  # broadcasts against x
     r: th.Tensor,  # broadcasts against the output; already multiplied by c
-    rows_per_input: int = 1,
+    for_rows: Callable[[th.Tensor], th.Tensor] = _each_its_own,
 ) -> th.Tensor:
     """
     Perturb every row by sigma times the outer product of its factors (Sarkar et al. 2025): ``y + r * sigma * (s . x + 1)``.
@@ -96,11 +96,11 @@ def rank_one(
     :param sigma: Sigma of the layer
     :param s: Row factors over inputs
     :param r: Row factors over outputs, multiplied by the noise scale
-    :param rows_per_input: Number of neighbouring rows that each input is for
+    :param for_rows: Repeats what there is of each input for the rows that have it; by default there is one
     :return: ``op`` with each row's own weights
     """
-    of_mean = _for_rows(op(x, *mean), rows_per_input)
-    noise = _summed_products(_for_rows(x, rows_per_input), s, summed)
+    of_mean = for_rows(op(x, *mean))
+    noise = _summed_products(for_rows(x), s, summed)
     noise = (sigma * (noise if mean[1] is None else noise + 1)).to(of_mean.dtype)
     return _added(of_mean, noise, r.to(noise.dtype))
 
@@ -151,9 +151,9 @@ def linear_per_row(
     :return: Outputs, shape (N, ..., O)
     """
     rows = x.flatten(1, -2) if x.dim() > 2 else x[:, None]  # (N, M, I)
-    y = th.bmm(rows, w.transpose(1, 2))
-    y = y if b is None else y + b[:, None]
-    return y.view(*x.shape[:-1], w.shape[1])
+    w = w.transpose(1, 2)
+    y = th.bmm(rows, w) if b is None else th.baddbmm(b[:, None], rows, w)
+    return y.view(*x.shape[:-1], w.shape[2])
 
 
 def conv_per_row(

@@ -47,6 +47,9 @@ class FlipoutLinear(OneWeightLayer, nn.Linear):  # type: ignore[misc]
         dim = self.row_layout.dim
         return functional.linear_per_row(x.transpose(0, dim), weight, bias).transpose(0, dim)
 
+    def _op_per_key(self, x: th.Tensor, weight: th.Tensor, bias: th.Tensor | None) -> th.Tensor:
+        return functional.linear_per_row(x, weight, bias).flatten(0, 1)
+
     def _summed(self, x: th.Tensor) -> th.Tensor:
         return x.sum(dim=-1, keepdim=True)
 

@@ -15,14 +15,20 @@ class RowView(NamedTuple):
     What the rows of one layer see.
 
     :param noise: Row noise
-    :param vectors: The layer's factor vectors, alternately over inputs and outputs, each (N, units), those over outputs
-        multiplied by the noise scale; none where rows are not told apart by factors
+    :param of_keys: The layer's factor vectors, alternately over inputs and outputs, each (N, units), those over outputs
+        multiplied by the noise scale; none where rows are not told apart by factors. Where the noise says that neighbouring
+        rows have the same key, there is one vector for them all
     :param rows: Number of rows N
     """
 
     noise: RowNoise
-    vectors: tuple[th.Tensor, ...]
+    of_keys: tuple[th.Tensor, ...]
     rows: int
+
+    @property
+    def vectors(self) -> tuple[th.Tensor, ...]:
+        """The layer's factor vectors, one for each row."""
+        return self.of_keys if self.noise.rows_per_key == 1 else tuple([self.noise.of_keys(each) for each in self.of_keys])
 
     def is_once(self, x: th.Tensor) -> bool:
         """

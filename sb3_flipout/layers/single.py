@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 
 import torch as th
 
@@ -48,6 +49,8 @@ class OneWeightLayer(FlipoutLayer):
         :raises ValueError: If ``x`` has another number of rows than there are keys
         """
         mean, dim = (self.weight, self.bias), x.dim()
+        if view.noise.rows_per_key > 1 and self._weights_pay(x, view):
+            return self._forward_by_key(x, view)
         if view.vectors and dim == self._least_dims == 2 and x.shape[0] == view.rows and self.row_layout == FIRST:
             s, r = view.vectors  # the usual case, where nothing has to be moved
             return self._flipped(x, s.to(mean[0].dtype), r.to(mean[0].dtype))
@@ -67,19 +70,44 @@ class OneWeightLayer(FlipoutLayer):
 
     def _forward_inputs_once(self, x: th.Tensor, view: RowView) -> th.Tensor:
         """The first layer that is perturbed, where each input stands for several neighbouring rows."""
-        times = view.noise.rows_per_input
+        for_rows = view.noise.for_rows
         if not view.vectors:
-            return self.forward_rows(x.repeat_interleave(times, dim=0), view)
+            return self.forward_rows(for_rows(x), view)
         s, r = (self._unit_dims(vector.to(self.weight.dtype), x) for vector in view.vectors)
-        return self._flipped(x, s, r, times)
+        return self._flipped(x, s, r, for_rows=for_rows)
 
-    def _flipped(self, x: th.Tensor, s: th.Tensor, r: th.Tensor, rows_per_input: int = 1) -> th.Tensor:
+    def _weights_pay(self, x: th.Tensor, view: RowView) -> bool:
+        """Whether the weights of the keys are no more numbers than the inputs of all rows, and spare a product."""
+        few = len(view.of_keys) == 2 and self.weight.numel() * (view.rows // view.noise.rows_per_key) <= (
+            x.numel() * (view.noise.rows_per_input if view.is_once(x) else 1)
+        )
+        return few and not self.noise_config.spec.rank_one and self.row_layout == FIRST and x.dim() >= self._least_dims
+
+    def _forward_by_key(self, x: th.Tensor, view: RowView) -> th.Tensor:
+        """Each key's rows with the weights that its factors make, which are made once for all of them."""
+        s, r = (vector.to(self.weight.dtype) for vector in view.of_keys)
+        (delta, delta_bias), bias = self.deltas(), self.bias
+        outer = self._outer(r, s, self.blocks[0])
+        weight = delta * outer if self.mean_is_zero else th.addcmul(self.weight, delta, outer)
+        if bias is not None and delta_bias is not None:
+            bias = delta_bias * r if self.mean_is_zero else th.addcmul(bias, delta_bias, r)
+        elif bias is not None:
+            bias = bias.expand(len(r), -1)
+        x = x.expand(len(s), *x.shape) if view.is_once(x) else x.view(len(s), -1, *x.shape[1:])
+        return self._op_per_key(x, weight, bias)
+
+    def _op_per_key(self, x: th.Tensor, weight: th.Tensor, bias: th.Tensor | None) -> th.Tensor:
+        """Apply weights (K, ...) to inputs (K, rows of a key, ...); gives (K * rows of a key, ...)."""
+        biases = [None] * len(x) if bias is None else bias.unbind()
+        return th.cat([self._op(*each) for each in zip(x.unbind(), weight.unbind(), biases, strict=True)])
+
+    def _flipped(self, x: th.Tensor, s: th.Tensor, r: th.Tensor, **how: Callable[[th.Tensor], th.Tensor]) -> th.Tensor:
         """Each row with the weights that its factors make."""
         mean = (self.weight, self.bias)
         if self.noise_config.spec.rank_one and not self._buffers:  # not where weights are pruned
             assert self.weight_sigma is not None, "the family has one per layer"
-            return functional.rank_one(self._op, self._summed, x, mean, self.weight_sigma, s, r, rows_per_input)
-        return functional.flipout(self._op, x, None if self.mean_is_zero else mean, self.deltas(), s, r, rows_per_input)
+            return functional.rank_one(self._op, self._summed, x, mean, self.weight_sigma, s, r, **how)
+        return functional.flipout(self._op, x, None if self.mean_is_zero else mean, self.deltas(), s, r, **how)
 
     def _spread(self, vector: th.Tensor, x: th.Tensor) -> th.Tensor:
         return self.row_layout.spread(vector.to(self.weight.dtype), x.shape[self.row_layout.dim])

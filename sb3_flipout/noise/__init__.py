@@ -3,7 +3,7 @@
 from sb3_flipout.noise.carried import noise_of, with_noise
 from sb3_flipout.noise.families import FAMILIES, Family
 from sb3_flipout.noise.keys import fold, fold_in, mix
-from sb3_flipout.noise.rows import NoiseOwner, RowNoise
+from sb3_flipout.noise.rows import NoiseOwner, RowNoise, RowsByKey
 from sb3_flipout.noise.signs import FactorPlan, signs
 from sb3_flipout.noise.stream import EvaluationStream, KeyStream, Scales
 from sb3_flipout.noise.streams import Stream
@@ -16,6 +16,7 @@ __all__ = [
     "KeyStream",
     "NoiseOwner",
     "RowNoise",
+    "RowsByKey",
     "Scales",
     "Stream",
     "fold",

@@ -38,6 +38,8 @@ class RowNoise:
 
     #: Of how many neighbouring rows the inputs are the same: what is perturbed may get each input once, in place of each row.
     rows_per_input: int = 1
+    #: How many rows, next to each other, have the same key, so that what is made of keys need not be made of each row.
+    rows_per_key: int = 1
 
     def __init__(self, keys: th.Tensor, scale: th.Tensor | float | None = None, owner: NoiseOwner | None = None) -> None:
         check_keys(keys)
@@ -132,6 +134,33 @@ class RowNoise:
             return _take(parent[0].factors(plan, dtype), parent[1])
         return plan.expand(self.keys, None if self._plain else self.scale, dtype)
 
+    def for_rows(self, of_inputs: th.Tensor) -> th.Tensor:
+        """
+        Repeat what there is of each input for the rows that have it: here neighbours.
+
+        :param of_inputs: Something of each input, shape (N / ``rows_per_input``, ...)
+        :return: The same of each row, shape (N, ...)
+        """
+        return of_inputs if self.rows_per_input == 1 else of_inputs.repeat_interleave(self.rows_per_input, dim=0)
+
+    def of_keys(self, factors: th.Tensor) -> th.Tensor:
+        """
+        Repeat what there is of each key for the rows that have it.
+
+        :param factors: Something of each key, shape (N / ``rows_per_key``, ...)
+        :return: The same of each row, shape (N, ...)
+        """
+        return factors if self.rows_per_key == 1 else factors.repeat_interleave(self.rows_per_key, dim=0)
+
+    def in_order(self, of_rows: th.Tensor) -> th.Tensor:
+        """
+        Bring what there is of each row into the order of the batch.
+
+        :param of_rows: Something of each row, shape (N, ...)
+        :return: The same, in the order of the batch; here it is in it already
+        """
+        return of_rows
+
     @staticmethod
     def cat(parts: Sequence[RowNoise]) -> RowNoise:
         """
@@ -143,6 +172,51 @@ class RowNoise:
         owners = {id(part.owner): part.owner for part in parts}
         owner = next(iter(owners.values())) if len(owners) == 1 else None
         return RowNoise(th.cat([part.keys for part in parts]), th.cat([part.scale for part in parts]), owner)
+
+
+class RowsByKey(RowNoise):
+    """
+    Every input under every one of K keys, sorted by key: the rows of the first key, in the order of the inputs, then those of
+    the second. With few keys their weights can be made, once for all inputs.
+
+    :param keys: Keys, shape (K,), int64
+    :param scale: Noise scale of all rows
+    :param order: Where each row of the batch stands in here, shape (N,), int64; N is a multiple of K
+    """
+
+    def __init__(self, keys: th.Tensor, scale: float, order: th.Tensor) -> None:
+        self.rows_per_input, self.rows_per_key = len(keys), len(order) // len(keys)
+        super().__init__(self.of_keys(keys), scale)
+        self._each = RowNoise(keys, scale)
+        self._order = order
+
+    def factors(self, plan: FactorPlan, dtype: th.dtype) -> th.Tensor:
+        """
+        Expand the factors of the keys.
+
+        :param plan: The network's plan
+        :param dtype: Floating-point type of its layers
+        :return: Block of factors, shape (K, ``plan.width``): one row for each key
+        """
+        return self._each.factors(plan, dtype)
+
+    def for_rows(self, of_inputs: th.Tensor) -> th.Tensor:
+        """
+        Repeat what there is of each input for the rows that have it: all inputs, once for each key.
+
+        :param of_inputs: Something of each input, shape (N / K, ...)
+        :return: The same of each row, shape (N, ...)
+        """
+        return of_inputs.repeat(self.rows_per_input, *[1] * (of_inputs.dim() - 1))
+
+    def in_order(self, of_rows: th.Tensor) -> th.Tensor:
+        """
+        Bring what there is of each row into the order of the batch.
+
+        :param of_rows: Shape (N, ...), sorted by key
+        :return: The same, in the order of the batch
+        """
+        return of_rows.index_select(0, self._order)
 
 
 def _take(rows: th.Tensor, index: Index) -> th.Tensor:

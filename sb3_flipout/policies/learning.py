@@ -59,11 +59,15 @@ class LearnsUnderNoise(BaseModel):
         if learning is None or not learning.active or network.active is not None:
             yield
             return
-        noise = learning.rows(self.role if role is None else role, n_rows(obs), self.device) if self.is_perturbed else None
+        role = self.role if role is None else role
+        noise = self._noise_for(obs, learning, role) if self.is_perturbed else None
         if noise is not None and learning.base_moves:
-            network.redraw(learning.base_key(self.role if role is None else role))
+            network.redraw(learning.base_key(role))
         with network.activate(noise):
             yield
+
+    def _noise_for(self, obs: PyTorchObs, learning: LearningNoise, role: Role) -> RowNoise | None:
+        return learning.rows(role, n_rows(obs), self.device)
 
 
 class LearningValueNetwork(LearnsUnderNoise, BasePolicy):
@@ -86,8 +90,6 @@ class LearningValueNetwork(LearnsUnderNoise, BasePolicy):
                 plain: th.Tensor = super().forward(obs)
                 return plain
             learning = self.learning if self.learning is not None and self.learning.active else None
-            if learning is not None:
-                noise.rows_per_input = learning.rows_per_input(obs)
             given = each_once(obs, noise.rows_per_input)
             values: th.Tensor = super().forward(given)
             if self.prior is not None:
@@ -95,9 +97,20 @@ class LearningValueNetwork(LearnsUnderNoise, BasePolicy):
                 if learning is not None:
                     prior.measure(given, noise)
                 values = values + scale * prior(given, noise)
+            values = noise.in_order(values)
             if learning is None or self.role != Role.ONLINE or not th.is_grad_enabled():
                 return values
-            return learning.bootstrap.only_its_own(values, learning.batch_of(obs), noise.keys)
+            return learning.bootstrap.only_its_own(values, learning.batch_of(obs), noise.in_order(noise.keys))
+
+    def _noise_for(self, obs: PyTorchObs, learning: LearningNoise, role: Role) -> RowNoise | None:
+        """Where copies of an observation are told apart by their members alone, networks get it once."""
+        times = learning.rows_per_input(obs)
+        if times > 1 and times == learning.settings.members:
+            return learning.rows_by_member(role, n_rows(obs), self.device)
+        noise = super()._noise_for(obs, learning, role)
+        if noise is not None:
+            noise.rows_per_input = times
+        return noise
 
 
 class LearningCritic(LearnsUnderNoise):

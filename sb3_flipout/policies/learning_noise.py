@@ -10,7 +10,7 @@ from typing import Any
 
 import torch as th
 
-from sb3_flipout.noise import RowNoise, Stream, fold, fold_in
+from sb3_flipout.noise import RowNoise, RowsByKey, Stream, fold, fold_in
 from sb3_flipout.noise.keys import restrict
 from sb3_flipout.policies.learning_settings import LearningSettings
 from sb3_flipout.policies.sampled import Bootstrap, SampledBatch
@@ -79,17 +79,34 @@ class LearningNoise:
         """
         if self.noise_of(role) == "mean":
             return None
-        rows = th.arange(n, device=device)
         if self.keys_per_transition > 1:
-            return RowNoise(self._stratified(role, rows), self.scale)
+            return RowNoise(self._stratified(role, n, device), self.scale)
+        rows = th.arange(n, device=device)
         keys = fold_in(fold(self.seed, Stream.LEARNING_KEYS, self.step, self._role(role)), rows)
         return RowNoise(restrict(keys, self.settings.members), self.scale)
 
-    def _stratified(self, role: Role, rows: th.Tensor) -> th.Tensor:
+    def rows_by_member(self, role: Role, n: int, device: th.device) -> RowsByKey | None:
+        """
+        Sort the noise of :meth:`rows` by member, where every transition is learned under all of them.
+
+        :param role: Online or target network
+        :param n: Rows of the batch
+        :param device: Device of the network
+        :return: Row noise; ``None`` for mean weights
+        """
+        if self.noise_of(role) == "mean":
+            return None
+        members, of_each = self.keys_per_transition, n // self.keys_per_transition
+        transition = th.arange(of_each, device=device).repeat_interleave(members)
+        order = self._stratified(role, n, device) * of_each + transition
+        return RowsByKey(th.arange(members, device=device), self.scale, order)
+
+    def _stratified(self, role: Role, n: int, device: th.device) -> th.Tensor:
         """Members of repeated transitions: of transition i the M that follow a hashed first one, in a circle of all K."""
-        transition, copy = rows // self.keys_per_transition, rows % self.keys_per_transition
+        times, members = self.keys_per_transition, self.settings.members
+        transition = th.arange(-(-n // times), device=device)
         first = fold_in(fold(self.seed, Stream.FIRST_MEMBERS, self.step, self._role(role)), transition)
-        return restrict(restrict(first, self.settings.members) + copy, self.settings.members)
+        return restrict(restrict(first, members)[:, None] + th.arange(times, device=device), members).flatten()[:n]
 
     def noise_on_rewards(self, rewards: th.Tensor, numbers: th.Tensor) -> th.Tensor:
         """

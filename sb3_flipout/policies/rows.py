@@ -13,7 +13,7 @@ from torch import nn
 
 from sb3_flipout.layers import FlipoutLayer, PerturbedNetwork
 from sb3_flipout.layers.row_layout import PROBED_ROWS, find_layouts
-from sb3_flipout.noise import RowNoise
+from sb3_flipout.noise import RowNoise, RowsByKey
 from sb3_flipout.policies.observations import looked_at
 
 _INPUTS = (1, 16)  # batches of so many: a single one, and enough that a rare dropout shows
@@ -72,7 +72,9 @@ def takes_inputs_once(net: Callable[[Any], th.Tensor], network: PerturbedNetwork
 def _says_the_same(
     net: Callable[[Any], th.Tensor], network: PerturbedNetwork, policy: BasePolicy, times: int, rows: list[Any]
 ) -> bool:
-    noise = RowNoise(th.arange(len(rows) * times, device=policy.device))
+    keys = th.arange(times, device=policy.device)
+    noise = RowNoise(keys.repeat(len(rows)))
+    by_key = RowsByKey(keys, 1.0, th.arange(times * len(rows), device=policy.device).view(times, -1).T.flatten())
     try:
         obs = policy.obs_to_tensor(_stacked([row for row in rows for _ in range(times)]))[0]
         with network.activate(noise):
@@ -80,10 +82,15 @@ def _says_the_same(
         noise.rows_per_input = times
         with network.activate(noise):
             of_inputs = net(obs)
+        with network.activate(by_key):
+            sorted_by_key = net(obs)
     except Exception:  # it cannot take such a batch, so it will not be given one
         return False
     tolerance = 1e-5 * float(of_rows.abs().max())
-    return of_inputs.shape == of_rows.shape and th.allclose(of_inputs, of_rows, 1e-4, tolerance, equal_nan=True)
+    return all(
+        found.shape == of_rows.shape and th.allclose(found, of_rows, 1e-4, tolerance, equal_nan=True)
+        for found in (of_inputs, sorted_by_key)
+    )
 
 
 def _is_stock(policy: BasePolicy, layers: Mapping[str, FlipoutLayer]) -> bool:

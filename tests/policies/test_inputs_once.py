@@ -15,16 +15,18 @@ from torch import nn
 
 import sb3_flipout
 from sb3_flipout.envs import DeepSea
-from sb3_flipout.noise import RowNoise
+from sb3_flipout.noise import RowNoise, RowsByKey
 from sb3_flipout.policies.dqn import FlipoutDQNPolicy
 from sb3_flipout.policies.extractors import OneHotExtractor
 
 K, M = 5, 3
 
 
-def build(env: Any, policy: Any = "FlipoutMlpPolicy", **noise: Any) -> DQN:
-    noise = dict(members=K, keys_per_transition=M, prior_scale=0.3, net_arch=[8], **noise)
-    return DQN(policy, env, policy_kwargs=noise, seed=0, batch_size=6 * M, buffer_size=200, learning_starts=20, device="cpu")
+def build(env: Any, policy: Any = "FlipoutMlpPolicy", times: int = M, **noise: Any) -> DQN:
+    noise = dict(members=K, keys_per_transition=times, prior_scale=0.3, net_arch=[8], **noise)
+    return DQN(
+        policy, env, policy_kwargs=noise, seed=0, batch_size=6 * times, buffer_size=200, learning_starts=20, device="cpu"
+    )
 
 
 class Branches(BaseFeaturesExtractor):
@@ -105,31 +107,35 @@ def test_values_and_gradients_are_those_of_all_rows(case: str) -> None:
     assert model.policy.learning.inputs_once is once
     space = model.observation_space
     obs = np.stack([space.sample() for _ in range(4)])
-    repeated = model.policy.obs_to_tensor(np.repeat(obs, M, axis=0))[0]
     model.policy.set_training_mode(True)
     found = []
-    for times in (1, M) if once else (1, 1):
-        rows = RowNoise(th.arange(4 * M) % K, 0.7)
-        rows.rows_per_input = times
+    repeated = model.policy.obs_to_tensor(np.repeat(obs, K, axis=0))[0]
+    order = th.arange(4 * K).view(K, 4).T.flatten()
+    in_batch, once_each = (RowNoise(th.arange(4 * K) % K, 0.7) for _ in range(2))
+    once_each.rows_per_input = K
+    by_key = RowsByKey(th.arange(K), 0.7, order)
+    for rows in (in_batch, once_each, by_key) if once else (in_batch, in_batch):
         th.manual_seed(0)
         with sb3_flipout.perturbed(model.policy, rows):
             values = model.q_net(repeated)
-        assert values.shape == (4 * M, model.action_space.n)
+        assert values.shape == (4 * K, model.action_space.n)
         weights = [p for p in model.q_net.parameters() if p.requires_grad]
         gradients = th.autograd.grad(values.square().sum(), weights, allow_unused=True)
         found.append([values.detach(), *(g for g in gradients if g is not None)])
-    for a, b in zip(*found, strict=True):
-        th.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    for other in found[1:]:
+        for a, b in zip(found[0], other, strict=True):
+            th.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore:DQN explores by weight noise and by epsilon-greedy")
+@pytest.mark.parametrize("times", [M, K])
 @pytest.mark.parametrize("case", CASES)
-def test_training_is_that_of_all_rows(case: str) -> None:
+def test_training_is_that_of_all_rows(case: str, times: int) -> None:
     env, policy, noise, once = CASES[case]
     trained = []
     for given in (True, False):
         made = Image() if env == "image" else env("discrete", 1) if env is vector_env else env()
-        model = build(made, policy, **noise)
+        model = build(made, policy, times, **noise)
         model.policy.learning.inputs_once = given and once
         for space in (made.observation_space, made.action_space):
             space.seed(1)
@@ -154,6 +160,21 @@ def test_the_mean_product_of_the_first_layer_is_computed_once(times: int) -> Non
     with sb3_flipout.perturbed(net, rows):
         net(th.randn(6 // times, 4))
     assert sorted(sizes) == sorted([(6 // times, True), (6, False)])
+
+
+@pytest.mark.parametrize(("units", "paid"), [(4, True), (5, False)])
+def test_weights_of_keys_are_made_where_they_are_no_more_than_the_inputs(units: int, paid: bool) -> None:
+    """Four inputs under three keys: three matrices of 6 by `units` against twelve rows of 6."""
+    net = sb3_flipout.perturb(nn.Sequential(nn.Linear(6, units)))
+    rows, x, sizes = RowsByKey(th.tensor([5, 3, 8]), 0.6, th.arange(12)), th.randn(4, 6), []
+    plain = net[0]._op_per_key
+    net[0]._op_per_key = lambda x, weight, bias: (sizes.append(weight.shape), plain(x, weight, bias))[1]
+    with sb3_flipout.perturbed(net, rows):
+        found = net(x), net(x.repeat(3, 1))
+    assert sizes == ([(3, units, 6)] * 2 if paid else [])
+    weights, biases = net[0].row_weights(th.tensor([5, 3, 8]), th.full((3,), 0.6))
+    for values in found:
+        th.testing.assert_close(values.view(3, 4, units), x @ weights.transpose(1, 2) + biases[:, None])
 
 
 def test_a_wrong_number_of_inputs_is_refused() -> None:
