@@ -4,6 +4,8 @@
 the price of two matrix products (Flipout, Wen et al. 2018), and PPO's update replays that noise exactly.
 """
 
+import sys
+
 from sb3_flipout import callbacks, diagnostics, envs
 from sb3_flipout.callbacks import flipout_policy
 from sb3_flipout.evolution import FlipES
@@ -59,3 +61,7 @@ __all__ = [
 ]
 
 register()
+if "rl_zoo3.exp_manager" in sys.modules:  # as with --gym-packages sb3_flipout: the search space, too
+    from sb3_flipout import zoo
+
+    zoo.register()

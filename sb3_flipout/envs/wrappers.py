@@ -33,3 +33,26 @@ class ChannelsFirst(gym.ObservationWrapper[np.ndarray, Any, np.ndarray]):
         :return: The same in float32, shape (channels, height, width)
         """
         return observation.transpose(2, 0, 1).astype(np.float32)
+
+
+class AllowAllActions(gym.Wrapper[Any, Any, Any, Any]):
+    """
+    Say of each discrete action that it is allowed: what sb3_contrib's MaskablePPO asks of an environment that has no masks.
+
+    :param env: Environment with discrete actions
+    :raises TypeError: If its actions are not Discrete
+    """
+
+    def __init__(self, env: gym.Env[Any, Any]) -> None:
+        super().__init__(env)
+        if not isinstance(env.action_space, spaces.Discrete):
+            raise TypeError(f"env must have Discrete actions to be masked, got {env.action_space}; leave this wrapper out.")
+        self._allowed = np.ones(int(env.action_space.n), dtype=bool)
+
+    def action_masks(self) -> np.ndarray:
+        """
+        Say which actions are allowed.
+
+        :return: True for each action, shape (n,)
+        """
+        return self._allowed.copy()

@@ -1,0 +1,101 @@
+"""What ``python -m sb3_flipout.zoo`` runs: rl_zoo3's own programs, and two of ours."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from importlib import import_module
+from typing import Any
+
+from sb3_flipout.checks import did_you_mean
+from sb3_flipout.zoo import config, configs, register
+
+Command = Callable[[list[str]], Any]
+
+
+def _function(module: str, name: str) -> Command:
+    """A program of rl_zoo3 that is a function, which reads ``sys.argv``."""
+
+    def run(arguments: list[str]) -> None:
+        sys.argv = [f"{module}.{name}", *arguments]
+        getattr(import_module(module), name)()
+
+    return run
+
+
+def _train(arguments: list[str]) -> None:
+    given = {word.split("=")[0] for word in arguments}
+    if not given & {"-conf", "--conf-file"} and "--algo" in arguments[:-1]:
+        algo = arguments[arguments.index("--algo") + 1]
+        if algo in configs():
+            arguments = [*arguments, "--conf-file", str(config(algo))]
+    _function("rl_zoo3.train", "train")(arguments)
+
+
+def _record(arguments: list[str]) -> None:
+    sys.argv = ["rl_zoo3.record_video", *arguments]
+    sys.modules.pop("rl_zoo3.record_video", None)  # it is a script, and may have been imported
+    runpy.run_module("rl_zoo3.record_video", run_name="__main__")
+
+
+def _config(arguments: list[str]) -> None:
+    if len(arguments) != 1:
+        raise ValueError(f"config takes the name of one algorithm, got {arguments}; there are {', '.join(configs())}.")
+    print(config(arguments[0]))
+
+
+def _benchmark(arguments: list[str]) -> int:
+    from sb3_flipout.zoo.benchmark import main as benchmark
+
+    return benchmark(arguments)
+
+
+#: What each command does, and how.
+COMMANDS: dict[str, tuple[str, Command]] = {
+    "train": ("train, or search with -optimize: rl_zoo3.train, with our configurations where no --conf-file is given", _train),
+    "enjoy": ("play a trained agent: rl_zoo3.enjoy", _function("rl_zoo3.enjoy", "enjoy")),
+    "record": ("record a video of one: rl_zoo3.record_video", _record),
+    "plot": ("plot training returns: rl_zoo3.plots.plot_train", _function("rl_zoo3.plots", "plot_train")),
+    "plot_train": ("the same", _function("rl_zoo3.plots", "plot_train")),
+    "plot_from_file": ("rl_zoo3.plots.plot_from_file", _function("rl_zoo3.plots", "plot_from_file")),
+    "all_plots": ("rl_zoo3.plots.all_plots", _function("rl_zoo3.plots", "all_plots")),
+    "benchmark": ("compare flipout with stock on the same seeds: table and picture; resumable", _benchmark),
+    "config": ("print the path of our configuration file of an algorithm", _config),
+}
+
+
+def _usage() -> str:
+    lines = [f"  {name:15} {what}" for name, (what, _) in COMMANDS.items()]
+    return "\n".join(["usage: python -m sb3_flipout.zoo COMMAND ...", *lines, "COMMAND --help tells its options."])
+
+
+def main(arguments: Sequence[str]) -> int:
+    """
+    Run a command.
+
+    :param arguments: Its name, and its own arguments
+    :return: Exit status
+    :raises SystemExit: If the extra ``zoo`` is not installed, or the command is unknown
+    """
+    name, *rest = arguments or ["--help"]
+    if name in ("-h", "--help"):
+        print(_usage())
+        return 0
+    if name not in COMMANDS:
+        raise SystemExit(f"there is no command {name!r}.{did_you_mean(name, COMMANDS)}\n{_usage()}")
+    try:
+        import rl_zoo3  # noqa: F401
+
+        register()
+    except ImportError as error:
+        raise SystemExit(f'sb3_flipout.zoo needs rl_zoo3; pip install "sb3_flipout[zoo]" does it ({error}).') from error
+    with suppress(ImportError):  # an extra: MinAtar's games are registered where it is installed
+        import sb3_flipout.envs.minatar  # noqa: F401
+    try:
+        return COMMANDS[name][1](rest) or 0
+    except ValueError as error:
+        if name == "config":
+            raise SystemExit(str(error)) from error
+        raise

@@ -1,0 +1,230 @@
+"""Search over the noise: what a trial chooses reaches the policy, the YAML's settings stay, and trials can be made again."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from rl_zoo3 import ALGOS
+from rl_zoo3.exp_manager import ExperimentManager
+from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
+from stable_baselines3.common.base_class import BaseAlgorithm
+from torch import nn
+
+from sb3_flipout.callbacks import NoiseEvalCallback
+from sb3_flipout.zoo import manager, register, search
+
+register()
+
+NO_ARGS: dict[str, Any] = dict(using_her_replay_buffer=False, her_kwargs={})
+
+
+class Drawn(Exception):
+    """Carries a model out of a trial before it trains."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+
+def manager_of(algo: str, env: str, config: Path | str | None = None, **kwargs: Any) -> ExperimentManager:
+    from sb3_flipout.zoo import config as our_config
+
+    path = str(our_config(algo) if config is None else config)
+    made = ExperimentManager(argparse.Namespace(), algo, env, "logs", config=path, verbose=0, n_timesteps=200, **kwargs)
+    made.no_optim_plots = True
+    return made
+
+
+def optimising(algo: str, env: str, tmp_path: Path, config: Any = None, **kwargs: Any) -> ExperimentManager:
+    made = manager_of(algo, env, config, optimize_hyperparameters=True, n_evaluations=1, n_eval_episodes=1, **kwargs)
+    made.save_path, made.params_path = str(tmp_path), str(tmp_path)
+    assert made.setup_experiment() is None
+    return made
+
+
+def model_of(made: ExperimentManager, trial: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The model that a trial builds."""
+
+    def caught(self: Any, *args: Any, **kwargs: Any) -> None:
+        raise Drawn(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ALGOS[made.algo], "learn", caught)
+        with pytest.raises(Drawn) as found:
+            made.objective(trial)
+    return found.value.model
+
+
+CASES = [
+    ("ppo", "CartPole-v1"),
+    ("dqn", "CartPole-v1"),
+    ("sac", "Pendulum-v1"),
+    ("trpo", "CartPole-v1"),
+    ("td3", "Pendulum-v1"),
+]
+
+
+@pytest.mark.parametrize(("algo", "env"), CASES)
+def test_what_a_trial_chooses_reaches_the_policy(algo: str, env: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = optimising(algo, env, tmp_path)
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=3))
+    seen = set()
+    for _ in range(6):
+        trial = study.ask()
+        settings = model_of(made, trial, monkeypatch).policy.noise_settings
+        chosen = {name.removeprefix("flipout_"): value for name, value in trial.params.items() if name.startswith("flipout_")}
+        assert {"family", "sigma_init", "resample", "schedule"} <= chosen.keys()
+        for name, value in chosen.items():
+            assert getattr(settings, name) == (None if name == "members" and value == 0 else value)
+        seen.add(settings.family)
+        assert not {"exploration_final_eps", "exploration_fraction"} & trial.params.keys()  # the YAML's stay
+    assert len(seen) > 1
+
+
+def test_the_yaml_stays_where_nothing_is_searched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tmp_path / "ppo.yml"
+    config.write_text(
+        "CartPole-v1:\n  n_timesteps: 500\n  policy: FlipoutMlpPolicy\n  n_epochs: 2\n"
+        "  policy_kwargs: \"dict(perturb='heads', skip=['value_net'], log_std_init=-1.0, activation_fn=nn.ELU)\"\n"
+    )
+    model = model_of(optimising("ppo", "CartPole-v1", tmp_path, config), optuna.create_study().ask(), monkeypatch)
+    assert model.policy.noise_settings.perturb == "heads"
+    assert model.policy.log_std_init == -1.0
+    assert model.policy.activation_fn in (nn.Tanh, nn.ReLU)  # rl_zoo3 searches it
+
+
+def test_stock_policies_are_searched_as_rl_zoo3_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tmp_path / "dqn.yml"
+    config.write_text("CartPole-v1:\n  n_timesteps: 500\n  policy: MlpPolicy\n  policy_kwargs: dict(normalize_images=False)\n")
+    trial = optuna.create_study().ask()
+    model = model_of(optimising("dqn", "CartPole-v1", tmp_path, config), trial, monkeypatch)
+    assert not [name for name in trial.params if name.startswith("flipout_")]
+    assert "exploration_final_eps" in trial.params
+    assert model.policy_kwargs.keys() == {"net_arch"}
+
+
+@pytest.mark.parametrize("algo", sorted(HYPERPARAMS_SAMPLER.keys() - {"ars"}))
+def test_every_choice_is_a_policy_and_can_be_made_again(algo: str) -> None:
+    """Thirty trials each; settings that do not fit together would be refused, and what was chosen is converted to the same."""
+    env = "Pendulum-v1" if algo in ("sac", "td3", "ddpg", "tqc", "crossq") else "CartPole-v1"
+    kind: type[BaseAlgorithm] = ALGOS[algo]
+    policy = "FlipoutMlpLstmPolicy" if algo == "ppo_lstm" else "FlipoutMlpPolicy"
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    for number in range(30):
+        trial = study.ask()
+        with search.given(algo, dict(policy=policy, policy_kwargs={})):
+            chosen = HYPERPARAMS_SAMPLER[algo](trial, 1, 1, dict(NO_ARGS))
+        again = HYPERPARAMS_CONVERTER[algo](dict(trial.params))
+        assert again["policy_kwargs"] == chosen["policy_kwargs"]
+        assert {k: v for k, v in again.items() if not k.startswith("noise_")} == {
+            k: v for k, v in chosen.items() if k != "action_noise"
+        }
+        if number < 10:
+            kind(policy, env, policy_kwargs=chosen["policy_kwargs"], device="cpu")
+
+
+def test_members_are_not_searched_where_a_batch_is_made_for_them() -> None:
+    trial = optuna.create_study().ask()
+    given = dict(members=20, keys_per_transition=20)
+    with search.given("dqn", dict(policy="FlipoutMlpPolicy", policy_kwargs=given)):
+        chosen = HYPERPARAMS_SAMPLER["dqn"](trial, 1, 1, dict(NO_ARGS))
+    assert "flipout_members" not in trial.params
+    assert chosen["policy_kwargs"]["members"] == 20
+
+
+@pytest.mark.parametrize(
+    ("params", "match"),
+    [
+        (dict(flipout_family="cauchy"), "flipout_family, which is one of"),
+        (dict(flipout_sigma_init=0.5), "has nothing for flipout_family"),
+        ("newer", "does not know: temperature"),
+    ],
+)
+def test_trials_of_another_version_are_refused(params: Any, match: str) -> None:
+    trial = optuna.create_study().ask()
+    with search.given("ppo", dict(policy="FlipoutMlpPolicy", policy_kwargs={})):
+        HYPERPARAMS_SAMPLER["ppo"](trial, 1, 1, dict(NO_ARGS))
+    stock = {name: value for name, value in trial.params.items() if not name.startswith("flipout_")}
+    own = {**trial.params, "flipout_temperature": 1.0} if params == "newer" else params
+    with pytest.raises(ValueError, match=match):
+        HYPERPARAMS_CONVERTER["ppo"]({**stock, **own})
+
+
+@pytest.mark.parametrize("trial_id", [0, 1])
+def test_a_trial_is_made_again_with_the_settings_of_the_yaml(trial_id: int, tmp_path: Path) -> None:
+    """Trial 0, too, which rl_zoo3 leaves out; and noise_type=None, which it hands to TD3."""
+    storage, name = str(tmp_path / "study.log"), "again"
+    made = optimising("td3", "Pendulum-v1", tmp_path)
+    plain = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(storage))
+    study = optuna.create_study(storage=plain, study_name=name)
+    chosen = []
+    for noise_type in ("normal", None):
+        study.enqueue_trial(dict(noise_type=noise_type, noise_std=0.1))
+        trial = study.ask()
+        with search.given("td3", made._hyperparams):
+            chosen.append(HYPERPARAMS_SAMPLER["td3"](trial, 1, 1, dict(NO_ARGS)))
+    again = manager_of("td3", "Pendulum-v1", storage=storage, study_name=name, trial_id=trial_id)
+    found, saved = again.read_hyperparameters()
+    assert found["policy_kwargs"] == chosen[trial_id]["policy_kwargs"]
+    assert found["learning_starts"] == 10000  # the YAML's, which is not searched
+    assert found.get("noise_type", "absent") == ("normal", "absent")[trial_id]
+    assert dict(saved) == found
+
+
+def test_a_trial_that_there_is_not_is_refused(tmp_path: Path) -> None:
+    storage = str(tmp_path / "study.log")
+    optuna.create_study(storage=manager.studies.opened(storage), study_name="a")
+    again = manager_of("ppo", "CartPole-v1", storage=storage, study_name="a", trial_id=3)
+    with pytest.raises(ValueError, match="one of the 0 trials of 'a', got 3"):
+        again.read_hyperparameters()
+
+
+def test_a_rollout_buffer_by_name_is_refused(tmp_path: Path) -> None:
+    config = tmp_path / "ppo.yml"
+    config.write_text("CartPole-v1:\n  n_timesteps: 500\n  policy: MlpPolicy\n  rollout_buffer_class: a.B\n")
+    with pytest.raises(ValueError, match="hands the name on as a text"):
+        manager_of("ppo", "CartPole-v1", config).read_hyperparameters()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # rl_zoo3 has opened a monitor's file by then
+def test_a_typo_in_a_noise_option_is_told_before_training(tmp_path: Path) -> None:
+    config = tmp_path / "ppo.yml"
+    config.write_text("CartPole-v1:\n  n_timesteps: 500\n  policy: FlipoutMlpPolicy\n  policy_kwargs: dict(sigma_innit=0.3)\n")
+    made = manager_of("ppo", "CartPole-v1", config, eval_freq=-1)
+    made.save_path, made.params_path = str(tmp_path), str(tmp_path)
+    with pytest.raises((TypeError, ValueError), match=r"sigma_innit.*sigma_init"):
+        made.setup_experiment()
+
+
+@pytest.mark.parametrize(("algo", "votes"), [("ppo", False), ("dqn", True)])
+def test_the_pruner_is_told_what_will_be_used(algo: str, votes: bool, tmp_path: Path) -> None:
+    """Trials are evaluated by NoiseEvalCallback, and stopped where the pruner says so."""
+
+    class Always(optuna.pruners.BasePruner):
+        def prune(self, study: Any, trial: Any) -> bool:
+            return True
+
+    config = tmp_path / f"{algo}.yml"
+    kwargs = "dict(members=5, keys_per_transition=2)" if votes else "dict()"
+    greedy = "  exploration_initial_eps: 0.0\n  exploration_final_eps: 0.0\n" if votes else ""
+    config.write_text(f"CartPole-v1:\n  n_timesteps: 500\n  policy: FlipoutMlpPolicy\n  policy_kwargs: {kwargs}\n{greedy}")
+    made = optimising(algo, "CartPole-v1", tmp_path, config)
+    seen: list[Any] = []
+
+    class Noted(manager.NoiseTrialCallback):
+        def _init_callback(self) -> None:
+            super()._init_callback()
+            seen.append(self)
+
+    study = optuna.create_study(pruner=Always(), sampler=optuna.samplers.RandomSampler(seed=1))
+    study.enqueue_trial(dict(n_steps_pow=5, batch_size_pow=5, n_epochs=1, net_arch="small"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(manager, "NoiseTrialCallback", Noted)
+        study.optimize(made.objective, n_trials=1)
+    (trial,) = study.trials
+    assert trial.state == optuna.trial.TrialState.PRUNED
+    assert isinstance(seen[0], NoiseEvalCallback) and seen[0].best_by == ("vote" if votes else "mean")
+    assert trial.intermediate_values == {1: seen[0].returns[seen[0].best_by][0]}
