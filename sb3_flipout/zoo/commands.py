@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-import runpy
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from importlib import import_module
 from typing import Any
 
 from sb3_flipout.checks import did_you_mean
-from sb3_flipout.zoo import config, configs, register
+from sb3_flipout.zoo import config, configs, programs, register
 
 Command = Callable[[list[str]], Any]
 
 
 def _function(module: str, name: str) -> Command:
-    """A program of rl_zoo3 that is a function, which reads ``sys.argv``."""
-
-    def run(arguments: list[str]) -> None:
-        sys.argv = [f"{module}.{name}", *arguments]
-        getattr(import_module(module), name)()
-
-    return run
+    return lambda arguments: programs.run(module, name, arguments)
 
 
 def _train(arguments: list[str]) -> None:
@@ -31,13 +22,11 @@ def _train(arguments: list[str]) -> None:
         algo = arguments[arguments.index("--algo") + 1]
         if algo in configs():
             arguments = [*arguments, "--conf-file", str(config(algo))]
-    _function("rl_zoo3.train", "train")(arguments)
+    programs.run("rl_zoo3.train", "train", arguments)
 
 
 def _record(arguments: list[str]) -> None:
-    sys.argv = ["rl_zoo3.record_video", *arguments]
-    sys.modules.pop("rl_zoo3.record_video", None)  # it is a script, and may have been imported
-    runpy.run_module("rl_zoo3.record_video", run_name="__main__")
+    programs.run_script("rl_zoo3.record_video", arguments)
 
 
 def _config(arguments: list[str]) -> None:
