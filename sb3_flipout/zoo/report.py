@@ -17,8 +17,8 @@ _COLOURS = {"flipout": "tab:blue", "stock": "tab:gray"}
 _REPETITIONS = 2000  # of the bootstrap
 
 _HEAD = """\
-Score: mean return of the trained agent, which acts without chance, in environments of other seeds. IQM: interquartile mean over
-seeds; intervals: 95 %, stratified bootstrap (rliable). P: that a run of flipout ends above one of stock."""
+Score: mean return of the trained agent, which acts without chance, in environments of other seeds. IQM: interquartile mean
+over seeds; intervals: 95 %, stratified bootstrap (rliable). P: that a run of flipout ends above one of stock."""
 
 Task = tuple[str, str]  # algorithm, environment
 Runs = dict[Task, dict[str, dict[int, Path]]]  # folder of each run, by arm and seed
