@@ -34,6 +34,7 @@ _EPSILON = dict(exploration_initial_eps=1.0, exploration_final_eps=0.1)
 _NO_EPSILON = dict(exploration_initial_eps=0.0, exploration_final_eps=0.0)
 _NOISYNET = dict(family="factorised", noise_sharing="shared")
 _MEMBERS = dict(members=10, prior_scale=0.35, resample="episode", target_noise="same")
+_FALLING = dict(resample="step", learn_sigma=False, schedule="linear", schedule_fraction=0.3)  # the defaults
 
 
 #: The defaults when these arms were run first; members have them still.
@@ -53,7 +54,11 @@ ARMS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "flipout-episode": _weight_noise(resample="episode"),
     "members": _weight_noise(**_MEMBERS),
     "flipout-annealed": _weight_noise(resample="step"),
-    "flipout-falling": _weight_noise(resample="step", learn_sigma=False, schedule="linear", schedule_fraction=0.3),
+    "flipout-falling": _weight_noise(**_FALLING),
+    # On MinAtar: every transition under all members, as many transitions per step as in the other arms; and epsilon-greedy
+    # beside weight noise, both falling, as in BTR (Clark et al. 2024).
+    "members-all": ("FlipoutMlpPolicy", dict(_NO_EPSILON, batch_size=320), dict(_MEMBERS, keys_per_transition=10)),
+    "falling-and-epsilon": ("FlipoutMlpPolicy", dict(_EPSILON, exploration_final_eps=0.0), _FALLING),
     # Ablations: `members` with one thing changed.
     "members-no-prior": _weight_noise(**{**_MEMBERS, "prior_scale": 0.0}),
     "members-mean-target": _weight_noise(**{**_MEMBERS, "target_noise": "mean"}),
@@ -187,8 +192,7 @@ TASKS: dict[str, Task] = {
     "mountain-car": Task(
         mountain_car, 200, _MOUNTAIN_CAR, dict(net_arch=[256, 256]), 600, None, (1,), 30, seconds_per_step=0.004
     ),
-    "minatar-breakout": _minatar("Breakout"),
-    "minatar-freeway": _minatar("Freeway"),
+    **{f"minatar-{game.lower()}": _minatar(game) for game in ("Breakout", "Freeway", "Asterix", "Seaquest", "SpaceInvaders")},
 }
 
 

@@ -27,7 +27,9 @@ EXPECTED = {
     "flipout-step": ("gaussian", "flipout", "step", None, 0.0, "independent", True),
     "flipout-annealed": ("gaussian", "flipout", "step", None, 0.0, "independent", True),
     "flipout-falling": ("gaussian", "flipout", "step", None, 0.0, "independent", False),
+    "falling-and-epsilon": ("gaussian", "flipout", "step", None, 0.0, "independent", False),
     "flipout-episode": ("gaussian", "flipout", "episode", None, 0.0, "independent", True),
+    "members-all": ("gaussian", "flipout", "episode", 10, 0.35, "same", True),
     "members": ("gaussian", "flipout", "episode", 10, 0.35, "same", True),
     "members-no-prior": ("gaussian", "flipout", "episode", 10, 0.0, "same", True),
     "members-mean-target": ("gaussian", "flipout", "episode", 10, 0.35, "mean", True),
@@ -147,6 +149,7 @@ def test_a_run_from_start_to_end(tiny):
 # ---- arms and settings ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:DQN explores by weight noise and by epsilon-greedy")  # as one of the arms is to
 @pytest.mark.parametrize("n_envs", [1, 8])
 @pytest.mark.parametrize("arm", ARMS)
 def test_every_arm_trains_with_what_the_table_says(tiny, arm, n_envs):
@@ -154,7 +157,8 @@ def test_every_arm_trains_with_what_the_table_says(tiny, arm, n_envs):
     model.learn(60)
     assert model._n_updates > 0 and model.gradient_steps == (1 if n_envs == 1 else -1)
     noisy = isinstance(model.policy, ValueMixin)
-    assert noisy is (arm != "epsilon") and (model.exploration_rate > 0) is (arm == "epsilon")
+    epsilon = {"epsilon": (1.0, 0.1), "falling-and-epsilon": (1.0, 0.0)}.get(arm, (0.0, 0.0))
+    assert noisy is (arm != "epsilon") and (model.exploration_initial_eps, model.exploration_final_eps) == epsilon
     if noisy:
         s = model.policy.noise_settings
         assert s.base_every_steps is None and s.perturb == "policy" and s.sigma_init is None
@@ -280,7 +284,7 @@ def test_list_counts(tiny, tmp_path, capsys):
 
 def test_runs_of_the_full_benchmark_and_of_the_quick_one():
     full = exploration.all_runs(**exploration.FULL)
-    assert len(full) == len(set(full)) == 5 * len(ARMS) * (9 * 2 + 3)
+    assert len(full) == len(set(full)) == 5 * len(ARMS) * (9 * 2 + 6)
     quick = exploration.arguments(["--quick", "--seeds", "1"])
     runs = exploration.all_runs(quick.tasks, quick.arms, quick.n_envs, quick.seeds, quick.cap)
     assert len(runs) == 16 and {run.cap for run in runs} == {500}

@@ -1,0 +1,136 @@
+"""MinAtar's five games: DQN by weight noise against epsilon-greedy and NoisyNet, all settings fixed beforehand.
+
+    python benchmarks/minatar.py --jobs 2              # seeds 100 to 104
+    python benchmarks/minatar.py --report
+
+The arms are those of `exploration_tasks.py`, where the settings of the games are, too. 300,000 steps; score: mean return of
+the mean weights (with members: of their vote) over 30 episodes at the end. Needs `pip install ".[bench]"`.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from itertools import product
+from typing import Any
+
+import numpy as np
+from exploration_tasks import Run
+from exploration_training import train
+from learning import difference_interval
+from runs import Row, execute, left_of, made_with, options, read, versions_of
+
+GAMES = ("breakout", "asterix", "freeway", "seaquest", "spaceinvaders")
+OTHERS = ("epsilon", "noisynet-step")
+OURS = ("flipout-falling", "members-all", "falling-and-epsilon")
+ARMS = (*OTHERS, *OURS)
+
+
+def scores(rows: list[Row]) -> dict[str, dict[str, dict[int, float]]]:
+    """Score of each run, by game, arm and seed."""
+    found: dict[str, dict[str, dict[int, float]]] = {}
+    for row in rows:
+        game, arm = row["task"].removeprefix("minatar-"), row["arm"]
+        found.setdefault(game, {}).setdefault(arm, {})[row["seed"]] = float(row["evaluation_return"])
+    return found
+
+
+def table(rows: list[Row]) -> str:
+    found = scores(rows)
+    lines = ["| game | " + " | ".join(f"{arm} (seeds)" for arm in ARMS) + " |", "|---|" + "---:|" * len(ARMS)]
+    for game in GAMES:
+        cells = (list(found.get(game, {}).get(arm, {}).values()) for arm in ARMS)
+        lines.append(f"| {game} | " + " | ".join(f"{np.mean(one):.2f} ({len(one)})" if one else "" for one in cells) + " |")
+    return "\n".join(lines)
+
+
+def losses(rows: list[Row]) -> str:
+    """Games on which an arm of ours is behind the better of the others, on the seeds that both have."""
+    found, lines = scores(rows), []
+    for game, arm, other in product(GAMES, OURS, OTHERS):
+        ours, theirs = found.get(game, {}).get(arm, {}), found.get(game, {}).get(other, {})
+        seeds = sorted(ours.keys() & theirs.keys())
+        pair = [np.array([one[seed] for seed in seeds]) for one in (ours, theirs)]
+        if len(seeds) > 1 and pair[0].mean() < pair[1].mean():
+            low, high = difference_interval(*pair)
+            lines.append(
+                f"- {game}: {arm} {pair[0].mean():.2f} against {pair[1].mean():.2f} of {other}, {len(seeds)} seeds, 95 % "
+                f"interval of the difference [{low:.2f}, {high:.2f}]"
+            )
+    return "\n".join(lines) or "None so far."
+
+
+def over_games(rows: list[Row]) -> str:
+    """Interquartile means over games and seeds, each game's scores divided by the best arm's mean, by rliable."""
+    from rliable import library, metrics
+
+    found = scores(rows)
+    games = [game for game in GAMES if all(arm in found.get(game, {}) for arm in ARMS)]
+    if not games:
+        return "No game has been run by all arms."
+    seeds = sorted(set.intersection(*(set(found[game][arm]) for game in games for arm in ARMS)))
+    if not seeds:
+        return "No seed has been run by all arms."
+    best = {game: max(np.mean([found[game][arm][seed] for seed in seeds]) for arm in ARMS) for game in games}
+    values = {arm: np.array([[found[game][arm][seed] / best[game] for game in games] for seed in seeds]) for arm in ARMS}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # rliable asks arch for its older generator
+        points, intervals = library.get_interval_estimates(
+            values, lambda one: np.array([metrics.aggregate_iqm(one)]), reps=5000, random_state=np.random.RandomState(0)
+        )
+    lines = [f"{len(games)} games, {len(seeds)} seeds.", "", "| arm | IQM | 95 % interval |", "|---|---:|---|"]
+    for arm in ARMS:
+        low, high = (float(end[0]) for end in intervals[arm])
+        lines.append(f"| {arm} | {float(points[arm][0]):.3f} | {low:.3f} to {high:.3f} |")
+    return "\n".join(lines)
+
+
+def report(rows: list[Row]) -> str:
+    return f"""# MinAtar's five games
+
+Made by `python benchmarks/minatar.py --report` from [the runs](minatar.jsonl) ({versions_of(rows)}).
+
+DQN, 300,000 steps, settings of Young and Tian 2019 but for Adam and a gradient step every fourth step; chosen for none of
+these games. `epsilon`: stock, epsilon falls to 0.1 over the first tenth. `noisynet-step`: factorised, shared draw, learned sigma.
+`flipout-falling`: our defaults. `members-all`: ten members with a prior of 0.35, each transition learned under all of them.
+`falling-and-epsilon`: our defaults beside epsilon-greedy that falls to 0, as in BTR. Score: mean return of the mean weights
+(with members: their vote) over 30 episodes.
+
+{table(rows)}
+
+## Over games
+
+Each score is divided by the best arm's mean on the game.
+
+{over_games(rows)}
+
+## Losses
+
+{losses(rows)}
+"""
+
+
+def made(run: Run) -> Row:
+    row: dict[str, Any] = train(run)
+    return {**row, **made_with()}
+
+
+def main() -> int:
+    parser = options(__doc__, "docs/benchmarks/minatar.jsonl", 5, 100)
+    parser.add_argument("--games", nargs="+", choices=GAMES, default=list(GAMES))
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    args = parser.parse_args()
+    if args.report:
+        args.out.with_suffix(".md").write_text(report(read(args.out)))
+        return 0
+    seeds = range(args.first_seed, args.first_seed + args.seeds)
+    runs = [Run(f"minatar-{game}", arm, 1, seed, None) for seed, game, arm in product(seeds, args.games, args.arms)]
+    return execute(made, left_of(runs, read(args.out)), args.out, args.jobs, brief)
+
+
+def brief(row: Row) -> str:
+    return f"{row['task']}, {row['arm']}, {row['seed']}: {row['evaluation_return']:.2f}"
+
+
+if __name__ == "__main__":
+    sys.exit(1 if main() else 0)
