@@ -91,10 +91,13 @@ def report(rows: list[Row]) -> str:
 Made by `python benchmarks/minatar.py --report` from [the runs](minatar.jsonl) ({versions_of(rows)}).
 
 DQN, 300,000 steps, settings of Young and Tian 2019 but for Adam and a gradient step every fourth step; chosen for none of
-these games. `epsilon`: stock, epsilon falls to 0.1 over the first tenth. `noisynet-step`: factorised, shared draw, learned sigma.
-`flipout-falling`: our defaults. `members-all`: ten members with a prior of 0.35, each transition learned under all of them.
-`falling-and-epsilon`: our defaults beside epsilon-greedy that falls to 0, as in BTR. Score: mean return of the mean weights
-(with members: their vote) over 30 episodes.
+these games. Score: mean return of the mean weights (with members: of their vote) over 30 episodes.
+
+- `epsilon`: stock; epsilon falls to 0.1 over the first tenth
+- `noisynet-step`: factorised, shared draw, sigma learned
+- `flipout-falling`: our defaults
+- `members-all`: ten members with a prior of 0.35, each transition learned under all of them
+- `falling-and-epsilon`: our defaults beside epsilon-greedy that falls to 0, as in BTR
 
 {table(rows)}
 
