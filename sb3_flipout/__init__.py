@@ -8,6 +8,7 @@ import sys
 
 from sb3_flipout import callbacks, diagnostics, envs
 from sb3_flipout.callbacks import flipout_policy
+from sb3_flipout.checkpoints import Checkpoints, resume
 from sb3_flipout.evolution import FlipES
 from sb3_flipout.layers import (
     FlipoutConv1d,
@@ -33,6 +34,7 @@ from sb3_flipout.registration import register, unregister
 __version__ = "0.1.0"
 
 __all__ = [
+    "Checkpoints",
     "FlipES",
     "FlipoutConv1d",
     "FlipoutConv2d",
@@ -56,6 +58,7 @@ __all__ = [
     "redraw",
     "register",
     "restore",
+    "resume",
     "signs",
     "unregister",
 ]

@@ -41,6 +41,7 @@ RINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "evolution": (("checks", "noise", "layers", "policies"), (*_SB3, "gymnasium")),
     # ray is an extra, imported where it is asked for.
     "evolution.ray_workers": (("checks", "evolution"), (*_TENSORS, "ray")),
+    "checkpoints": (("checks",), _SB3),
     "registration": (("policies", "hooks"), (*_SB3, "gymnasium")),
     # rl_zoo3 is an extra, imported where it is asked for.
     "zoo": (
@@ -48,7 +49,19 @@ RINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         (*_SB3, "gymnasium", "rl_zoo3", "optuna", "sqlalchemy", "rliable", "pandas", "matplotlib", "tqdm", "yaml"),
     ),
     "": (
-        ("noise", "layers", "envs", "diagnostics", "buffers", "policies", "callbacks", "evolution", "registration", "zoo"),
+        (
+            "noise",
+            "layers",
+            "envs",
+            "diagnostics",
+            "buffers",
+            "policies",
+            "callbacks",
+            "evolution",
+            "registration",
+            "zoo",
+            "checkpoints",
+        ),
         (),
     ),
 }

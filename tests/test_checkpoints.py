@@ -1,0 +1,251 @@
+"""Checkpoints are whole or not there; training goes on from the newest that is whole, and loses no more than came since.
+
+Run as a script, this file is the training that gets killed: `python test_checkpoints.py ALGORITHM FOLDER`.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch as th
+from stable_baselines3 import DQN, PPO, SAC
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import VecNormalize
+
+import sb3_flipout
+from sb3_flipout import Checkpoints, resume
+
+EVERY = 64
+
+
+def build(algorithm: Any = DQN, env: Any = "CartPole-v1", **kwargs: Any) -> Any:
+    off_policy = dict(buffer_size=2000, learning_starts=40, batch_size=16, train_freq=4)
+    settings: dict[str, Any] = dict(n_steps=32, batch_size=32, n_epochs=2) if algorithm is PPO else off_policy
+    greedy = dict(exploration_initial_eps=0.0, exploration_final_eps=0.0) if algorithm is DQN else {}
+    made = dict(policy_kwargs=dict(net_arch=[8], schedule="constant"), seed=0, device="cpu", **settings, **greedy)
+    return algorithm("FlipoutMlpPolicy", env, **{**made, **kwargs})
+
+
+def steps_in(folder: Path) -> list[int]:
+    return sorted(int(path.name.split("-")[1]) for path in folder.glob("step-*"))
+
+
+def damage(path: Path, how: str) -> None:
+    """Do to a file what disks and people do."""
+    data = path.read_bytes()
+    generator = random.Random(how)
+    if how == "truncated":
+        path.write_bytes(data[: generator.randrange(len(data))])
+    elif how == "flipped bit":
+        at = generator.randrange(len(data))
+        path.write_bytes(data[:at] + bytes([data[at] ^ (1 << generator.randrange(8))]) + data[at + 1 :])
+    elif how == "zeros":
+        path.write_bytes(bytes(len(data)))
+    elif how == "foreign":
+        path.write_bytes(b"something else")
+    elif how == "missing":
+        path.unlink()
+
+
+class Kept(Checkpoints):
+    """Remembers what the model was at its last checkpoint."""
+
+    def save(self) -> bool:
+        self.weights = {name: value.clone() for name, value in self.model.policy.state_dict().items()}
+        self.keys = sb3_flipout.flipout_policy(self.model)._keys.step
+        return super().save()
+
+
+@pytest.mark.parametrize("algorithm", [DQN, PPO])
+def test_training_goes_on_where_the_newest_checkpoint_was(algorithm: Any, tmp_path: Path) -> None:
+    callback = Kept(tmp_path, EVERY, keep=2)
+    model = build(algorithm).learn(5 * EVERY, callback=callback)
+    again: Any = resume(tmp_path, "CartPole-v1")
+    assert type(again) is algorithm and again.num_timesteps == 5 * EVERY
+    assert steps_in(tmp_path)[-2:] == [4 * EVERY, 5 * EVERY]
+    for name, value in again.policy.state_dict().items():
+        assert th.equal(value, callback.weights[name]), name
+    assert sb3_flipout.flipout_policy(again)._keys.step == callback.keys > 0
+    if algorithm is DQN:
+        stored = again.replay_buffer.pos
+        assert 4 * EVERY <= stored <= 5 * EVERY
+        assert np.array_equal(model.replay_buffer.observations[:stored], again.replay_buffer.observations[:stored])
+    again.learn(2 * EVERY, reset_num_timesteps=False, callback=Checkpoints(tmp_path, EVERY, keep=2))
+    assert steps_in(tmp_path)[-1] == 7 * EVERY
+
+
+def test_the_best_and_the_newest_are_kept(tmp_path: Path) -> None:
+    model, callback = build(), Checkpoints(tmp_path, 10, keep=2)
+    model.learn(1, callback=callback)
+    callback.init_callback(model)
+    for step, value in ((10, 1.0), (20, 9.0), (30, 2.0), (40, 3.0), (50, 4.0)):
+        callback.num_timesteps = step
+        model.ep_info_buffer.clear()
+        model.ep_info_buffer.append({"r": value, "l": 1, "t": 0.0})
+        assert callback.save()
+    assert steps_in(tmp_path) == [20, 40, 50]
+
+
+@pytest.mark.parametrize("name", ["model.zip", "replay_buffer.pkl", "checkpoint.json"])
+@pytest.mark.parametrize("how", ["truncated", "flipped bit", "zeros", "foreign", "missing"])
+def test_a_damaged_checkpoint_is_told_and_the_one_before_it_taken(name: str, how: str, tmp_path: Path) -> None:
+    build().learn(2 * EVERY, callback=Checkpoints(tmp_path, EVERY))
+    newest = tmp_path / f"step-{2 * EVERY:012d}"
+    damage(newest / name, how)
+    if name == "checkpoint.json" and how == "flipped bit":
+        return  # it may hit a space; what it says of the files is checked by their sums
+    with pytest.warns(UserWarning, match=rf"{newest.name} is not whole, .*: going back"):
+        assert resume(tmp_path, "CartPole-v1").num_timesteps == EVERY
+
+
+def test_nothing_whole_is_told(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="has no checkpoint that is whole"):
+        resume(tmp_path, "CartPole-v1")
+
+
+def test_statistics_of_the_normalisation_come_back(tmp_path: Path) -> None:
+    env = VecNormalize(make_vec_env("Pendulum-v1", 2), norm_obs=True)
+    build(SAC, env).learn(2 * EVERY, callback=Checkpoints(tmp_path, EVERY))
+    plain = resume(tmp_path, make_vec_env("Pendulum-v1", 2))
+    wrapped = resume(tmp_path, VecNormalize(make_vec_env("Pendulum-v1", 2), norm_obs=True))
+    for model in (plain, wrapped):
+        found = model.get_vec_normalize_env()
+        assert found is not None and np.array_equal(found.obs_rms.mean, env.obs_rms.mean)
+
+
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)  # SB3 leaves the file open that it could not write
+def test_a_disk_that_is_full_costs_a_checkpoint_and_not_the_training(tmp_path: Path) -> None:
+    model, callback = build(), Checkpoints(tmp_path, EVERY)
+    model.learn(EVERY, callback=callback)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.warns(UserWarning, match=rf"step {2 * EVERY} could not be written .*{os.strerror(errno.EFBIG)}"):
+            model.learn(EVERY, callback=callback, reset_num_timesteps=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert model.num_timesteps == 2 * EVERY and steps_in(tmp_path) == [EVERY]
+    assert {path.name for path in tmp_path.iterdir()} == {"lock", f"step-{EVERY:012d}"}
+    assert resume(tmp_path, "CartPole-v1").num_timesteps == EVERY
+
+
+def test_a_folder_that_cannot_be_written_to_is_told_before_training(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RuntimeError, match="checkpoints cannot be written to"):
+        build().learn(10, callback=Checkpoints(tmp_path / "file", EVERY))
+
+
+def test_another_training_is_refused_the_folder(tmp_path: Path) -> None:
+    model = build()
+    model.learn(EVERY, callback=Checkpoints(tmp_path, EVERY))
+    for other in (build(seed=1), model):  # and the same one from the start
+        with pytest.raises(RuntimeError, match=r"holds checkpoints of another training, up to step-0+64"):
+            other.learn(EVERY, callback=Checkpoints(tmp_path, EVERY))
+    assert steps_in(tmp_path) == [EVERY]
+
+
+def test_two_processes_in_one_folder_are_refused(tmp_path: Path) -> None:
+    words = "import sys; from sb3_flipout.checkpoints.files import locked; from pathlib import Path; "
+    words += "held = locked(Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    with subprocess.Popen([sys.executable, "-c", words, str(tmp_path)], **pipes) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(RuntimeError, match="another process trains into"):
+            build().learn(EVERY, callback=Checkpoints(tmp_path, EVERY))
+        other.kill()
+    build().learn(EVERY, callback=Checkpoints(tmp_path, EVERY))
+
+
+def test_another_algorithms_checkpoint_is_refused(tmp_path: Path) -> None:
+    build().learn(EVERY, callback=Checkpoints(tmp_path, EVERY))
+    with pytest.raises(TypeError, match="was written by DQN, got algorithm=PPO"):
+        resume(tmp_path, "CartPole-v1", PPO)
+
+    class Own(DQN):
+        pass
+
+    assert type(resume(tmp_path, "CartPole-v1", Own)) is Own
+
+
+def test_a_class_that_cannot_be_imported_is_told(tmp_path: Path) -> None:
+    build().learn(EVERY, callback=Checkpoints(tmp_path, EVERY))
+    path = tmp_path / f"step-{EVERY:012d}" / "checkpoint.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "algorithm": "no_such_module:Own"}))
+    with pytest.raises(TypeError, match="no_such_module:Own, which cannot be imported; give algorithm="):
+        resume(tmp_path, "CartPole-v1")
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error"), [(dict(every=0), ValueError), (dict(every=1.5), TypeError), (dict(keep=0), ValueError)]
+)
+def test_bad_numbers_are_refused(kwargs: dict[str, Any], error: type[Exception], tmp_path: Path) -> None:
+    with pytest.raises(error, match=next(iter(kwargs))):
+        Checkpoints(tmp_path, **{"every": 10, **kwargs})
+
+
+# ---- killed at random -----------------------------------------------------------------------------------------------
+
+
+class Told(sb3_flipout.callbacks.StopOnNonFinite):
+    """Writes down how far the training is."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path = path
+
+    def _on_step(self) -> bool:
+        self.path.write_text(str(self.num_timesteps))
+        return super()._on_step()
+
+
+def main(name: str, folder: Path) -> None:
+    th.set_num_threads(1)
+    kind = {"DQN": DQN, "PPO": PPO}[name]
+    model = resume(folder, "CartPole-v1") if steps_in(folder) else build(kind)
+    (folder.parent / "begun").write_text(str(model.num_timesteps))
+    callbacks = [Checkpoints(folder, EVERY), Told(folder.parent / "at")]
+    model.learn(10**9, callback=callbacks, reset_num_timesteps=model.num_timesteps == 0)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("name", ["DQN", "PPO"])
+def test_no_kill_costs_more_than_one_interval(name: str, tmp_path: Path) -> None:
+    """Fifty kills at random moments, of which many fall into the writing of a checkpoint: there is one every 64 steps."""
+    folder, generator, at = tmp_path / "run", random.Random(name), 0
+    folder.mkdir()
+    for _ in range(50):
+        for told in ("begun", "at"):
+            (tmp_path / told).unlink(missing_ok=True)
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen([sys.executable, __file__, name, str(folder)], env=env, stderr=subprocess.PIPE)
+        until = time.monotonic() + 120
+        while not (tmp_path / "at").exists() and time.monotonic() < until and process.poll() is None:
+            time.sleep(0.02)
+        begun = int((tmp_path / "begun").read_text())
+        assert begun >= at - EVERY, "more than one interval was lost"
+        time.sleep(generator.uniform(0, 1.5))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        at = int((tmp_path / "at").read_text() or at)
+    assert at > 50 * EVERY
+    shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))
