@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 import torch as th
 from stable_baselines3 import DQN, PPO, SAC
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecNormalize
 
@@ -201,7 +202,7 @@ def test_bad_numbers_are_refused(kwargs: dict[str, Any], error: type[Exception],
 # ---- killed at random -----------------------------------------------------------------------------------------------
 
 
-class Told(sb3_flipout.callbacks.StopOnNonFinite):
+class Told(BaseCallback):
     """Writes down how far the training is."""
 
     def __init__(self, path: Path) -> None:
@@ -210,7 +211,7 @@ class Told(sb3_flipout.callbacks.StopOnNonFinite):
 
     def _on_step(self) -> bool:
         self.path.write_text(str(self.num_timesteps))
-        return super()._on_step()
+        return True
 
 
 def main(name: str, folder: Path) -> None:

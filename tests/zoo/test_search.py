@@ -19,6 +19,9 @@ from sb3_flipout.zoo import manager, register, search
 
 register()
 
+# What a trial chooses need not be sensible: SB3 says so of mini-batches that do not divide a rollout.
+pytestmark = pytest.mark.filterwarnings("ignore:You have specified a mini-batch size")
+
 NO_ARGS: dict[str, Any] = dict(using_her_replay_buffer=False, her_kwargs={})
 
 

@@ -1,0 +1,238 @@
+"""Policies go out and come back as they were, without code; whatever else is in the files is refused, and none of it run."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import safetensors.torch
+import torch as th
+from gymnasium import spaces
+from sb3_contrib import QRDQN, TQC, TRPO, CrossQ, MaskablePPO, RecurrentPPO
+from stable_baselines3 import A2C, DDPG, DQN, PPO, SAC, TD3
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+from torch import nn
+
+import sb3_flipout
+from sb3_flipout import FlipES, export_policy, import_policy
+
+VECTOR = spaces.Box(-1, 1, (3,))
+IMAGE = spaces.Box(0, 255, (1, 36, 36), np.uint8)
+DICT = spaces.Dict({"vector": VECTOR, "number": spaces.Discrete(3)})
+BOX, DISCRETE = spaces.Box(-2, 2, (2,)), spaces.Discrete(3)
+SMALL: dict[str, Any] = dict(net_arch=[8])
+
+
+class Spaces(gym.Env[Any, Any]):
+    """Has spaces, and random transitions."""
+
+    def __init__(self, observation: spaces.Space[Any], action: spaces.Space[Any]) -> None:
+        self.observation_space, self.action_space = observation, action
+
+    def reset(self, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        super().reset(**kwargs)
+        return self.observation_space.sample(), {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        return self.observation_space.sample(), 0.0, False, False, {}
+
+
+CASES: dict[str, tuple[Any, str, Any, Any, dict[str, Any]]] = {
+    "ppo": (PPO, "FlipoutMlpPolicy", VECTOR, BOX, dict(SMALL, activation_fn=nn.ELU, log_std_init=-1.0)),
+    "ppo, image": (PPO, "FlipoutCnnPolicy", IMAGE, DISCRETE, {}),
+    "a2c, dict": (A2C, "FlipoutMultiInputPolicy", DICT, spaces.MultiDiscrete([2, 3]), SMALL),
+    "trpo": (TRPO, "FlipoutMlpPolicy", spaces.MultiBinary(4), spaces.MultiBinary(2), dict(SMALL, family="factorised")),
+    "maskable": (MaskablePPO, "FlipoutMlpPolicy", VECTOR, DISCRETE, SMALL),
+    "lstm": (RecurrentPPO, "FlipoutMlpLstmPolicy", VECTOR, DISCRETE, dict(SMALL, lstm_hidden_size=8)),
+    "dqn, members": (DQN, "FlipoutMlpPolicy", VECTOR, DISCRETE, dict(SMALL, members=3, prior_scale=0.5)),
+    "dqn, integers": (DQN, "FlipoutMlpPolicy", spaces.Discrete(9, start=2), DISCRETE, SMALL),
+    "qrdqn": (QRDQN, "FlipoutMlpPolicy", VECTOR, DISCRETE, dict(SMALL, n_quantiles=5, skip=["*.0"])),
+    "sac": (SAC, "FlipoutMlpPolicy", VECTOR, BOX, SMALL),
+    "td3": (TD3, "FlipoutMlpPolicy", VECTOR, BOX, dict(SMALL, sigma_init=0.1)),
+    "ddpg": (DDPG, "FlipoutMlpPolicy", VECTOR, BOX, SMALL),
+    "tqc": (TQC, "FlipoutMlpPolicy", VECTOR, BOX, SMALL),
+    "crossq": (CrossQ, "FlipoutMlpPolicy", VECTOR, BOX, SMALL),
+    "flipes": (FlipES, "FlipoutMlpPolicy", VECTOR, BOX, SMALL),
+}
+
+
+def build(case: str) -> Any:
+    kind, policy, observation, action, kwargs = CASES[case]
+    greedy = dict(exploration_initial_eps=0.0, exploration_final_eps=0.0) if kind in (DQN, QRDQN) else {}
+    return kind(policy, Spaces(observation, action), policy_kwargs=dict(kwargs), seed=3, device="cpu", **greedy)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_policy_comes_back_as_it_was(case: str, tmp_path: Path) -> None:
+    model = build(case)
+    policy = sb3_flipout.flipout_policy(model)
+    policy.noise_scale = 0.7
+    again: Any = import_policy(export_policy(model, tmp_path), "cpu")
+    assert type(again) is type(model.policy) and again.noise_state() == policy.noise_state()
+    assert again.observation_space == model.observation_space and again.action_space == model.action_space
+    weights, theirs = again.state_dict(), model.policy.state_dict()
+    assert weights.keys() == theirs.keys()
+    assert all(th.equal(weights[name], theirs[name]) or name == "prior.unit" for name in theirs)
+    obs = np.stack([model.observation_space.sample() for _ in range(4)]) if case != "a2c, dict" else None
+    obs = {"vector": np.zeros((4, 3), np.float32), "number": np.array([0, 1, 2, 0])} if obs is None else obs
+    model.policy.set_training_mode(False)
+    for one in (False, True):
+        th.manual_seed(0), np.random.seed(0)
+        mine = model.policy.predict(obs, deterministic=one)[0]
+        th.manual_seed(0), np.random.seed(0)
+        assert np.array_equal(mine, again.predict(obs, deterministic=one)[0]), one
+
+
+def test_what_cannot_be_described_is_told(tmp_path: Path) -> None:
+    class Own(BaseFeaturesExtractor):
+        def __init__(self, space: spaces.Box) -> None:
+            super().__init__(space, 3)
+            self.linear = nn.Linear(3, 3)
+
+        def forward(self, x: th.Tensor) -> th.Tensor:
+            return self.linear(x)
+
+    env = Spaces(VECTOR, BOX)
+    model = PPO("FlipoutMlpPolicy", env, policy_kwargs=dict(features_extractor_class=Own), device="cpu")
+    with pytest.raises(
+        TypeError, match=r"features_extractor_class is Own, which cannot be described without code.*state_dict"
+    ):
+        export_policy(model, tmp_path)
+
+    class OwnPolicy(PPO.policy_aliases["FlipoutMlpPolicy"]):  # type: ignore[misc,name-defined]
+        pass
+
+    for policy in (PPO(OwnPolicy, env, device="cpu"), PPO("MlpPolicy", env, device="cpu")):
+        with pytest.raises(TypeError, match="cannot be described without code: only the flipout policies"):
+            export_policy(policy, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+# ---- hostile files --------------------------------------------------------------------------------------------------
+
+
+class Ran(Exception):
+    """Code of a file was run."""
+
+
+class Bomb:
+    def __reduce__(self) -> Any:
+        return _run, ()
+
+
+def _run() -> None:
+    raise Ran
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export_policy(build("dqn, members"), tmp_path_factory.mktemp("exported"))
+
+
+def copied(exported: Path, to: Path) -> tuple[dict[str, Any], dict[str, th.Tensor]]:
+    for path in exported.iterdir():
+        (to / path.name).write_bytes(path.read_bytes())
+    return json.loads((to / "policy.json").read_text()), safetensors.torch.load_file(to / "policy.safetensors")
+
+
+def refused(folder: Path) -> str:
+    with pytest.raises(ValueError) as found:
+        import_policy(folder)
+    return str(found.value)
+
+
+Change = Callable[[dict[str, Any]], Any]
+NAME = "q_net.q_net.0.weight"
+LIES: dict[str, tuple[Change, str]] = {
+    "format": (lambda told: told.update(format=2), "format 2"),
+    "policy": (lambda told: told.update(policy="os.system"), "os.system"),
+    "no policy": (lambda told: told.pop("policy"), "no description"),
+    "argument": (lambda told: told["arguments"].update(evil=1), "evil"),
+    "class": (lambda told: told["arguments"].update(activation_fn={"class": "Popen"}), "no description of a value"),
+    "type": (lambda told: told["arguments"].update(net_arch={"eval": "1"}), "no description of a value"),
+    "wider": (lambda told: told["arguments"].update(net_arch=[10**9]), "no tensor is wider"),
+    "narrower": (lambda told: told["arguments"].update(net_arch=[4]), "does not fit the tensors"),
+    "deeper": (lambda told: told["arguments"].update(net_arch=[8] * 3), "does not fit the tensors"),
+    "observations": (lambda told: told["arguments"]["observation_space"]["space"].update(shape=[10**9]), "sizes"),
+    "other observations": (lambda told: told["arguments"]["observation_space"]["space"].update(shape=[4]), ""),
+    "negative": (lambda told: told["arguments"]["action_space"]["space"].update(n=-1), "sizes"),
+    "kind": (lambda told: told["arguments"]["action_space"]["space"].update(kind="Text"), "which there is not"),
+    "shape": (lambda told: told["tensors"][NAME].update(shape=[1, 1]), "other tensors"),
+    "dtype": (lambda told: told["tensors"][NAME].update(dtype="torch.float64"), "float64"),
+    "missing tensor": (lambda told: told["tensors"].pop(NAME), "other tensors"),
+    "noise": (lambda told: told["noise"]["dict"].pop("seed"), "noise state"),
+    "setting": (lambda told: told["arguments"].update(sigma_init="much"), "cannot be built"),
+    "members": (lambda told: told["arguments"].update(members=4), ""),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_description_that_lies_is_refused(lie: str, exported: Path, tmp_path: Path) -> None:
+    told, _ = copied(exported, tmp_path)
+    change, says = LIES[lie]
+    change(told)
+    (tmp_path / "policy.json").write_text(json.dumps(told))
+    assert says in refused(tmp_path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_numbers_that_are_not_finite_are_refused(value: float, exported: Path, tmp_path: Path) -> None:
+    _, tensors = copied(exported, tmp_path)
+    tensors[NAME][0, 0] = value
+    safetensors.torch.save_file(tensors, tmp_path / "policy.safetensors")
+    assert f"numbers in {NAME} that are not finite" in refused(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["policy.json", "policy.safetensors"])
+def test_pickles_are_not_run(name: str, exported: Path, tmp_path: Path) -> None:
+    copied(exported, tmp_path)
+    (tmp_path / name).write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(Ran):
+        pickle.loads((tmp_path / name).read_bytes())
+    assert refused(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["policy.json", "policy.safetensors"])
+@pytest.mark.parametrize("seed", range(50))
+def test_damaged_files_are_refused(name: str, seed: int, exported: Path, tmp_path: Path) -> None:
+    """Truncated, with wrong bytes, or shuffled. A wrong byte can leave a number that is one: then the policy is one, too."""
+    copied(exported, tmp_path)
+    generator, path = random.Random(f"{name}{seed}"), tmp_path / name
+    data = bytearray(path.read_bytes())
+    if seed % 3 == 0:
+        data = data[: generator.randrange(len(data))]
+    elif seed % 3 == 1:
+        for _ in range(generator.randrange(1, 20)):
+            data[generator.randrange(len(data))] = generator.randrange(256)
+    else:
+        at = generator.randrange(len(data))
+        data[at:at] = bytes(generator.randrange(256) for _ in range(generator.randrange(1, 50)))
+    path.write_bytes(bytes(data))
+    try:
+        policy = import_policy(tmp_path)
+    except ValueError:
+        return
+    assert seed % 3 != 0 and all(bool(th.isfinite(value).all()) for name, value in policy.named_parameters())
+
+
+def test_missing_files_are_named(exported: Path, tmp_path: Path) -> None:
+    copied(exported, tmp_path)
+    (tmp_path / "policy.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="safetensors"):
+        import_policy(tmp_path)
+    with pytest.raises(FileNotFoundError, match="json"):
+        import_policy(tmp_path / "nowhere")
+
+
+def test_an_export_is_replaced_as_a_whole(exported: Path, tmp_path: Path) -> None:
+    copied(exported, tmp_path)
+    export_policy(build("ppo"), tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"policy.json", "policy.safetensors"}
+    assert type(import_policy(tmp_path)).__name__ == "FlipoutActorCriticPolicy"
