@@ -22,6 +22,7 @@ from torch import nn
 
 import sb3_flipout
 from sb3_flipout import FlipES, export_policy, import_policy
+from sb3_flipout.export.describe import described, value_of
 
 VECTOR = spaces.Box(-1, 1, (3,))
 IMAGE = spaces.Box(0, 255, (1, 36, 36), np.uint8)
@@ -52,7 +53,7 @@ CASES: dict[str, tuple[Any, str, Any, Any, dict[str, Any]]] = {
     "maskable": (MaskablePPO, "FlipoutMlpPolicy", VECTOR, DISCRETE, SMALL),
     "lstm": (RecurrentPPO, "FlipoutMlpLstmPolicy", VECTOR, DISCRETE, dict(SMALL, lstm_hidden_size=8)),
     "dqn, members": (DQN, "FlipoutMlpPolicy", VECTOR, DISCRETE, dict(SMALL, members=3, prior_scale=0.5)),
-    "dqn, integers": (DQN, "FlipoutMlpPolicy", spaces.Discrete(9, start=2), DISCRETE, SMALL),
+    "dqn, integers": (DQN, "FlipoutMlpPolicy", spaces.Discrete(9), DISCRETE, SMALL),
     "qrdqn": (QRDQN, "FlipoutMlpPolicy", VECTOR, DISCRETE, dict(SMALL, n_quantiles=5, skip=["*.0"])),
     "sac": (SAC, "FlipoutMlpPolicy", VECTOR, BOX, SMALL),
     "td3": (TD3, "FlipoutMlpPolicy", VECTOR, BOX, dict(SMALL, sigma_init=0.1)),
@@ -236,3 +237,21 @@ def test_an_export_is_replaced_as_a_whole(exported: Path, tmp_path: Path) -> Non
     export_policy(build("ppo"), tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"policy.json", "policy.safetensors"}
     assert type(import_policy(tmp_path)).__name__ == "FlipoutActorCriticPolicy"
+
+
+SPACES = [
+    VECTOR,
+    IMAGE,
+    DICT,
+    BOX,
+    spaces.Discrete(9, start=2),
+    spaces.MultiBinary([2, 3]),
+    spaces.Box(-np.inf, np.inf, (2, 2)),
+]
+SPACES += [spaces.Box(np.array([-1.0, 0.0]), np.array([np.inf, 0.5]), dtype=np.float64), spaces.MultiDiscrete([2, 5])]
+
+
+@pytest.mark.parametrize("space", SPACES, ids=str)
+def test_spaces_come_back(space: spaces.Space[Any]) -> None:
+    told = json.loads(json.dumps(described(space, "space"), allow_nan=False))
+    assert value_of(told, "space") == space
