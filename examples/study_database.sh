@@ -19,6 +19,10 @@ command -v initdb >/dev/null || { echo "there is no PostgreSQL here: apt install
 if [ "$(id -u)" = 0 ]; then
     mkdir -p "$folder"
     chown postgres "$folder"
+    runuser -u postgres -- test -x "$(dirname "$folder")" || {
+        echo "the user postgres cannot reach $folder: choose another folder, /var/lib/postgresql/studies, say" >&2
+        exit 1
+    }
     exec runuser -u postgres -- env PATH="$PATH" sh -s -- "$@" < "$0"  # this file may be where postgres cannot read
 fi
 
@@ -33,11 +37,14 @@ if [ ! -f "$folder/password" ]; then
 fi
 if [ ! -f "$folder/data/PG_VERSION" ]; then
     initdb -D "$folder/data" -U studies --pwfile="$folder/password" -A scram-sha-256 -E UTF8 >&2
-    # Whoever knows the password may come from the addresses that the server listens on.
-    echo "host all all all scram-sha-256" >> "$folder/data/pg_hba.conf"
 fi
+# Whoever knows the password may come from the addresses that the server listens on.
+grep -qx "host all all all scram-sha-256" "$folder/data/pg_hba.conf" ||
+    echo "host all all all scram-sha-256" >> "$folder/data/pg_hba.conf"
 pg_ctl -D "$folder/data" status >/dev/null 2>&1 || pg_ctl -D "$folder/data" -l "$folder/log" -w \
     -o "-p $port -c listen_addresses=$address -c unix_socket_directories=" start >&2
+port=$(sed -n 4p "$folder/data/postmaster.pid")  # of one that ran already it may be another
+[ "$address" != 0.0.0.0 ] || address=$(hostname -I | cut -d " " -f 1)
 PGPASSWORD=$(cat "$folder/password")
 export PGPASSWORD
 psql -h "$address" -p "$port" -U studies -d postgres -tAc "SELECT 1 FROM pg_database WHERE datname = 'studies'" | grep -q 1 ||

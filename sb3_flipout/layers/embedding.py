@@ -13,6 +13,7 @@ from typing_extensions import Unpack
 from sb3_flipout.layers.base import FlipoutLayer
 from sb3_flipout.layers.block import Block, Pair
 from sb3_flipout.layers.config import NoiseKwargs, layer_noise
+from sb3_flipout.layers.functional import each_its_own
 from sb3_flipout.layers.row_layout import FIRST
 from sb3_flipout.layers.row_view import RowView
 from sb3_flipout.noise.signs import LayerVectors, factors_at
@@ -82,9 +83,7 @@ class FlipoutEmbedding(FlipoutLayer, nn.Embedding):
             )
         return super().forward(input) + self._noise(input, view)
 
-    def _noise(
-        self, given: th.Tensor, view: RowView, for_rows: Callable[[th.Tensor], th.Tensor] = lambda of_rows: of_rows
-    ) -> th.Tensor:
+    def _noise(self, given: th.Tensor, view: RowView, for_rows: Callable[[th.Tensor], th.Tensor] = each_its_own) -> th.Tensor:
         """What each row's noise adds to the entries, shape (N, ..., D). What is looked up is looked up once for each input."""
         index = for_rows(given)
         keys = self._of_entries(view.noise.keys, index)

@@ -33,8 +33,13 @@ def delta(mean: th.Tensor, sigma: th.Tensor | None, base: th.Tensor | None, rela
     return product if product.shape[-mean.dim() :] == mean.shape else product.expand_as(mean)
 
 
-def _each_its_own(of_inputs: th.Tensor) -> th.Tensor:
-    """What there is of each input is what there is of each row."""
+def each_its_own(of_inputs: th.Tensor) -> th.Tensor:
+    """
+    Say that there is a row for each input.
+
+    :param of_inputs: Something of each input
+    :return: The same, of each row
+    """
     return of_inputs
 
 
@@ -52,7 +57,7 @@ def flipout(
     deltas: tuple[th.Tensor, th.Tensor | None],
     s: th.Tensor,  # broadcasts against x
     r: th.Tensor,  # broadcasts against the output; already multiplied by c
-    for_rows: Callable[[th.Tensor], th.Tensor] = _each_its_own,
+    for_rows: Callable[[th.Tensor], th.Tensor] = each_its_own,
 ) -> th.Tensor:
     """
     Perturb every row by its own pseudo-independent weights: Wen et al. 2018, eq. (4).
@@ -84,7 +89,7 @@ def rank_one(
     sigma: th.Tensor,  # shape: ()
     s: th.Tensor,  # broadcasts against x
     r: th.Tensor,  # broadcasts against the output; already multiplied by c
-    for_rows: Callable[[th.Tensor], th.Tensor] = _each_its_own,
+    for_rows: Callable[[th.Tensor], th.Tensor] = each_its_own,
 ) -> th.Tensor:
     """
     Perturb every row by sigma times the outer product of its factors (Sarkar et al. 2025): ``y + r * sigma * (s . x + 1)``.

@@ -38,7 +38,7 @@ class RowView(NamedTuple):
         :return: Whether it did
         """
         times = self.noise.rows_per_input
-        return times > 1 and x.dim() > 0 and x.shape[0] * times == self.rows
+        return times > 1 and x.dim() > 0 and 0 < x.shape[0] * times == self.rows
 
 
 class Network(Protocol):

@@ -78,10 +78,13 @@ class OneWeightLayer(FlipoutLayer):
 
     def _weights_pay(self, x: th.Tensor, view: RowView) -> bool:
         """Whether the weights of the keys are no more numbers than the inputs of all rows, and spare a product."""
-        few = len(view.of_keys) == 2 and self.weight.numel() * (view.rows // view.noise.rows_per_key) <= (
-            x.numel() * (view.noise.rows_per_input if view.is_once(x) else 1)
-        )
-        return few and not self.noise_config.spec.rank_one and self.row_layout == FIRST and x.dim() >= self._least_dims
+        if len(view.of_keys) != 2 or self.noise_config.spec.rank_one or self.row_layout != FIRST or x.dim() < self._least_dims:
+            return False
+        once = view.is_once(x)
+        if not once and x.shape[0] != view.rows:
+            return False
+        keys, inputs = view.rows // view.noise.rows_per_key, x.numel() * (view.noise.rows_per_input if once else 1)
+        return self.weight.numel() * keys <= inputs
 
     def _forward_by_key(self, x: th.Tensor, view: RowView) -> th.Tensor:
         """Each key's rows with the weights that its factors make, which are made once for all of them."""
@@ -101,13 +104,15 @@ class OneWeightLayer(FlipoutLayer):
         biases = [None] * len(x) if bias is None else bias.unbind()
         return th.cat([self._op(*each) for each in zip(x.unbind(), weight.unbind(), biases, strict=True)])
 
-    def _flipped(self, x: th.Tensor, s: th.Tensor, r: th.Tensor, **how: Callable[[th.Tensor], th.Tensor]) -> th.Tensor:
+    def _flipped(
+        self, x: th.Tensor, s: th.Tensor, r: th.Tensor, for_rows: Callable[[th.Tensor], th.Tensor] = functional.each_its_own
+    ) -> th.Tensor:
         """Each row with the weights that its factors make."""
         mean = (self.weight, self.bias)
         if self.noise_config.spec.rank_one and not self._buffers:  # not where weights are pruned
             assert self.weight_sigma is not None, "the family has one per layer"
-            return functional.rank_one(self._op, self._summed, x, mean, self.weight_sigma, s, r, **how)
-        return functional.flipout(self._op, x, None if self.mean_is_zero else mean, self.deltas(), s, r, **how)
+            return functional.rank_one(self._op, self._summed, x, mean, self.weight_sigma, s, r, for_rows)
+        return functional.flipout(self._op, x, None if self.mean_is_zero else mean, self.deltas(), s, r, for_rows)
 
     def _spread(self, vector: th.Tensor, x: th.Tensor) -> th.Tensor:
         return self.row_layout.spread(vector.to(self.weight.dtype), x.shape[self.row_layout.dim])

@@ -182,9 +182,14 @@ class RowsByKey(RowNoise):
     :param keys: Keys, shape (K,), int64
     :param scale: Noise scale of all rows
     :param order: Where each row of the batch stands in here, shape (N,), int64; N is a multiple of K
+    :raises ValueError: If it is none
     """
 
     def __init__(self, keys: th.Tensor, scale: float, order: th.Tensor) -> None:
+        if not len(keys) or not len(order) or len(order) % len(keys):
+            raise ValueError(
+                f"order must have a multiple of {len(keys)} rows, got {len(order)}: each input is under each of the keys."
+            )
         self.rows_per_input, self.rows_per_key = len(keys), len(order) // len(keys)
         super().__init__(self.of_keys(keys), scale)
         self._each = RowNoise(keys, scale)
@@ -208,6 +213,15 @@ class RowsByKey(RowNoise):
         :return: The same of each row, shape (N, ...)
         """
         return of_inputs.repeat(self.rows_per_input, *[1] * (of_inputs.dim() - 1))
+
+    def __getitem__(self, index: Index) -> RowNoise:
+        """
+        Take some of the rows, which are sorted by nothing then.
+
+        :param index: Slice, integers or a mask over the rows
+        :return: Noise of those rows
+        """
+        return RowNoise(self.keys, self.scale, self.owner)[index]
 
     def in_order(self, of_rows: th.Tensor) -> th.Tensor:
         """

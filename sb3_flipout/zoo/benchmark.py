@@ -27,8 +27,10 @@ from tqdm import tqdm
 from sb3_flipout.checks import did_you_mean
 from sb3_flipout.zoo import configs, programs, register
 from sb3_flipout.zoo.report import ARMS, write_report
+from sb3_flipout.zoo.space import Refused
 
 _EVALUATIONS = 20  # during a run, for the curves
+_RUNNING: set[subprocess.Popen[bytes]] = set()  # processes of runs
 _FAR = 10_000  # what seeds of the environments of the score are away from those of the training
 
 
@@ -85,21 +87,21 @@ def checked_runs(args: argparse.Namespace) -> list[Run]:
 
     :param args: Options
     :return: Runs
-    :raises ValueError: If an algorithm or environment is unknown, or has no entry in one of the files
+    :raises Refused: If an algorithm or environment is unknown, or has no entry in one of the files
     """
     import gymnasium as gym
 
     for algo in args.algos:
         if algo not in configs():
-            raise ValueError(f"--algos: there is no configuration for {algo!r}.{did_you_mean(algo, configs())}")
+            raise Refused(f"--algos: there is no configuration for {algo!r}.{did_you_mean(algo, configs())}")
     for env in args.envs:
         if env not in gym.registry:
-            raise ValueError(f"--envs: gymnasium knows no {env!r}.{did_you_mean(env, gym.registry)}")
+            raise Refused(f"--envs: gymnasium knows no {env!r}.{did_you_mean(env, gym.registry)}")
     cases = product(range(args.first_seed, args.first_seed + args.seeds), args.algos, args.envs, ARMS)
     runs = [Run(algo, env, arm, seed) for seed, algo, env, arm in cases]
     for run in runs:
         if entry_of(run) is None:
-            raise ValueError(
+            raise Refused(
                 f"{config_of(run.algo, run.arm)} has no entry for {run.env}, so {run.algo} cannot be compared there; leave "
                 "one of the two out."
             )
@@ -134,11 +136,17 @@ def make(run: Run, args: argparse.Namespace) -> str | None:
     """
     folder = run.folder(args.folder)
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "score.json").unlink(missing_ok=True)  # of other settings
     task = json.dumps([run, _settings(run, args), str(args.folder)])
     log = folder / "log.txt"
     with log.open("w") as out:
         words = [sys.executable, "-c", f"from sb3_flipout.zoo.benchmark import train_one; train_one({task!r})"]
-        if subprocess.run(words, stdout=out, stderr=subprocess.STDOUT).returncode == 0:
+        # In a session of its own: rl_zoo3 takes Ctrl-C for the end of a training, and saves what there is.
+        process = subprocess.Popen(words, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
+        _RUNNING.add(process)
+        status = process.wait()
+        _RUNNING.discard(process)
+        if status == 0:
             return None
     last = (log.read_text().strip() or "no output").splitlines()[-1]
     return f"{' '.join(map(str, run))}: {last} ({log})"
@@ -159,13 +167,13 @@ def train_one(task: str) -> None:
     register()
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     programs.run("rl_zoo3.train", "train", words)
-    score = dict(run._asdict(), returns=_score(run, folder, settings["episodes"]), settings=settings)
+    score = dict(run._asdict(), returns=_score(run, folder, steps, settings["episodes"]), settings=settings)
     unfinished = folder / "score.json.unfinished"
     unfinished.write_text(json.dumps(score))
     unfinished.replace(folder / "score.json")  # a score is there as a whole, or not at all
 
 
-def _score(run: Run, folder: Path, episodes: int) -> list[float]:
+def _score(run: Run, folder: Path, steps: int, episodes: int) -> list[float]:
     """Returns of the trained agent, acting without chance: flipout by its mean weights, or its members' vote."""
     from rl_zoo3 import ALGOS, create_test_env, get_saved_hyperparams, utils
     from rl_zoo3.utils import get_model_path
@@ -177,6 +185,8 @@ def _score(run: Run, folder: Path, episodes: int) -> list[float]:
     env_kwargs = hyperparams.pop("env_kwargs", {})
     env = create_test_env(run.env, 1, stats, run.seed + _FAR, None, False, hyperparams, env_kwargs)
     model = ALGOS[run.algo].load(model_path, device="cpu")
+    if model.num_timesteps < steps:
+        raise RuntimeError(f"the training ended after {model.num_timesteps} of {steps} steps, and has no score.")
     returns, _ = evaluate_policy(model, env, episodes, deterministic=True, return_episode_rewards=True)
     env.close()
     return [float(one) for one in returns]  # type: ignore[union-attr]
@@ -202,10 +212,30 @@ def parsed(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each (default: %(default)s)")
     parser.add_argument("--report", action="store_true", help="train nothing: table and picture of the scores in the folder")
     args = parser.parse_args(arguments)
+    if args.n_timesteps < 0:
+        parser.error(f"--n-timesteps must be 1 or more, or 0 for those of the files, got {args.n_timesteps}")
     for name in ("seeds", "eval_episodes", "jobs"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be 1 or more, got {getattr(args, name)}")
     return args
+
+
+def _make_all(left: Sequence[Run], args: argparse.Namespace) -> int:
+    """Make runs, some at a time; give how many failed. Ctrl-C ends those that run, and begins no other."""
+    failed, pool = 0, ThreadPoolExecutor(args.jobs)
+    try:
+        with tqdm(total=len(left), unit="run") as bar:
+            for future in as_completed([pool.submit(make, run, args) for run in left]):
+                wrong = future.result()
+                if wrong is not None:
+                    failed += 1
+                    bar.write(wrong)
+                bar.update()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in list(_RUNNING):
+            process.kill()
+    return failed
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -220,16 +250,14 @@ def main(arguments: Sequence[str]) -> int:
     if not args.report:
         try:
             runs = checked_runs(args)
-        except ValueError as error:
+        except Refused as error:
             raise SystemExit(str(error)) from error
         left = [run for run in runs if not is_done(run, args)]
         print(f"{len(runs) - len(left)} of {len(runs)} runs are done already.")
-        with ThreadPoolExecutor(args.jobs) as pool, tqdm(total=len(left), unit="run") as bar:
-            for future in as_completed([pool.submit(make, run, args) for run in left]):
-                wrong = future.result()
-                if wrong is not None:
-                    failed += 1
-                    bar.write(wrong)
-                bar.update()
+        try:
+            failed = _make_all(left, args)
+        except KeyboardInterrupt:
+            print("Stopped; the same command goes on with the runs that are left.", file=sys.stderr)
+            return 130
     print(write_report(args.folder))
     return failed

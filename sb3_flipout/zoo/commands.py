@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
 from sb3_flipout.checks import did_you_mean
 from sb3_flipout.zoo import config, configs, programs, register
+from sb3_flipout.zoo.space import Refused
 
 Command = Callable[[list[str]], Any]
 
@@ -17,11 +19,13 @@ def _function(module: str, name: str) -> Command:
 
 
 def _train(arguments: list[str]) -> None:
-    given = {word.split("=")[0] for word in arguments}
-    if not given & {"-conf", "--conf-file"} and "--algo" in arguments[:-1]:
-        algo = arguments[arguments.index("--algo") + 1]
-        if algo in configs():
-            arguments = [*arguments, "--conf-file", str(config(algo))]
+    # What rl_zoo3 would read, in all the ways in which an option can be written there.
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--algo", default="ppo")
+    parser.add_argument("-conf", "--conf-file")
+    given, _ = parser.parse_known_args(arguments)
+    if given.conf_file is None and given.algo in configs():
+        arguments = ["--conf-file", str(config(given.algo)), *arguments]
     programs.run("rl_zoo3.train", "train", arguments)
 
 
@@ -31,12 +35,15 @@ def _record(arguments: list[str]) -> None:
 
 def _config(arguments: list[str]) -> None:
     if len(arguments) != 1:
-        raise ValueError(f"config takes the name of one algorithm, got {arguments}; there are {', '.join(configs())}.")
-    print(config(arguments[0]))
+        raise Refused(f"config takes the name of one algorithm, got {arguments}; there are {', '.join(configs())}.")
+    try:
+        print(config(arguments[0]))
+    except ValueError as error:
+        raise Refused(str(error)) from error
 
 
 def _benchmark(arguments: list[str]) -> int:
-    from sb3_flipout.zoo.benchmark import main as benchmark
+    from sb3_flipout.zoo.benchmark import main as benchmark  # needs the extra
 
     return benchmark(arguments)
 
@@ -84,7 +91,5 @@ def main(arguments: Sequence[str]) -> int:
         import sb3_flipout.envs.minatar  # noqa: F401
     try:
         return COMMANDS[name][1](rest) or 0
-    except ValueError as error:
-        if name == "config":
-            raise SystemExit(str(error)) from error
-        raise
+    except Refused as error:
+        raise SystemExit(str(error)) from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import wraps
+from pathlib import Path
 from pprint import pprint
 from typing import Any
 
@@ -14,6 +15,8 @@ from rl_zoo3.exp_manager import ExperimentManager
 
 from sb3_flipout.callbacks import NoiseEvalCallback
 from sb3_flipout.zoo import search, studies
+from sb3_flipout.zoo import storage as storages
+from sb3_flipout.zoo.space import Refused
 
 Method = Callable[..., Any]
 
@@ -58,7 +61,7 @@ def _trial_callback(eval_env: Any, trial: optuna.Trial, **kwargs: Any) -> Any:
 
 def _check(hyperparams: Mapping[str, Any]) -> None:
     if isinstance(hyperparams.get("rollout_buffer_class"), str):
-        raise ValueError(
+        raise Refused(
             "rollout_buffer_class: rl_zoo3 hands the name on as a text, which no algorithm can call. Weight noise needs none; "
             "for one of your own, give --conf-file a Python file whose `hyperparams` hold the class itself."
         )
@@ -84,35 +87,48 @@ def _read_hyperparameters(original: Method, self: Any) -> tuple[dict[str, Any], 
     found = self.load_trial(self.storage, self.study_name, trial_id)
     if search.is_flipout(self.algo, hyperparams.get("policy")):
         found = search.with_noise(found, {}, _evaluated(hyperparams.get("policy_kwargs")))
-    found = {**hyperparams, **found, **(self.custom_hyperparams or {})}
+    found = {**hyperparams, **found}  # --hyperparams are among the former, as they were when the trial was made
     print(f"Hyperparameters with those of trial {trial_id} of {self.study_name}:")
     pprint(found)
     return found, type(saved)(sorted(found.items()))
 
 
 def _load_trial(original: Method, self: Any, storage: Any, study_name: str, trial_id: int | None = None, *args: Any) -> Any:
-    with studies.told(storage):
-        open_storage = studies.opened(storage)
-        study = optuna.load_study(storage=open_storage, study_name=study_name)
-        studies.check_version(study)
+    if isinstance(storage, str) and storage.endswith(".log") and not Path(storage).is_file():
+        raise Refused(f"--storage: there is no file {storage}.")
+    with storages.one_line_errors(storage):
+        open_storage = storages.open_storage(storage)
+        study = studies.load_study(open_storage, study_name)
         if trial_id is not None and not -len(study.trials) <= trial_id < len(study.trials):
-            raise ValueError(f"--trial-id must be one of the {len(study.trials)} trials of {study_name!r}, got {trial_id}.")
-        return original(self, open_storage, study_name, trial_id, *args)
+            raise Refused(f"--trial-id must be one of the {len(study.trials)} trials of {study_name!r}, got {trial_id}.")
+        try:
+            return original(self, open_storage, study_name, trial_id, *args)
+        except KeyError as error:
+            raise Refused(
+                f"trial {trial_id} of {study_name!r} has no {error}, which {self.algo} needs: it is another algorithm's."
+            ) from error
 
 
 def _objective(original: Method, self: Any, trial: optuna.Trial) -> float:
-    with search.given(self.algo, self._hyperparams):
-        return float(original(self, trial))
+    try:
+        with search.given(self.algo, self._hyperparams):
+            return float(original(self, trial))
+    except KeyboardInterrupt:
+        self.interrupted = True  # rl_zoo3 takes it for the end of the search
+        raise
 
 
 def _hyperparameters_optimization(original: Method, self: Any) -> None:
     """In a study that is shared, trials of workers that die are made again."""
     storage = self.storage
-    with studies.told(storage):
-        self.storage = studies.opened(storage)
-        study = studies.joined(self.storage, self.study_name) if storage and self.study_name else None
+    with storages.one_line_errors(storage):
+        self.storage = storages.open_storage(storage)
+        study = studies.join_study(self.storage, self.study_name) if storage and self.study_name else None
         original(self)
-        while study is not None and self.max_total_trials is not None and studies.await_others(study, self.max_total_trials):
+        while study is not None and self.max_total_trials is not None and not getattr(self, "interrupted", False):
+            if not studies.await_others(study, self.max_total_trials):
+                break
+            self.seed += len(study.trials)  # or the sampler would begin with the choices that it has made
             original(self)
 
 

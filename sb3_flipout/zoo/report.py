@@ -39,8 +39,29 @@ def runs_in(folder: Path) -> Runs:
 
 
 def _paired(arms: dict[str, dict[int, Path]]) -> list[int]:
-    """Seeds that both arms have."""
-    return sorted(set.intersection(*(set(arms.get(arm, {})) for arm in ARMS)))
+    """Seeds that both arms have, with as many steps and episodes."""
+    both = set.intersection(*(set(arms.get(arm, {})) for arm in ARMS))
+    return sorted(seed for seed in both if len({_length(arms[arm][seed]) for arm in ARMS}) == 1)
+
+
+def _length(folder: Path) -> tuple[Any, Any]:
+    settings = json.loads((folder / "score.json").read_text())["settings"]
+    return settings.get("steps"), settings.get("episodes")
+
+
+def _left_out(runs: Runs) -> str:
+    """Say which runs are compared with nothing."""
+    alone = [
+        f"{arm} {algo} {env} {seed}"
+        for (algo, env), arms in runs.items()
+        for arm, of_arm in arms.items()
+        for seed in sorted(set(of_arm) - set(_paired(arms)))
+    ]
+    return (
+        f"\nLeft out, since the other arm has no such seed with as many steps and episodes: {', '.join(alone)}."
+        if alone
+        else ""
+    )
 
 
 def _score(folder: Path) -> float:
@@ -88,7 +109,7 @@ def table(runs: Runs) -> str:
 
 def _curve(folders: list[Path]) -> tuple[np.ndarray, np.ndarray] | None:
     """Steps, and mean returns of each seed's evaluations, of shape (seeds, evaluations)."""
-    found = [sorted(folder.glob("*/*/evaluations.npz"))[-1:] for folder in folders]
+    found = [sorted(folder.glob("*/*/evaluations.npz"), key=lambda path: path.stat().st_mtime)[-1:] for folder in folders]
     loaded = [np.load(paths[0]) for paths in found if paths]
     if not loaded:
         return None
@@ -136,7 +157,7 @@ def write_report(folder: Path) -> str:
         raise SystemExit(
             f"{folder} holds no task with scores of both arms, {' and '.join(ARMS)}, on one seed: nothing to compare."
         )
-    found = table(runs)
+    found = table(runs) + _left_out(runs)
     (folder / "benchmark.md").write_text(f"# Flipout against stock\n\n{_HEAD}\n\n{found}\n\n![Returns](benchmark.png)\n")
     with matplotlib.rc_context({"axes.spines.top": False, "axes.spines.right": False}):
         draw(runs, folder / "benchmark.png")

@@ -159,8 +159,8 @@ def _sample_flipes(trial: Any, n_actions: int, n_envs: int, additional_args: dic
 
 def _convert_flipes(params: Options) -> Options:
     chosen = dict(params)
-    noise = dict(sigma_init=chosen.pop("sigma_init"))
-    return {**chosen, "population_size": 2 ** chosen.pop("population_size_pow"), "policy_kwargs": noise}
+    noise, power = dict(sigma_init=chosen.pop("sigma_init")), chosen.pop("population_size_pow")
+    return {**chosen, "population_size": 2**power, "policy_kwargs": noise}
 
 
 def install() -> None:

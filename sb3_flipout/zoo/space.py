@@ -11,6 +11,11 @@ PREFIX = "flipout_"
 
 Options = dict[str, Any]
 
+
+class Refused(ValueError):
+    """Something that a user asked for and cannot have; ``python -m sb3_flipout.zoo`` tells it in one line."""
+
+
 FAMILIES = ("gaussian", "factorised", "isotropic")
 #: How long a draw may be held, by what the algorithm learns: a policy from rollouts, values, or an actor from a buffer.
 RESAMPLE = {"rollouts": ("step", "episode", "rollout"), "values": ("step", "episode"), "actors": ("episode", "rollout")}
@@ -55,7 +60,7 @@ class _Remembered:
     def among(self, name: str, options: Sequence[Any]) -> Any:
         if name not in self.left or self.left[name] not in options:
             came = repr(self.left[name]) if name in self.left else "nothing"
-            raise ValueError(
+            raise Refused(
                 f"the trial has {came} for {PREFIX}{name}, which is one of {list(options)} in this version of sb3_flipout: "
                 "the study was made with another one. Use that version, or start another study by --study-name."
             )
@@ -110,14 +115,14 @@ def remembered(params: Mapping[str, Any], learns: str) -> Options:
     :param params: Parameters of the trial
     :param learns: As for :func:`suggested`
     :return: policy_kwargs; empty if it has chosen none
-    :raises ValueError: If the trial was made with another version of the space
+    :raises Refused: If the trial was made with another version of the space
     """
     trial = _Remembered(params)
     if not trial.left:
         return {}
     found = _noise_settings(trial, learns, {})
     if trial.left:
-        raise ValueError(
+        raise Refused(
             f"the trial has options that this version of sb3_flipout does not know: {', '.join(trial.left)}. Use the version "
             "that the study was made with, or start another study by --study-name."
         )

@@ -226,3 +226,19 @@ def test_batch_normalisation_of_a_single_observation_is_not_asked_for() -> None:
 
     model = build(vector_env("discrete", 1), features_extractor_class=Normalised)
     assert model.policy.learning.inputs_once is False
+
+
+def test_rows_by_key_are_rows_like_others_when_they_are_taken_apart() -> None:
+    net = sb3_flipout.perturb(nn.Sequential(nn.Linear(4, 3)))
+    rows, x = RowsByKey(th.tensor([5, 3, 8]), 0.6, th.arange(12)), th.randn(4, 4)
+    with sb3_flipout.perturbed(net, rows):
+        whole = net(x)
+    for index in (slice(0, 6), th.tensor([11, 2, 2]), th.arange(12) % 2 == 0):
+        with sb3_flipout.perturbed(net, rows[index]):
+            th.testing.assert_close(net(x.repeat(3, 1)[index]), whole[index])
+
+
+@pytest.mark.parametrize(("keys", "rows"), [(3, 10), (0, 3), (3, 0)])
+def test_rows_by_key_that_do_not_fit_are_refused(keys: int, rows: int) -> None:
+    with pytest.raises(ValueError, match=f"order must have a multiple of {keys} rows, got {rows}"):
+        RowsByKey(th.arange(keys), 1.0, th.arange(rows))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -30,14 +32,17 @@ def run(*words: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def scored(folder: Path, arm: str, seed: int, returns: list[float], algo: str = "ppo", env: str = "CartPole-v1") -> Path:
+def scored(
+    folder: Path, arm: str, seed: int, returns: list[float], algo: str = "ppo", env: str = "CartPole-v1", steps: int = 300
+) -> Path:
     """A run's folder, as the benchmark leaves it."""
     path = benchmark.Run(algo, env, arm, seed).folder(folder)
     (path / algo / f"{env}_1").mkdir(parents=True)
-    row = dict(algo=algo, env=env, arm=arm, seed=seed, returns=returns, settings={})
+    row = dict(algo=algo, env=env, arm=arm, seed=seed, returns=returns, settings=dict(steps=steps, episodes=2))
     (path / "score.json").write_text(json.dumps(row))
-    steps = np.arange(1, 4) * 100
-    np.savez(path / algo / f"{env}_1" / "evaluations.npz", timesteps=steps, results=np.full((3, 5), returns[0]))
+    np.savez(
+        path / algo / f"{env}_1" / "evaluations.npz", timesteps=np.arange(1, 4) * 100, results=np.full((3, 5), returns[0])
+    )
     return path
 
 
@@ -48,7 +53,10 @@ def test_the_table_compares_the_seeds_that_both_have(tmp_path: Path) -> None:
     scored(tmp_path, "flipout", 9, [-1e6])  # stock has no such seed
     (benchmark.Run("ppo", "CartPole-v1", "stock", 9).folder(tmp_path)).mkdir(parents=True)
     (benchmark.Run("ppo", "CartPole-v1", "stock", 9).folder(tmp_path) / "score.json.unfinished").write_text("{")
+    for arm, steps in (("flipout", 300), ("stock", 400)):
+        scored(tmp_path, arm, 7, [1e6], steps=steps)
     told = report.write_report(tmp_path)
+    assert "flipout ppo CartPole-v1 7, flipout ppo CartPole-v1 9, stock ppo CartPole-v1 7" in told
     (line,) = [line for line in told.splitlines() if line.startswith("| ppo")]
     assert line.startswith("| ppo | CartPole-v1 | 4 | 101.5 [100.")
     assert " | 15.0 [" in line and line.endswith("| 1.00 [1.00, 1.00] |")
@@ -109,6 +117,39 @@ def test_both_arms_are_trained_scored_and_not_made_again(tmp_path: Path) -> None
     assert "2 of 2 runs are done" in run(*words, cwd=tmp_path).stdout
     folder = tmp_path / "logs" / "flipout" / "a2c" / "CartPole-v1" / "seed-0" / "a2c" / "CartPole-v1_1" / "CartPole-v1"
     assert "FlipoutMlpPolicy" in (folder / "config.yml").read_text()
+
+
+@pytest.mark.slow
+def test_ctrl_c_leaves_no_score_and_begins_no_other_run(tmp_path: Path) -> None:
+    words = ["benchmark", "--algos", "a2c", "--seeds", "3", "-n", "200000", "--eval-episodes", "2", "-f", "logs"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "sb3_flipout.zoo", *words]
+    process = subprocess.Popen(command, cwd=tmp_path, env=env, stderr=subprocess.PIPE, start_new_session=True)
+    until = time.monotonic() + 120
+    while not list(tmp_path.glob("logs/*/*/*/*/*/*/*.monitor.csv")) and time.monotonic() < until:
+        time.sleep(0.5)
+    os.killpg(process.pid, signal.SIGINT)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 130 and b"goes on with the runs that are left" in told
+    assert not list(tmp_path.glob("logs/**/score.json")) and len(list(tmp_path.glob("logs/*/*/*/seed-*"))) == 1
+
+
+def train_words(monkeypatch: pytest.MonkeyPatch, *words: str) -> list[str]:
+    seen: list[list[str]] = []
+    monkeypatch.setattr(commands.programs, "run", lambda module, name, arguments: seen.append(list(arguments)))
+    commands.main(["train", *words])
+    return seen[0]
+
+
+@pytest.mark.parametrize("words", [("--algo", "dqn"), ("--algo=dqn",), ("--alg", "dqn")])
+def test_our_configuration_is_taken_however_the_algorithm_is_named(words: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert train_words(monkeypatch, *words) == ["--conf-file", str(zoo.config("dqn")), *words]
+
+
+@pytest.mark.parametrize("words", [("-conf", "my.yml"), ("--conf-file=my.yml",), ("--conf", "my.yml")])
+def test_a_users_own_configuration_is_left(words: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert train_words(monkeypatch, *words) == list(words)
+    assert train_words(monkeypatch)[1] == str(zoo.config("ppo"))  # rl_zoo3's own choice
 
 
 # ---- the other commands ---------------------------------------------------------------------------------------------

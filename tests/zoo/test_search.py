@@ -126,7 +126,8 @@ def test_every_choice_is_a_policy_and_can_be_made_again(algo: str) -> None:
             k: v for k, v in chosen.items() if k != "action_noise"
         }
         if number < 10:
-            kind(policy, env, policy_kwargs=chosen["policy_kwargs"], device="cpu")
+            others = chosen if algo == "flipes" else {}  # of the others, the stock ones are rl_zoo3's matter
+            kind(policy, env, **{**others, "policy_kwargs": chosen["policy_kwargs"]}, device="cpu")
 
 
 def test_members_are_not_searched_where_a_batch_is_made_for_them() -> None:
@@ -179,10 +180,51 @@ def test_a_trial_is_made_again_with_the_settings_of_the_yaml(trial_id: int, tmp_
 
 def test_a_trial_that_there_is_not_is_refused(tmp_path: Path) -> None:
     storage = str(tmp_path / "study.log")
-    optuna.create_study(storage=manager.studies.opened(storage), study_name="a")
+    with pytest.raises(ValueError, match="there is no file"):
+        manager_of("ppo", "CartPole-v1", storage=storage, study_name="a", trial_id=0).read_hyperparameters()
+    assert not list(tmp_path.iterdir())
+    optuna.create_study(storage=manager.storages.open_storage(storage), study_name="a")
     again = manager_of("ppo", "CartPole-v1", storage=storage, study_name="a", trial_id=3)
     with pytest.raises(ValueError, match="one of the 0 trials of 'a', got 3"):
         again.read_hyperparameters()
+
+
+def test_a_trial_of_another_algorithm_is_refused(tmp_path: Path) -> None:
+    storage = str(tmp_path / "study.log")
+    plain = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(storage))
+    optuna.create_study(storage=plain, study_name="a").ask().suggest_float("learning_rate", 0.1, 1)
+    again = manager_of("ppo", "CartPole-v1", storage=storage, study_name="a", trial_id=0)
+    with pytest.raises(ValueError, match="which ppo needs: it is another algorithm's"):
+        again.read_hyperparameters()
+
+
+def test_settings_of_the_command_line_are_the_same_when_a_trial_is_made_again(tmp_path: Path) -> None:
+    """They stand for those of the YAML, in the search and afterwards: what a trial has chosen goes before them."""
+    storage, custom = str(tmp_path / "study.log"), dict(policy_kwargs=dict(net_arch=[16], sigma_init=3.0, perturb="heads"))
+    made = optimising("ppo", "CartPole-v1", tmp_path, hyperparams=dict(custom))
+    plain = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(storage))
+    trial = optuna.create_study(storage=plain, study_name="a").ask()
+    with search.given("ppo", made._hyperparams):
+        chosen = HYPERPARAMS_SAMPLER["ppo"](trial, 1, 1, dict(NO_ARGS))["policy_kwargs"]
+    again = manager_of("ppo", "CartPole-v1", storage=storage, study_name="a", trial_id=0, hyperparams=dict(custom))
+    found, _ = again.read_hyperparameters()
+    assert found["policy_kwargs"] == chosen and chosen["perturb"] == "heads" and chosen["sigma_init"] < 3
+
+
+def test_ctrl_c_ends_the_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = str(tmp_path / "study.log")
+    made = optimising("ppo", "CartPole-v1", tmp_path, storage=storage, study_name="a", max_total_trials=3)
+    calls: list[int] = []
+
+    def stopped(self: Any, *args: Any, **kwargs: Any) -> None:
+        calls.append(1)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ALGOS["ppo"], "learn", stopped)
+    monkeypatch.setattr(optuna.Study, "best_trial", property(lambda self: self.trials[0]))  # of none that is complete
+    monkeypatch.chdir(tmp_path)
+    made.hyperparameters_optimization()
+    assert calls == [1]
 
 
 def test_a_rollout_buffer_by_name_is_refused(tmp_path: Path) -> None:

@@ -17,7 +17,9 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
+from sb3_flipout.zoo import storage as storages
 from sb3_flipout.zoo import studies
+from sb3_flipout.zoo.space import VERSION, Refused
 
 ROOT = Path(__file__).parents[2]
 _QUIET = pytest.mark.filterwarnings("ignore:Heartbeat of storage", "ignore:optuna.storages._heartbeat.fail_stale_trials")
@@ -32,7 +34,7 @@ def states(study: optuna.Study) -> list[str]:
 def test_a_trial_without_a_sign_of_life_is_made_again(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SB3_FLIPOUT_HEARTBEAT", "1")
     url = str(tmp_path / "study.log") if kind == "journal" else f"sqlite:///{tmp_path}/study.db"
-    study = studies.joined(studies.opened(url), "a")
+    study = studies.join_study(storages.open_storage(url), "a")
     lost = study.ask()
     lost.suggest_float("x", 0, 1)
     study._storage.record_heartbeat(lost._trial_id)  # type: ignore[attr-defined]
@@ -49,7 +51,7 @@ def test_a_trial_without_a_sign_of_life_is_made_again(kind: str, tmp_path: Path,
 def test_a_trial_that_is_made_again_is_not_taken_for_dead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It has inherited the signs of its first life."""
     monkeypatch.setenv("SB3_FLIPOUT_HEARTBEAT", "1")
-    study = studies.joined(studies.opened(str(tmp_path / "study.log")), "a")
+    study = studies.join_study(storages.open_storage(str(tmp_path / "study.log")), "a")
     study.ask()
     study._storage.record_heartbeat(0)  # type: ignore[attr-defined]
     time.sleep(3.2)
@@ -62,7 +64,7 @@ def test_a_trial_that_is_made_again_is_not_taken_for_dead(tmp_path: Path, monkey
 @_QUIET
 def test_others_are_awaited_and_their_trials_taken_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SB3_FLIPOUT_HEARTBEAT", "1")
-    study = studies.joined(studies.opened(str(tmp_path / "study.log")), "a")
+    study = studies.join_study(storages.open_storage(str(tmp_path / "study.log")), "a")
     study.ask()
     assert studies.await_others(study, 1) is True  # after two seconds without a sign
     assert states(study) == ["FAIL", "WAITING"]
@@ -72,30 +74,30 @@ def test_others_are_awaited_and_their_trials_taken_over(tmp_path: Path, monkeypa
 
 @_QUIET
 def test_one_given_up_by_others_ends_quietly(tmp_path: Path) -> None:
-    storage = studies.opened(str(tmp_path / "study.log"))
-    study = studies.joined(storage, "a")
+    storage = storages.open_storage(str(tmp_path / "study.log"))
+    study = studies.join_study(storage, "a")
     study.tell(study.ask(), 1.0)
     storage.record_heartbeat(0)  # not a trial that runs
     assert "heartbeat" not in study.trials[0].system_attrs
 
 
 def test_a_study_of_another_version_is_refused(tmp_path: Path) -> None:
-    storage = studies.opened(str(tmp_path / "study.log"))
-    studies.joined(storage, "a").set_user_attr(studies._MADE_WITH, studies.VERSION + 1)
+    storage = storages.open_storage(str(tmp_path / "study.log"))
+    studies.join_study(storage, "a").set_user_attr(studies._MADE_WITH, VERSION + 1)
     with pytest.raises(ValueError, match=r"'a' was made with version 2 .* this is version 1.*--study-name"):
-        studies.joined(storage, "a")
+        studies.join_study(storage, "a")
 
 
 @pytest.mark.parametrize("came", ["0", "-3", "soon", "1.5"])
 def test_heartbeat_must_be_seconds(came: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SB3_FLIPOUT_HEARTBEAT", came)
     with pytest.raises(ValueError, match=f"SB3_FLIPOUT_HEARTBEAT must be a number of seconds, 1 or more, got '{came}'"):
-        studies.heartbeat()
+        storages.heartbeat()
 
 
 def told(url: str) -> str:
-    with pytest.raises(SystemExit) as found, studies.told(url):
-        studies.opened(url)
+    with pytest.raises(Refused) as found:
+        storages.open_storage(url)
     assert "\n" not in str(found.value)
     return str(found.value)
 
@@ -106,7 +108,7 @@ def test_a_database_that_cannot_be_reached_is_told_in_a_line() -> None:
     assert "secret" not in line
 
 
-@pytest.mark.parametrize("url", ["sqlite:////no/such/folder/a.db", "nonsense://x", "no url"])
+@pytest.mark.parametrize("url", ["sqlite:////no/such/folder/a.db", "nonsense://x", "no url", "postgresql://a:b@c:54x/d"])
 def test_a_url_that_is_none_is_told_in_a_line(url: str) -> None:
     assert "cannot be used" in told(url) or "needs a driver" in told(url)
 
@@ -115,19 +117,45 @@ def test_a_missing_driver_is_told_in_a_line() -> None:
     assert 'pip install "sb3_flipout[distributed]"' in told("mysql://a@b/c")
 
 
-def test_a_full_disk_is_told_in_a_line(tmp_path: Path) -> None:
-    """What a process may write is limited to what is there already."""
+def test_a_full_disk_is_told_in_a_line_and_leaves_whole_lines(tmp_path: Path) -> None:
+    """What a process may write is limited to little more than what is there already."""
     url = str(tmp_path / "study.log")
-    study = studies.joined(studies.opened(url), "a")
+    study = studies.join_study(storages.open_storage(url), "a")
+    before = Path(url).read_bytes()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (Path(url).stat().st_size, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 20, limits[1]))
     try:
-        with pytest.raises(SystemExit) as found, studies.told(url):
-            study.set_user_attr("more", "x" * 10_000)
+        with pytest.raises(Refused) as found, storages.one_line_errors(url):
+            study.set_user_attr("more", "x" * 100_000)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert f"the study's file {url} cannot be used" in str(found.value) and os.strerror(errno.EFBIG) in str(found.value)
-    assert optuna.load_study(storage=studies.opened(url), study_name="a").user_attrs.keys() == {studies._MADE_WITH}
+    assert Path(url).read_bytes() == before
+    study = studies.load_study(storages.open_storage(url), "a")
+    study.set_user_attr("more", 1)
+    assert studies.load_study(storages.open_storage(url), "a").user_attrs["more"] == 1
+
+
+def test_half_a_line_of_a_worker_that_died_is_taken_away(tmp_path: Path) -> None:
+    url = str(tmp_path / "study.log")
+    studies.join_study(storages.open_storage(url), "a").set_user_attr("one", 1)
+    whole = Path(url).read_bytes()
+    Path(url).write_bytes(whole + b'{"op_code":5,"worker_id":"0')
+    study = studies.load_study(storages.open_storage(url), "a")
+    assert study.user_attrs["one"] == 1 and Path(url).read_bytes() == whole
+
+
+def test_errors_of_the_training_are_its_own() -> None:
+    for error in (ImportError("No module named 'mujoco'"), OSError("no such file")):
+        with pytest.raises(type(error)), storages.one_line_errors(None):
+            raise error
+
+
+def test_a_study_that_there_is_not_is_told(tmp_path: Path) -> None:
+    storage = storages.open_storage(str(tmp_path / "study.log"))
+    studies.join_study(storage, "cartpole")
+    with pytest.raises(Refused, match=r"no study 'cartpol' .*Did you mean 'cartpole'"):
+        studies.load_study(storage, "cartpol")
 
 
 # ---- two workers, one of which dies ---------------------------------------------------------------------------------
@@ -166,7 +194,7 @@ def test_two_workers_finish_a_study_though_one_is_killed(kind: str, tmp_path: Pa
     while time.monotonic() < until:
         time.sleep(1)
         if kind == "database" or Path(url).exists():
-            storage = storage or studies.opened(url)
+            storage = storage or storages.open_storage(url)
             known = optuna.get_all_study_names(storage)
             if known and states(optuna.load_study(storage=storage, study_name="shared")) == ["RUNNING"]:
                 break
