@@ -10,7 +10,7 @@ from sb3_flipout import callbacks, diagnostics, envs
 from sb3_flipout.callbacks import flipout_policy
 from sb3_flipout.checkpoints import Checkpoints, resume
 from sb3_flipout.evolution import FlipES
-from sb3_flipout.export import export_policy, import_policy
+from sb3_flipout.export import export_onnx, export_policy, import_policy
 from sb3_flipout.layers import (
     FlipoutConv1d,
     FlipoutConv2d,
@@ -53,6 +53,7 @@ __all__ = [
     "callbacks",
     "diagnostics",
     "envs",
+    "export_onnx",
     "export_policy",
     "flipout_policy",
     "import_policy",

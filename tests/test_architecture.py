@@ -43,7 +43,7 @@ RINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "evolution.ray_workers": (("checks", "evolution"), (*_TENSORS, "ray")),
     "checkpoints": (("checks",), _SB3),
     # safetensors is an extra, imported where it is asked for.
-    "export": (("policies", "evolution", "registration"), (*_SB3, "gymnasium", "safetensors")),
+    "export": (("layers", "policies", "evolution", "registration"), (*_SB3, "gymnasium", "safetensors")),
     "registration": (("policies", "hooks"), (*_SB3, "gymnasium")),
     # rl_zoo3 is an extra, imported where it is asked for.
     "zoo": (

@@ -8,6 +8,7 @@ import resource
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -162,15 +163,14 @@ def test_a_study_that_there_is_not_is_told(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def server(tmp_path: Path) -> Iterator[str]:
+def server() -> Iterator[str]:
     script = ["sh", str(ROOT / "examples" / "study_database.sh")]
-    tmp_path.chmod(0o755)
-    for parent in (tmp_path.parent, tmp_path.parent.parent):
-        parent.chmod(0o755)  # the server is another user's
-    started = subprocess.run([*script, "start", str(tmp_path / "server"), "5499"], capture_output=True, text=True)
-    assert started.returncode == 0, started.stderr
-    yield started.stdout.strip()
-    subprocess.run([*script, "stop", str(tmp_path / "server")], check=True, capture_output=True)
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own are for one user, and the server can be another's
+        Path(folder).chmod(0o755)
+        started = subprocess.run([*script, "start", f"{folder}/server", "5499"], capture_output=True, text=True)
+        assert started.returncode == 0, started.stderr
+        yield started.stdout.strip()
+        subprocess.run([*script, "stop", f"{folder}/server"], check=True, capture_output=True)
 
 
 def worker(url: str, steps: int, seed: int, folder: Path) -> subprocess.Popen[Any]:
