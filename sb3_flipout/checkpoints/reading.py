@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from stable_baselines3.common.base_class import BaseAlgorithm, maybe_make_env
-from stable_baselines3.common.vec_env import VecEnv, VecNormalize, unwrap_vec_normalize
+from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize, unwrap_vec_normalize
 
 from sb3_flipout.checkpoints.files import description, newest_first, what_is_wrong
 
@@ -49,6 +50,11 @@ def _loaded(path: Path, env: Any, algorithm: type[BaseAlgorithm] | None, kwargs:
     model = kind.load(path / "model.zip", env=env, **kwargs)
     if "replay_buffer.pkl" in known["files"]:
         model.load_replay_buffer(path / "replay_buffer.pkl")
+        if model.replay_buffer.n_envs != model.n_envs:
+            raise ValueError(
+                f"the replay buffer of {path} is for {model.replay_buffer.n_envs} environments, env has {model.n_envs}; give "
+                "as many as it was trained with."
+            )
     return model
 
 
@@ -62,7 +68,7 @@ def _class(written: str, given: type[BaseAlgorithm] | None) -> Any:
         found: Any = import_module(module)
         for part in name.split("."):
             found = getattr(found, part)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, ValueError) as error:
         raise TypeError(f"the checkpoint was written by {written}, which cannot be imported; give algorithm=.") from error
     return found
 
@@ -84,4 +90,5 @@ def _normalised(path: Path, env: Any) -> VecEnv:
         ):
             setattr(known, name, getattr(statistics, name))
         return env
-    return VecNormalize.load(str(path), BaseAlgorithm._wrap_env(env, verbose=0))
+    # SB3 turns images outside of the statistics, when the model gets the environments.
+    return VecNormalize.load(str(path), env if isinstance(env, VecEnv) else DummyVecEnv([lambda: Monitor(env)]))

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
-import json
+import math
 import shutil
 import uuid
 import warnings
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
-from sb3_flipout.checkpoints.files import DESCRIPTION, checksum, description, flush, locked, newest_first
+from sb3_flipout.checkpoints.files import (
+    DESCRIPTION,
+    checksum,
+    description,
+    flush,
+    hold,
+    newest_first,
+    release,
+    steps_of,
+    what_is_wrong,
+    write_description,
+)
 from sb3_flipout.checks import check_integer
 
 _UNFINISHED = ".unfinished-"
@@ -36,8 +47,8 @@ class Checkpoints(BaseCallback):
     :param verbose: 1 tells of each checkpoint
     :raises TypeError: If a number is no integer
     :raises ValueError: If ``every`` or ``keep`` is below 1
-    :raises RuntimeError: At the start of training, if the folder cannot be written to, another process trains into it, or it
-        holds the checkpoints of another training
+    :raises RuntimeError: At the start of training, if the folder cannot be written to, another training uses it, it holds the
+        checkpoints of another one, or later ones than the model, or the algorithm is FlipES
     """
 
     def __init__(
@@ -49,28 +60,47 @@ class Checkpoints(BaseCallback):
         self.keep = check_integer("keep", keep, 1)
         self.save_replay_buffer = save_replay_buffer
         self._next = 0
-        self._lock: IO[str] | None = None
+        self.holding = False  # whether the folder is in use by a training of this callback
 
     def _on_training_start(self) -> None:
+        if hasattr(self.model, "population_size"):
+            raise RuntimeError(
+                "FlipES can be saved as it was when its generation began, so checkpoints by steps would not be what they say. "
+                "Use SB3's CheckpointCallback, as docs/distributed.md shows."
+            )
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = self._lock or locked(self.folder)
+            hold(self.folder, self)
         except OSError as error:
             raise RuntimeError(
                 f"checkpoints cannot be written to {self.folder}: {error}. Give a folder that can be written to."
             ) from error
+        self.holding = True
+        try:
+            run = self._checked_run()
+        except RuntimeError:
+            self._on_training_end()
+            raise
         for left in self.folder.glob(f"{_UNFINISHED}*"):
             shutil.rmtree(left, ignore_errors=True)
-        run = getattr(self.model, "checkpoint_run", None) if self.num_timesteps else None  # from the start: another training
-        others = [path for path in newest_first(self.folder) if description(path).get("run") not in (run, None)]
-        if others:
-            self._on_training_end()
-            raise RuntimeError(
-                f"{self.folder} holds checkpoints of another training, up to {others[0].name}. Go on with that by "
-                f"sb3_flipout.resume({str(self.folder)!r}, env), or give another folder."
-            )
-        self.model.checkpoint_run = run or uuid.uuid4().hex  # type: ignore[attr-defined]  # saved with the model
+        self.model.checkpoint_run = run  # type: ignore[attr-defined]  # saved with the model
         self._next = (self.num_timesteps // self.every + 1) * self.every
+
+    def _checked_run(self) -> str:
+        """The name of this training, if the folder is its own and holds nothing that is later than it."""
+        run = getattr(self.model, "checkpoint_run", None) if self.num_timesteps else None  # from the start: another training
+        for path in newest_first(self.folder):
+            told, later = description(path), steps_of(path) > self.num_timesteps
+            if told.get("run", run) != run or (run is None and told) or (later and what_is_wrong(path) is None):
+                raise RuntimeError(
+                    f"{self.folder} holds checkpoints of another training, or later ones of this, up to {path.name}. Go on "
+                    f"with that by sb3_flipout.resume({str(self.folder)!r}, env), or give another folder."
+                )
+            if later:
+                aside = path.with_name(f"damaged-{path.name}-{uuid.uuid4().hex[:8]}")
+                path.rename(aside)
+                warnings.warn(f"the damaged checkpoint {path} is now {aside.name}.", stacklevel=2)
+        return run or uuid.uuid4().hex
 
     def _on_step(self) -> bool:
         if self.num_timesteps >= self._next:
@@ -79,23 +109,22 @@ class Checkpoints(BaseCallback):
         return True
 
     def _on_training_end(self) -> None:
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
+        self.holding = False
+        release(self)
 
     def __getstate__(self) -> dict[str, Any]:
         """
-        Leave the lock to this process.
+        Leave the folder to this process.
 
         :return: Attributes
         """
-        return {**self.__dict__, "_lock": None}
+        return {**self.__dict__, "holding": False}
 
     def save(self) -> bool:
         """
         Write a checkpoint now, and remove those that are no longer kept.
 
-        :return: Whether it could be written
+        :return: Whether it is there
         """
         place = self.folder / f"step-{self.num_timesteps:012d}"
         unfinished = self.folder / f"{_UNFINISHED}{place.name}"
@@ -103,18 +132,19 @@ class Checkpoints(BaseCallback):
             shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir()
             self._write(unfinished)
-            shutil.rmtree(place, ignore_errors=True)
+            if place.exists():  # moved away, not removed, so that one of the two is there whenever the process is killed
+                place.rename(self.folder / f"{_UNFINISHED}old-{uuid.uuid4().hex}")
             unfinished.rename(place)
             flush(self.folder)
-        except OSError as error:
+        except Exception as error:  # a training of days does not end because it could not be saved
             shutil.rmtree(unfinished, ignore_errors=True)
             warnings.warn(
-                f"the checkpoint at step {self.num_timesteps} could not be written to {self.folder}: {error}. Training goes "
+                f"the checkpoint at step {self.num_timesteps} could not be written to {self.folder}: {error!r}. Training goes "
                 "on; the checkpoints before it are as they were.",
                 stacklevel=2,
             )
             return False
-        for path in self._superfluous():
+        for path in [*self._superfluous(place), *self.folder.glob(f"{_UNFINISHED}*")]:
             shutil.rmtree(path, ignore_errors=True)
         if self.verbose:
             print(f"Checkpoint {place}")
@@ -135,7 +165,7 @@ class Checkpoints(BaseCallback):
         for path in sorted(folder.iterdir()):
             flush(path)
             files[path.name] = dict(bytes=path.stat().st_size, crc32=checksum(path))
-        returns = [float(info["r"]) for info in model.ep_info_buffer or ()]
+        returns = [float(info["r"]) for info in model.ep_info_buffer or () if math.isfinite(info["r"])]
         kind = type(model)
         found = dict(
             steps=self.num_timesteps,
@@ -143,14 +173,23 @@ class Checkpoints(BaseCallback):
             algorithm=f"{kind.__module__}:{kind.__qualname__}",
             mean_return=float(np.mean(returns)) if returns else None,
             files=files,
-            versions={name: version(name) for name in ("sb3_flipout", "stable_baselines3", "torch")},
+            versions={name: _version(name) for name in ("sb3_flipout", "stable_baselines3", "torch")},
         )
-        (folder / DESCRIPTION).write_text(json.dumps(found, indent=1))
+        write_description(folder, found)
         flush(folder / DESCRIPTION)
         flush(folder)
 
-    def _superfluous(self) -> list[Path]:
-        known = newest_first(self.folder)
-        returns = [(description(path).get("mean_return"), path) for path in known]
-        best = max((pair for pair in returns if pair[0] is not None), default=(None, None))[1]
-        return [path for path in known[self.keep :] if path != best]
+    def _superfluous(self, newest: Path) -> list[Path]:
+        """Checkpoints of this training beside the newest, the best and the one that has just been written."""
+        told = {path: description(path) for path in newest_first(self.folder)}
+        own = [path for path in told if told[path].get("run") == self.model.checkpoint_run]  # type: ignore[attr-defined]
+        returns = [(told[path]["mean_return"], path) for path in own if isinstance(told[path].get("mean_return"), float)]
+        best = max(returns, default=(None, None))[1]
+        return [path for path in own[self.keep :] if path not in (best, newest)]
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:  # not installed, but on the path
+        return None

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch as th
 from gymnasium import spaces
+from gymnasium.spaces.utils import flatdim
 from stable_baselines3.common.sb2_compat.rmsprop_tf_like import RMSpropTFLike
 from stable_baselines3.common.torch_layers import CombinedExtractor, FlattenExtractor, NatureCNN
 from torch import nn
@@ -38,7 +40,8 @@ CLASSES: dict[str, type] = {
     **{kind.__name__: kind for kind in (RMSpropTFLike, FlattenExtractor, NatureCNN, CombinedExtractor, MinAtarCNN)},
     OneHotExtractor.__name__: OneHotExtractor,
 }
-_NUMBERS = 10_000_000  # of an observation or action; more is no policy's
+_NUMBERS = 1_000_000  # of an observation or action; more is no policy's
+_DEPTH, _LENGTH = 20, 1000  # of what is told of an argument
 
 
 def described(value: Any, name: str) -> Any:
@@ -80,7 +83,9 @@ def _described_space(space: spaces.Space[Any], name: str) -> dict[str, Any]:
     if isinstance(space, spaces.Discrete):
         return dict(kind="Discrete", n=int(space.n), start=int(space.start))
     if isinstance(space, spaces.MultiDiscrete):
-        return dict(kind="MultiDiscrete", nvec=space.nvec.tolist())
+        if space.nvec.ndim > 1:
+            raise TypeError(f"{name} is a MultiDiscrete of more than one dimension, which SB3's policies do not take.")
+        return dict(kind="MultiDiscrete", nvec=space.nvec.tolist(), start=space.start.tolist())
     if isinstance(space, spaces.MultiBinary):
         return dict(kind="MultiBinary", n=list(space.n) if isinstance(space.n, (tuple, list)) else int(space.n))
     if isinstance(space, spaces.Dict):
@@ -94,29 +99,33 @@ def _bounds(of_space: np.ndarray) -> Any:
     return numbers[0] if len(set(numbers)) == 1 else numbers
 
 
-def value_of(told: Any, name: str) -> Any:
+def value_of(told: Any, name: str, depth: int = 0) -> Any:
     """
     Make a value of its description.
 
     :param told: What :func:`described` gave
     :param name: Name of the argument
+    :param depth: How deep in the argument it stands
     :return: The value
     :raises ValueError: If it is no such description
     """
-    if told is None or isinstance(told, (bool, int, float, str)):
+    depth += 1
+    if depth > _DEPTH or (isinstance(told, (str, list, dict)) and len(told) > _LENGTH):
+        raise ValueError(f"{name} is told in more than {_LENGTH} parts or {_DEPTH} levels, as no argument of a policy is.")
+    if told is None or isinstance(told, (bool, float, str)) or (isinstance(told, int) and abs(told) < 1 << 63):
         return told
     if isinstance(told, list):
-        return [value_of(part, name) for part in told]
+        return [value_of(part, name, depth) for part in told]
     if isinstance(told, dict) and len(told) == 1:
-        (kind, inner), *_ = told.items()
+        ((kind, inner),) = told.items()
         if kind == "float" and inner in ("inf", "-inf", "nan"):
             return float(inner)
         if kind == "tuple" and isinstance(inner, list):
-            return tuple(value_of(part, name) for part in inner)
+            return tuple(value_of(part, name, depth) for part in inner)
         if kind == "dict" and isinstance(inner, dict):
-            return {key: value_of(part, name) for key, part in inner.items()}
+            return {key: value_of(part, name, depth) for key, part in inner.items()}
         if kind == "space" and isinstance(inner, dict):
-            return _space(inner, name)
+            return _within(_space(inner, name), name)
         if kind == "class" and isinstance(inner, str) and inner in CLASSES:
             return CLASSES[inner]
     raise ValueError(f"{name} is told as {str(told)[:80]!r}, which is no description of a value.")
@@ -133,19 +142,29 @@ def _space(told: dict[str, Any], name: str) -> spaces.Space[Any]:
         if kind == "Discrete":
             return spaces.Discrete(_sizes([told["n"]], name)[0], start=int(told["start"]))
         if kind == "MultiDiscrete":
-            return spaces.MultiDiscrete(np.array(_sizes(told["nvec"], name)))
+            return spaces.MultiDiscrete(
+                np.array(_sizes(told["nvec"], name)), start=np.array([int(one) for one in told["start"]])
+            )
         if kind == "MultiBinary":
             n = told["n"]
             return spaces.MultiBinary(_sizes(n, name) if isinstance(n, list) else _sizes([n], name)[0])
         if kind == "Dict":
-            return spaces.Dict({key: _space(part, name) for key, part in told["spaces"].items()})
+            # In the order of the policy that was exported, which gymnasium would sort: networks join the parts in it.
+            return spaces.Dict(OrderedDict((key, _space(part, name)) for key, part in told["spaces"].items()))
     except (KeyError, TypeError, AttributeError, AssertionError, OverflowError) as error:
         raise ValueError(f"{name} is told as {str(told)[:80]!r}, which is no description of a space: {error!r}.") from error
     raise ValueError(f"{name} is told to be a space of the kind {str(kind)[:80]!r}, which there is not.")
 
 
+def _within(space: spaces.Space[Any], name: str) -> spaces.Space[Any]:
+    parts = space.spaces.values() if isinstance(space, spaces.Dict) else [space]
+    if len(parts) > _LENGTH or sum(flatdim(part) for part in parts) > _NUMBERS:
+        raise ValueError(f"{name} is told to have more than {_NUMBERS} numbers, or {_LENGTH} parts.")
+    return space
+
+
 def _sizes(told: Any, name: str) -> tuple[int, ...]:
-    sizes = tuple(told)
+    sizes = tuple(told)[:_LENGTH]
     if not all(type(size) is int and size > 0 for size in sizes) or math.prod(sizes) > _NUMBERS:
         raise ValueError(
             f"{name} is told to have the sizes {str(sizes)[:80]}; they must be positive, and {_NUMBERS} in all at most."

@@ -7,6 +7,7 @@ them, and none of torch's distributions, whose checks cannot be traced.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -74,8 +75,10 @@ class Graph(nn.Module):
         :param actions: Actions of the network
         :return: Actions of the environment
         """
-        if not isinstance(self.policy.action_space, spaces.Box):
+        space = self.policy.action_space
+        if not isinstance(space, spaces.Box):
             return actions
+        actions = actions.reshape(-1, *space.shape)
         if self.policy.squash_output:
             return self.low + 0.5 * (actions + 1.0) * (self.high - self.low)  # type: ignore[operator]
         return th.clamp(actions, self.low, self.high)  # type: ignore[arg-type]
@@ -108,7 +111,7 @@ class ActorCriticGraph(Graph):
         if isinstance(space, spaces.MultiDiscrete):
             return th.stack([part.argmax(dim=1) for part in found.split(space.nvec.tolist(), dim=1)], dim=1)
         if isinstance(space, spaces.MultiBinary):
-            return (found > 0).to(found.dtype)
+            return (th.sigmoid(found) > 0.5).to(found.dtype)
         return th.tanh(found) if self.policy.squash_output else found  # squashed: by gSDE alone
 
 
@@ -211,7 +214,7 @@ class VoteGraph(Graph):
         self.weight = 0.0
         if prior is not None:
             unit = float(prior[0].unit)
-            self.weight = float(prior[1]) * float(policy.effective_scale) / (unit if unit == unit else 1.0)
+            self.weight = float(prior[1]) * float(policy.effective_scale) / (unit if math.isfinite(unit) else 1.0)
 
     def act(self, obs: Any) -> th.Tensor:
         """

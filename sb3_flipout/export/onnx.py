@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import warnings
 from pathlib import Path
@@ -55,20 +56,25 @@ def export_onnx(policy: Any, path: str | Path) -> Path:
     :param path: File
     :return: The file
     :raises TypeError: If it is no flipout policy
+    :raises ValueError: If observations have the names that the graph has for itself
     :raises ImportError: If onnx and onnxscript are not installed
     """
-    graph, path = graph_of(policy), Path(path)
+    graph, path = graph_of(policy).cpu(), Path(path)
     inputs, names = example_inputs(graph)
     outputs = ["actions", *(f"next_{name}" for name in graph.states[:2])]
+    if len({*names, *outputs}) < len(names) + len(outputs):
+        raise ValueError(f"the observations have names that the graph has for itself, {', '.join(outputs)}: rename {names}.")
     batch = th.export.Dim("batch", min=1)
     shapes = tuple({1 if name in ("hidden", "cell") else 0: batch} for name in names)
     try:
-        with warnings.catch_warnings(), _quiet("torch.onnx"):
+        with warnings.catch_warnings(), _Quiet("torch.onnx"):
             warnings.simplefilter("ignore")  # the exporter's, of itself
             program: Any = th.onnx.export(
                 graph, inputs, input_names=names, output_names=outputs, dynamic_shapes=(shapes,), dynamo=True, verbose=False
             )
-            program.save(str(path), external_data=False)
+            unfinished = path.with_name(f".{path.name}.unfinished")
+            program.save(str(unfinished), external_data=False)
+            unfinished.replace(path)
     except ImportError as error:
         raise ImportError(
             f'exporting to ONNX needs onnx and onnxscript; pip install "sb3_flipout[onnx]" does it ({error}).'
@@ -76,7 +82,7 @@ def export_onnx(policy: Any, path: str | Path) -> Path:
     return path
 
 
-class _quiet:
+class _Quiet:
     """Keeps a logger's warnings of itself away."""
 
     def __init__(self, name: str) -> None:
@@ -97,7 +103,8 @@ def example_inputs(graph: Graph) -> tuple[tuple[th.Tensor, ...], list[str]]:
     :param graph: Graph
     :return: Tensors, and their names
     """
-    space = graph.policy.observation_space
+    space = copy.deepcopy(graph.policy.observation_space)  # whose generator is the environment's, and is not to move
+    space.seed(0)
     parts = space.spaces if isinstance(space, spaces.Dict) else {"obs": space}
     inputs = [th.as_tensor(np.stack([part.sample() for _ in range(_ROWS)])) for part in parts.values()]
     names = list(parts)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch as th
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.utils import get_device
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sb3_flipout.evolution import FlipES
 from sb3_flipout.export.describe import described, value_of
@@ -33,7 +36,9 @@ _SIZES = (
     "n_quantiles",
     "n_critics",
 )
-_NOT_FINITE = "prior.unit"  # NaN until it is measured
+_UNIT = "prior.unit"  # NaN until it is measured
+_TYPES = (th.float32, th.float64, th.float16, th.bfloat16, th.int64, th.int32, th.uint8, th.bool)
+_MEMBERS = 10_000
 
 #: The policies that a description can name.
 POLICIES: dict[str, type[Any]] = {
@@ -54,7 +59,7 @@ def export_policy(policy: Any, folder: str | Path) -> Path:
     Write a policy as ``policy.safetensors`` and ``policy.json``: weights, sigma, noise settings and state, spaces. No pickle.
 
     :param policy: A flipout policy, or a model with one
-    :param folder: Folder, made if it is not there; files of an earlier export are replaced, both or none
+    :param folder: Folder, made if it is not there; files of an earlier export are replaced
     :return: The folder
     :raises TypeError: If the policy is no flipout policy of this package, or an argument of it cannot be described
     :raises ImportError: If safetensors is not installed
@@ -77,10 +82,12 @@ def export_policy(policy: Any, folder: str | Path) -> Path:
         versions={name: version(name) for name in ("sb3_flipout", "stable_baselines3", "torch")},
     )
     folder.mkdir(parents=True, exist_ok=True)
-    parts = {name: folder / f".{name}.unfinished" for name in (TENSORS, DESCRIPTION)}
+    parts = {name: folder / f".{name}.{os.getpid()}.unfinished" for name in (TENSORS, DESCRIPTION)}
     try:
         _safetensors().save_file(tensors, parts[TENSORS])
-        parts[DESCRIPTION].write_text(json.dumps(found, indent=1))
+        # So that new tensors beside an old description are no policy, if the process is killed between the two.
+        told = json.dumps({**found, "sha256": _digest(parts[TENSORS])}, indent=1)
+        parts[DESCRIPTION].write_text(told, encoding="utf-8")
         for name, part in parts.items():
             os.replace(part, folder / name)
     finally:
@@ -105,6 +112,15 @@ def import_policy(folder: str | Path, device: th.device | str = "auto") -> BaseP
     :raises ImportError: If safetensors is not installed
     """
     folder = Path(folder)
+    try:
+        return _imported(folder).to(get_device(device))
+    except FileNotFoundError:
+        raise
+    except (RecursionError, MemoryError, OverflowError, OSError) as error:
+        raise ValueError(f"{folder} cannot be imported: {error!r}.") from error
+
+
+def _imported(folder: Path) -> BasePolicy:
     told = _description(folder / DESCRIPTION)
     tensors = _tensors(folder / TENSORS, told)
     kind = POLICIES[told["policy"]]
@@ -113,9 +129,13 @@ def import_policy(folder: str | Path, device: th.device | str = "auto") -> BaseP
     if unknown:
         raise ValueError(f"{folder / DESCRIPTION} has arguments that {told['policy']} does not: {', '.join(unknown)[:200]}.")
     _check_sizes(arguments, tensors, folder / DESCRIPTION)
+    if not isinstance(arguments.get("members") or 2, int) or (arguments.get("members") or 2) > _MEMBERS:
+        raise ValueError(f"{folder / DESCRIPTION} has {arguments['members']} members; {_MEMBERS} are the most that are taken.")
     noise = value_of(told["noise"], "the noise state")
+    largest = max(4096, *(value.numel() for value in tensors.values()))
     try:
-        policy: Any = kind(**arguments, lr_schedule=BasePolicy._dummy_schedule)
+        with _Budget(2 * largest, 20 * len(tensors) + 200):
+            policy: Any = kind(**arguments, lr_schedule=BasePolicy._dummy_schedule)
     except Exception as error:
         raise ValueError(f"{folder / DESCRIPTION} describes a policy that cannot be built: {error}") from error
     _check_fits(policy.state_dict(), tensors, folder)
@@ -125,14 +145,17 @@ def import_policy(folder: str | Path, device: th.device | str = "auto") -> BaseP
     except Exception as error:
         raise ValueError(f"{folder / DESCRIPTION} has a noise state that does not fit: {error}") from error
     policy.set_training_mode(False)
-    return policy.to(get_device(device))
+    imported: BasePolicy = policy
+    return imported
 
 
 def _description(path: Path) -> dict[str, Any]:
-    if path.stat().st_size > _LARGEST:
+    with _opened(path) as file:
+        text = file.read(_LARGEST + 1)
+    if len(text) > _LARGEST:
         raise ValueError(f"{path} is larger than any description of a policy, {_LARGEST} bytes.")
     try:
-        told = json.loads(path.read_text())
+        told = json.loads(text.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no JSON: {str(error)[:200]}.") from error
     wanted = dict(policy=str, arguments=dict, noise=dict, tensors=dict)
@@ -145,29 +168,66 @@ def _description(path: Path) -> dict[str, Any]:
     return told
 
 
+def _opened(path: Path) -> IO[bytes]:
+    if not path.exists():
+        raise FileNotFoundError(f"there is no file {path}.")
+    if not path.is_file():  # a pipe would be waited for
+        raise ValueError(f"{path} is no file.")
+    return path.open("rb")
+
+
+def _digest(path: Path) -> str:
+    found = hashlib.sha256()
+    with _opened(path) as file:
+        while part := file.read(1 << 20):
+            found.update(part)
+    return found.hexdigest()
+
+
 def _tensors(path: Path, told: Mapping[str, Any]) -> dict[str, th.Tensor]:
     """Read the tensors, once their header agrees with the description."""
     library = _safetensors()
+    if _digest(path) != told.get("sha256"):
+        raise ValueError(f"{path} is not the file that {DESCRIPTION} was written with.")
     try:
         with library.safe_open(path, framework="pt") as file:
             found = {name: file.get_slice(name).get_shape() for name in file.keys()}
             if found != {name: _told_shape(one) for name, one in told["tensors"].items()}:
                 raise ValueError(f"{path} holds other tensors than {DESCRIPTION} says.")
             tensors: dict[str, th.Tensor] = {name: file.get_tensor(name) for name in found}
-    except FileNotFoundError:
-        raise
     except Exception as error:
         raise ValueError(f"{path} cannot be read: {str(error)[:200]}") from error
     for name, value in tensors.items():
+        if value.dtype not in _TYPES or not value.numel():
+            raise ValueError(f"{path} has {name} as {list(value.shape)} of {value.dtype}, which is no policy's.")
         if str(value.dtype) != told["tensors"][name].get("dtype"):
             raise ValueError(f"{path} has {name} in {value.dtype}, {DESCRIPTION} says {told['tensors'][name].get('dtype')!r}.")
-        if value.is_floating_point() and name != _NOT_FINITE and not bool(th.isfinite(value).all()):
+        if name == _UNIT and not bool(th.isnan(value) | (th.isfinite(value) & (value > 0))):
+            raise ValueError(
+                f"{path} has {float(value)} in {name}, which must be a positive number, or NaN before it is measured."
+            )
+        if value.is_floating_point() and name != _UNIT and not bool(th.isfinite(value).all()):
             raise ValueError(f"{path} has numbers in {name} that are not finite.")
     return tensors
 
 
 def _told_shape(told: Any) -> Any:
     return told.get("shape") if isinstance(told, dict) else None
+
+
+class _Budget(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Refuses, while a policy is built, what is larger than the tensors that it is for, or more."""
+
+    def __init__(self, numbers: int, calls: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.numbers, self.calls = numbers, calls
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket.__name__ in ("empty", "zeros", "ones", "full", "rand", "randn", "empty_strided"):
+            self.calls -= 1
+            if math.prod(args[0]) > self.numbers or self.calls < 0:
+                raise ValueError(f"a tensor of {list(args[0])} is more than those of the file account for")
+        return func(*args, **(kwargs or {}))
 
 
 def _check_sizes(arguments: Mapping[str, Any], tensors: Mapping[str, th.Tensor], path: Path) -> None:

@@ -22,6 +22,8 @@ from sb3_flipout.policies.arguments import arguments_of
 from sb3_flipout.policies.legacy import translated_settings, with_bases
 from sb3_flipout.policies.settings import NoiseSettings
 
+_LARGEST_SCALE = 1e30  # float32 ends at 3e38
+
 
 class NoiseStateError(RuntimeError, ValueError):
     """A saved noise state does not fit the policy. A ``RuntimeError`` too, since SB3's ``load`` takes others for its own."""
@@ -169,7 +171,11 @@ class NoiseState(BasePolicy):
             )
         # All is read before anything is changed: a damaged state changes nothing.
         seed, steps, evaluations = (int(state[name]) for name in ("seed", "steps", "evaluations"))
-        scale, factor = check_number("noise_scale", state["noise_scale"]), float(state.get("schedule_factor", 1.0))
+        steps, evaluations = (
+            check_integer(name, value, 0) for name, value in (("steps", steps), ("evaluations", evaluations))
+        )
+        scale = check_number("noise_scale", state["noise_scale"], 0.0, _LARGEST_SCALE)
+        factor = check_number("schedule_factor", state.get("schedule_factor", 1.0), 0.0, _LARGEST_SCALE)
         ladder = state.get("noise_ladder")
         self.noise_ladder = None if ladder is None else tuple(ladder)
         self._noise_seed, self._noise_scale, self._schedule_factor = seed, scale, factor

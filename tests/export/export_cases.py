@@ -49,6 +49,8 @@ CASES: dict[str, tuple[Any, str, Any, Any, dict[str, Any]]] = {
     "ddpg": (DDPG, "FlipoutMlpPolicy", VECTOR, BOX, SMALL),
     "tqc": (TQC, "FlipoutMlpPolicy", VECTOR, BOX, SMALL),
     "crossq": (CrossQ, "FlipoutMlpPolicy", VECTOR, BOX, SMALL),
+    "sac, matrix of actions": (SAC, "FlipoutMlpPolicy", VECTOR, spaces.Box(-2, 2, (1, 2)), SMALL),
+    "ppo, matrix of actions": (PPO, "FlipoutMlpPolicy", VECTOR, spaces.Box(-2, 2, (2, 2)), SMALL),
     "flipes": (FlipES, "FlipoutMlpPolicy", VECTOR, BOX, SMALL),
 }
 

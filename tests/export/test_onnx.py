@@ -60,6 +60,7 @@ def test_actions_are_those_of_the_policy(case: str, tmp_path: Path) -> None:
     path = export_onnx(model, tmp_path / "policy.onnx")
     model.policy.set_training_mode(False)
     wanted = model.policy.predict(obs, deterministic=True)[0]
+    assert len(np.unique(wanted, axis=0)) > 1
     compared(run(path, obs)[0], wanted)
     one = {name: part[:1] for name, part in obs.items()} if isinstance(obs, dict) else obs[:1]
     compared(run(path, one)[0], wanted[:1])
@@ -110,6 +111,13 @@ def test_torchscript_by_tracing(case: str, tmp_path: Path) -> None:
     with th.no_grad():
         found = th.jit.load(str(tmp_path / "policy.pt"))(th.as_tensor(obs)).numpy()
     compared(found, model.predict(obs, deterministic=True)[0])
+
+
+def test_names_that_the_graph_has_for_itself_are_refused(tmp_path: Path) -> None:
+    space = spaces.Dict({"actions": VECTOR})
+    with pytest.raises(ValueError, match="names that the graph has for itself, actions"):
+        export_onnx(PPO("FlipoutMultiInputPolicy", Spaces(space, DISCRETE), device="cpu"), tmp_path / "policy.onnx")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_plain_policy_is_refused(tmp_path: Path) -> None:

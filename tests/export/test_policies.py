@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import pickle
 import random
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -97,6 +100,15 @@ def copied(exported: Path, to: Path) -> tuple[dict[str, Any], dict[str, th.Tenso
     return json.loads((to / "policy.json").read_text()), safetensors.torch.load_file(to / "policy.safetensors")
 
 
+def saved(folder: Path, tensors: dict[str, th.Tensor]) -> None:
+    """Write tensors, with the checksum that a forger would write, too."""
+    path = folder / "policy.safetensors"
+    safetensors.torch.save_file(tensors, path)
+    told = json.loads((folder / "policy.json").read_text())
+    told["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    (folder / "policy.json").write_text(json.dumps(told))
+
+
 def refused(folder: Path) -> str:
     with pytest.raises(ValueError) as found:
         import_policy(folder)
@@ -121,6 +133,24 @@ LIES: dict[str, tuple[Change, str]] = {
     "kind": (lambda told: told["arguments"]["action_space"]["space"].update(kind="Text"), "which there is not"),
     "shape": (lambda told: told["tensors"][NAME].update(shape=[1, 1]), "other tensors"),
     "dtype": (lambda told: told["tensors"][NAME].update(dtype="torch.float64"), "float64"),
+    "a million observations": (
+        lambda told: told["arguments"]["observation_space"]["space"].update(shape=[900_000]),
+        "more than those of the file account for",
+    ),
+    "thirty thousand layers": (lambda told: told["arguments"].update(net_arch=[8] * 30_000), "parts or"),
+    "many layers": (lambda told: told["arguments"].update(net_arch=[8] * 900), "account for"),
+    "nested": (lambda told: told["arguments"].update(net_arch=json.loads("[" * 300 + "8" + "]" * 300)), "levels"),
+    "a long pattern": (lambda told: told["arguments"].update(skip=["a" * 3_000_000]), "parts or"),
+    "a billion members": (lambda told: told["arguments"].update(members=10**9), "the most that are taken"),
+    "a huge number": (lambda told: told["arguments"].update(members=10**30), ""),
+    "a schedule that is no number": (
+        lambda told: told["noise"]["dict"].update(schedule_factor={"float": "nan"}),
+        "noise state",
+    ),
+    "a negative schedule": (lambda told: told["noise"]["dict"].update(schedule_factor=-1.0), "noise state"),
+    "a scale beyond all": (lambda told: told["noise"]["dict"].update(noise_scale=1e300), "noise state"),
+    "negative steps": (lambda told: told["noise"]["dict"].update(steps=-1), "noise state"),
+    "other tensors": (lambda told: told.update(sha256="0"), "not the file"),
     "missing tensor": (lambda told: told["tensors"].pop(NAME), "other tensors"),
     "noise": (lambda told: told["noise"]["dict"].pop("seed"), "noise state"),
     "setting": (lambda told: told["arguments"].update(sigma_init="much"), "cannot be built"),
@@ -141,7 +171,7 @@ def test_a_description_that_lies_is_refused(lie: str, exported: Path, tmp_path: 
 def test_numbers_that_are_not_finite_are_refused(value: float, exported: Path, tmp_path: Path) -> None:
     _, tensors = copied(exported, tmp_path)
     tensors[NAME][0, 0] = value
-    safetensors.torch.save_file(tensors, tmp_path / "policy.safetensors")
+    saved(tmp_path, tensors)
     assert f"numbers in {NAME} that are not finite" in refused(tmp_path)
 
 
@@ -175,6 +205,67 @@ def test_damaged_files_are_refused(name: str, seed: int, exported: Path, tmp_pat
     except ValueError:
         return
     assert seed % 3 != 0 and all(bool(th.isfinite(value).all()) for name, value in policy.named_parameters())
+
+
+@pytest.mark.parametrize("value", [float("inf"), 0.0, -1.0])
+def test_units_of_priors_must_be_positive(value: float, exported: Path, tmp_path: Path) -> None:
+    _, tensors = copied(exported, tmp_path)
+    tensors["prior.unit"] = th.tensor(value)
+    saved(tmp_path, tensors)
+    assert "in prior.unit, which must be a positive number" in refused(tmp_path)
+
+
+def test_types_that_no_policy_has_are_refused(exported: Path, tmp_path: Path) -> None:
+    told, tensors = copied(exported, tmp_path)
+    for value in (tensors[NAME].to(th.float8_e4m3fn), th.zeros(50_000, 0)):
+        told["tensors"][NAME] = dict(shape=list(value.shape), dtype=str(value.dtype))
+        (tmp_path / "policy.json").write_text(json.dumps(told))
+        saved(tmp_path, {**tensors, NAME: value})
+        assert "which is no policy's" in refused(tmp_path)
+
+
+def test_what_is_no_file_is_refused(exported: Path, tmp_path: Path) -> None:
+    for name in ("policy.json", "policy.safetensors"):
+        copied(exported, tmp_path)
+        (tmp_path / name).unlink()
+        os.mkfifo(tmp_path / name)  # which nobody writes into: it would be waited for
+        assert "is no file" in refused(tmp_path)
+        (tmp_path / name).unlink()
+        (tmp_path / name).symlink_to("/dev/zero")
+        assert "is no file" in refused(tmp_path)
+        (tmp_path / name).unlink()
+
+
+NODES = [None, float("nan"), 10**30, [[[[]]]], {"dict": {}}, "text", {"tuple": [1]}, -1, True]
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_descriptions_that_are_changed_at_any_place_are_refused_or_harmless(seed: int, exported: Path, tmp_path: Path) -> None:
+    told, _ = copied(exported, tmp_path)
+    generator = random.Random(seed)
+    node: Any = told
+    while True:
+        key = generator.choice(sorted(node) if isinstance(node, dict) else range(len(node)))
+        if not isinstance(node[key], (dict, list)) or not node[key] or generator.random() < 0.3:
+            break
+        node = node[key]
+    node[key] = generator.choice(NODES)
+    (tmp_path / "policy.json").write_text(json.dumps(told))
+    try:
+        policy = import_policy(tmp_path)
+    except ValueError:
+        return
+    policy.predict(np.zeros((2, 3), np.float32), deterministic=True)
+
+
+def test_the_order_of_a_dictionary_stays(tmp_path: Path) -> None:
+    """gymnasium calls two orders equal, and networks join the parts in theirs."""
+    space = spaces.Dict(OrderedDict(b=spaces.Box(-1, 1, (2,)), a=spaces.Box(-1, 1, (2,))))
+    model = PPO("FlipoutMultiInputPolicy", Spaces(space, BOX), device="cpu")
+    again: Any = import_policy(export_policy(model, tmp_path), "cpu")
+    obs = {"a": np.full((1, 2), 0.9, np.float32), "b": np.full((1, 2), -0.9, np.float32)}
+    assert np.array_equal(model.predict(obs, deterministic=True)[0], again.predict(obs, deterministic=True)[0])
+    assert list(again.observation_space.spaces) == ["b", "a"]
 
 
 def test_missing_files_are_named(exported: Path, tmp_path: Path) -> None:
