@@ -127,12 +127,14 @@ class Checkpoints(BaseCallback):
         :return: Whether it is there
         """
         place = self.folder / f"step-{self.num_timesteps:012d}"
+        if place.exists() and what_is_wrong(place) is None:
+            return True  # this step is saved; to write it again would leave a moment in which it is not there
         unfinished = self.folder / f"{_UNFINISHED}{place.name}"
         try:
             shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir()
             self._write(unfinished)
-            if place.exists():  # moved away, not removed, so that one of the two is there whenever the process is killed
+            if place.exists():  # a damaged one
                 place.rename(self.folder / f"{_UNFINISHED}old-{uuid.uuid4().hex}")
             unfinished.rename(place)
             flush(self.folder)
