@@ -86,8 +86,10 @@ def _read_hyperparameters(original: Method, self: Any) -> tuple[dict[str, Any], 
         return hyperparams, saved
     found = self.load_trial(self.storage, self.study_name, trial_id)
     if search.is_flipout(self.algo, hyperparams.get("policy")):
-        found = search.with_noise(found, {}, _evaluated(hyperparams.get("policy_kwargs")))
-    found = {**hyperparams, **found}  # --hyperparams are among the former, as they were when the trial was made
+        # --hyperparams are among those of the YAML, as they were when the trial was made.
+        found = {**hyperparams, **search.with_noise(found, {}, _evaluated(hyperparams.get("policy_kwargs")))}
+    else:
+        found = {**hyperparams, **found, **(self.custom_hyperparams or {})}  # rl_zoo3's own order
     print(f"Hyperparameters with those of trial {trial_id} of {self.study_name}:")
     pprint(found)
     return found, type(saved)(sorted(found.items()))
