@@ -180,6 +180,8 @@ RUNS: dict[tuple[str, str], tuple[str, str, str, str | None]] = {
     **{("dqn", env): ("defaults", f"DQN {env}", "flipout", "stock") for env in ("CartPole-v1", "LunarLander-v3")},
     ("dqn", "MountainCar-v0"): ("defaults", "DQN MountainCar-v0", "episode linear@.3", "stock"),
     ("sac", CAR): ("sparse_control", "SAC", "flipout", "gsde"),
+    ("sac", "Pendulum-v1"): ("defaults", "SAC Pendulum-v1", "flipout", "stock"),
+    ("td3", "Pendulum-v1"): ("defaults", "TD3 Pendulum-v1", "flipout", "stock"),
     **{
         ("flipes", env): ("evolution_learning", env, "flipout", None)
         for env in ("CartPole-v1", "Acrobot-v1", "Pendulum-v1", CAR, "Swimmer-v5")
