@@ -246,11 +246,16 @@ def test_an_earlier_model_does_not_go_on_beside_later_checkpoints(tmp_path: Path
         model.learn(EVERY, callback=Checkpoints(tmp_path, EVERY), reset_num_timesteps=False)
 
 
-def test_saving_a_step_again_leaves_one_of_the_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However it ends: here the new one cannot be put in its place."""
+def test_a_step_that_is_saved_is_not_written_again_unless_it_is_damaged(tmp_path: Path) -> None:
+    """So there is no moment in which it is not there."""
     callback = Checkpoints(tmp_path, EVERY, keep=1)
     build().learn(EVERY, callback=callback)
+    model = tmp_path / f"step-{EVERY:012d}" / "model.zip"
+    before = model.stat().st_ino, model.stat().st_mtime_ns
     assert callback.save() and steps_in(tmp_path) == [EVERY]
+    assert (model.stat().st_ino, model.stat().st_mtime_ns) == before
+    damage(model, "truncated")
+    assert callback.save() and resume(tmp_path, "CartPole-v1").num_timesteps == EVERY
     assert {path.name for path in tmp_path.iterdir()} == {"lock", f"step-{EVERY:012d}"}
 
 

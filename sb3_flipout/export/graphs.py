@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import nn
 from sb3_flipout.layers import FlipoutLayer, restore
 
 
-class Graph(nn.Module):
+class Graph(nn.Module, ABC):
     """
     From observations to the actions that ``predict(deterministic=True)`` gives.
 
@@ -59,6 +60,7 @@ class Graph(nn.Module):
         """
         return self.in_space(self.act(obs))
 
+    @abstractmethod
     def act(self, obs: Any) -> th.Tensor:
         """
         Compute actions as the network has them.
@@ -66,7 +68,6 @@ class Graph(nn.Module):
         :param obs: Observations
         :return: Actions, before they are scaled or clipped
         """
-        raise NotImplementedError
 
     def in_space(self, actions: th.Tensor) -> th.Tensor:
         """
@@ -185,10 +186,8 @@ class NetworkGraph(Graph):
         :param obs: Observations
         :return: Actions
         """
-        found, space = (
-            self.policy.action_net(_features(self.policy, obs, self.policy.features_extractor)),
-            self.policy.action_space,
-        )
+        policy, space = self.policy, self.policy.action_space
+        found = policy.action_net(_features(policy, obs, policy.features_extractor))
         if isinstance(space, spaces.Discrete):
             best: th.Tensor = found.argmax(dim=1) + int(space.start)
             return best

@@ -111,7 +111,7 @@ def factors_at(
     """
     cut = _CUTS[kind]
     bits = 64 // cut.per_word
-    # By shift and mask, not by division, which takes ten times as long: numbers per word are powers of 2.
+    # By shift and mask, not by division, which takes far longer: numbers per word are powers of 2.
     word, piece = places >> (cut.per_word.bit_length() - 1), places & (cut.per_word - 1)
     # fold_in(salt, key), with the salt of each element's own word.
     words = mix(fold_in(fold(0, layer, vector), word) + (keys + 1) * signed(GOLDEN))

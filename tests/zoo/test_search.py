@@ -227,6 +227,22 @@ def test_ctrl_c_ends_the_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert calls == [1]
 
 
+def test_a_worker_that_goes_on_chooses_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """rl_zoo3 makes a sampler of the seed each time: with the same one it would begin with the choices that it has made."""
+    storage = str(tmp_path / "study.log")
+    made = optimising("ppo", "CartPole-v1", tmp_path, storage=storage, study_name="a", max_total_trials=2, seed=5)
+    left, seeds = iter([True, True, False]), []
+    monkeypatch.setattr(manager.studies, "await_others", lambda study, total: next(left))
+
+    def original(self: Any) -> None:
+        seeds.append(self.seed)
+        plain = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(storage))
+        optuna.load_study(storage=plain, study_name="a").add_trial(optuna.trial.create_trial(value=1.0))
+
+    manager._hyperparameters_optimization(original, made)
+    assert len(set(seeds)) == 3 and seeds[0] == 5
+
+
 def test_a_rollout_buffer_by_name_is_refused(tmp_path: Path) -> None:
     config = tmp_path / "ppo.yml"
     config.write_text("CartPole-v1:\n  n_timesteps: 500\n  policy: MlpPolicy\n  rollout_buffer_class: a.B\n")
