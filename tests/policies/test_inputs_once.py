@@ -144,6 +144,19 @@ def test_training_is_that_of_all_rows(case: str, times: int) -> None:
         th.testing.assert_close(value, trained[1][name], rtol=2e-3, atol=2e-4, msg=name)
 
 
+@pytest.mark.filterwarnings("ignore:DQN explores by weight noise and by epsilon-greedy")
+@pytest.mark.parametrize("times", [M, K])
+def test_bootstrap_samples_are_those_of_all_rows(times: int) -> None:
+    """Each row's member learns from its own sample, in whatever order the network has the rows."""
+    trained = []
+    for given in (True, False):
+        model = build(vector_env("discrete", 1), "FlipoutMlpPolicy", times, bootstrap=0.5)
+        model.policy.learning.inputs_once = given
+        trained.append(model.learn(60).policy.state_dict())
+    for name, value in trained[0].items():
+        th.testing.assert_close(value, trained[1][name], rtol=2e-3, atol=2e-4, msg=name)
+
+
 @pytest.mark.parametrize("times", [1, 2, M])
 def test_the_mean_product_of_the_first_layer_is_computed_once(times: int) -> None:
     """Counted by the rows that the product with the mean weights gets."""

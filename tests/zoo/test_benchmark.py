@@ -104,7 +104,9 @@ def test_counts_must_be_positive(option: str, capsys: pytest.CaptureFixture[str]
 
 def test_a_run_that_fails_is_told_and_the_others_go_on(tmp_path: Path) -> None:
     args = benchmark.parsed(["-f", str(tmp_path), "-n", "100"])
+    before = scored(tmp_path, "flipout", 0, [1.0], "dqn", "Pendulum-v1") / "score.json"
     wrong = benchmark.make(benchmark.Run("dqn", "Pendulum-v1", "flipout", 0), args)
+    assert not before.exists()  # of other settings: it is not to stand for these
     assert wrong is not None and "dqn Pendulum-v1 flipout 0: ValueError: Hyperparameters not found" in wrong
 
 
@@ -114,6 +116,9 @@ def test_both_arms_are_trained_scored_and_not_made_again(tmp_path: Path) -> None
     first = run(*words, cwd=tmp_path)
     assert first.returncode == 0, first.stderr
     assert "0 of 2 runs are done" in first.stdout and "| a2c | CartPole-v1 | 1 |" in first.stdout
+    made = benchmark.Run("a2c", "CartPole-v1", "flipout", 0)
+    with pytest.raises(RuntimeError, match=r"the training ended after \d+ of 100000 steps, and has no score"):
+        benchmark._score(made, made.folder(tmp_path / "logs"), 100_000, 1)
     assert "2 of 2 runs are done" in run(*words, cwd=tmp_path).stdout
     folder = tmp_path / "logs" / "flipout" / "a2c" / "CartPole-v1" / "seed-0" / "a2c" / "CartPole-v1_1" / "CartPole-v1"
     assert "FlipoutMlpPolicy" in (folder / "config.yml").read_text()

@@ -130,6 +130,26 @@ def test_every_choice_is_a_policy_and_can_be_made_again(algo: str) -> None:
             kind(policy, env, **{**others, "policy_kwargs": chosen["policy_kwargs"]}, device="cpu")
 
 
+def test_members_learn_from_their_own_targets() -> None:
+    """The YAML writes out the target noise of a policy without members; a trial that has them gives what they need."""
+    study, found = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0)), set()
+    for _ in range(20):
+        with search.given("dqn", dict(policy="FlipoutMlpPolicy", policy_kwargs=dict(target_noise="independent"))):
+            kwargs = HYPERPARAMS_SAMPLER["dqn"](study.ask(), 1, 1, dict(NO_ARGS))["policy_kwargs"]
+        found.add((kwargs["members"] is not None, kwargs["target_noise"]))
+    assert found == {(True, "same"), (False, "independent")}
+
+
+def test_the_environments_of_the_evaluation_are_those_of_the_training(tmp_path: Path) -> None:
+    config = tmp_path / "dqn.yml"
+    config.write_text("CartPole-v1:\n  n_timesteps: 500\n  policy: MlpPolicy\n  env_kwargs:\n    max_episode_steps: 7\n")
+    made, asked = manager_of("dqn", "CartPole-v1", config), manager_of("dqn", "CartPole-v1", config, eval_env_kwargs={"a": 1})
+    for one in (made, asked):
+        one.read_hyperparameters()
+    assert made.eval_env_kwargs == {"max_episode_steps": 7}
+    assert asked.eval_env_kwargs == {"a": 1}  # what the command line says goes before
+
+
 def test_members_are_not_searched_where_a_batch_is_made_for_them() -> None:
     trial = optuna.create_study().ask()
     given = dict(members=20, keys_per_transition=20)
