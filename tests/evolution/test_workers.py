@@ -53,12 +53,19 @@ class Mortal(gym.Wrapper[Any, Any, Any, Any]):
 
     def step(self, action: Any) -> Any:
         self.steps += 1
-        if self.steps == 10 and not (self.folder / "once").exists():
-            (self.folder / "once").write_text(str(os.getpid()))
+        if self.steps == 10 and self._is_first():
             if self.how == "dies":
                 os.kill(os.getpid(), signal.SIGKILL)
             time.sleep(3600)
         return self.env.step(action)
+
+    def _is_first(self) -> bool:
+        try:  # made and not looked for: two workers at once must not both find that it is not there
+            with (self.folder / "once").open("x") as file:
+                file.write(str(os.getpid()))
+        except FileExistsError:
+            return False
+        return True
 
 
 def build(workers: RayWorkers | None, env: Any = None, **kwargs: Any) -> FlipES:
