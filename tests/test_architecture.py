@@ -20,19 +20,21 @@ _OF_POLICIES = ("policies.base", "policies.observations", "policies.state")
 # Ring -> what else of the package, and which third parties, it may import. The longest matching prefix counts.
 RINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "checks": ((), ("numpy",)),
+    "finite": ((), _TENSORS),
     "noise": (("checks",), _TENSORS),
     "layers": (("checks", "noise"), _TENSORS),
     # ale_py and minatar are extras, imported where they are asked for.
     "envs": (("checks",), ("gymnasium", "numpy", "ale_py", "minatar")),
     "samples": ((), _SB3),
+    "envs.subprocesses": (("checks",), ("gymnasium", "stable_baselines3")),
     "envs.vector": (("checks",), ("gymnasium", "numpy", "stable_baselines3")),
     "buffers": (("noise", "samples"), _SB3),
     "replay_buffers": (("noise", "samples"), _SB3),
-    "policies": (("checks", "noise", "layers"), (*_SB3, "gymnasium")),
+    "policies": (("checks", "finite", "noise", "layers"), (*_SB3, "gymnasium")),
     "diagnostics": (("checks", "noise", "layers", *_OF_POLICIES), (*_SB3, "gymnasium", "matplotlib")),
-    "callbacks": (("checks", "noise", "layers", "diagnostics", *_OF_POLICIES), (*_SB3, "gymnasium", "matplotlib")),
+    "callbacks": (("checks", "finite", "noise", "layers", "diagnostics", *_OF_POLICIES), (*_SB3, "gymnasium", "matplotlib")),
     "hooks": (
-        ("noise", "policies.base", "policies.sampled", "policies.state", "buffers", "replay_buffers", "samples"),
+        ("finite", "noise", "policies.base", "policies.sampled", "policies.state", "buffers", "replay_buffers", "samples"),
         (*_SB3, "gymnasium"),
     ),
     # The estimator knows of no SB3; the algorithm stands on it.
@@ -41,7 +43,7 @@ RINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "evolution": (("checks", "noise", "layers", "policies"), (*_SB3, "gymnasium")),
     # ray is an extra, imported where it is asked for.
     "evolution.ray_workers": (("checks", "evolution"), (*_TENSORS, "ray")),
-    "checkpoints": (("checks",), _SB3),
+    "checkpoints": (("checks", "finite"), _SB3),
     # safetensors is an extra, imported where it is asked for.
     "export": (("layers", "policies", "evolution", "registration"), (*_SB3, "gymnasium", "safetensors")),
     "registration": (("policies", "hooks"), (*_SB3, "gymnasium")),

@@ -14,7 +14,7 @@ from sb3_contrib.common.recurrent.type_aliases import RNNStates
 from stable_baselines3.common.buffers import RolloutBuffer
 
 from sb3_flipout.buffers import KeyedBufferMixin, keyed, store_noise
-from sb3_flipout.hooks._told import set_up
+from sb3_flipout.hooks._models import set_up
 from sb3_flipout.noise import RowNoise, fold_in, noise_of
 
 N_STEPS, N_ENVS, HIDDEN = 13, 3, 4

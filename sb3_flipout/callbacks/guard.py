@@ -15,31 +15,19 @@ from torch import nn
 
 from sb3_flipout.callbacks.common import NoiseCallback
 from sb3_flipout.checks import check_integer
-
-
-def first_non_finite(named: Mapping[str, th.Tensor]) -> str | None:
-    """
-    Find a parameter with an element that is NaN or infinite.
-
-    One norm over all of them answers for most; they are looked at one by one only where it is not finite.
-
-    :param named: Parameters by name
-    :return: Name of the first such parameter; ``None`` if all are finite
-    """
-    with th.no_grad():
-        if bool(th.isfinite(nn.utils.get_total_norm(named.values()))):
-            return None
-        return next((name for name, value in named.items() if not bool(th.isfinite(value).all())), None)
+from sb3_flipout.finite import first_non_finite
 
 
 class StopOnNonFinite(NoiseCallback):
     """
-    Stop training when sigma, a weight or another parameter of the policy has turned NaN or infinite.
+    Stop training when sigma, a weight or another parameter of the policy has turned NaN or infinite, or when a reward or an
+    observation is. Without this callback such numbers raise a ``NonFiniteError``.
 
     It looks after gradient steps: PPO evaluates the broken policy already in the next one, which raises an error. Then the
     rest of the update is skipped, the model is put back to the last good checkpoint, and training ends as SB3 lets callbacks
-    end it, after one more step in the environments; so what is saved afterwards is good. A replay buffer and the statistics
-    of ``VecNormalize`` are in no checkpoint, and stay as they are.
+    end it, after one more step in the environments; so what is saved afterwards is good. A reward or an observation ends
+    training before anything learns from it: the model stays as it is, and such a transition is not stored. A replay buffer and
+    the statistics of ``VecNormalize`` are in no checkpoint, and stay as they are.
 
     :param save_path: File of the last good checkpoint, for ``Algorithm.load``; replaced each time, never half-written
     :param every: Gradient steps between two looks. On-policy also at the starts of rollouts
@@ -56,8 +44,9 @@ class StopOnNonFinite(NoiseCallback):
             raise ValueError(f"save_path must be a file, {save_path} is a folder; give {path / 'last_good.zip'}, say.")
         self.save_path = path if path.suffix else path.with_suffix(".zip")
         self.every, self.save_every = check_integer("every", every, 1), check_integer("save_every", save_every, 1)
-        #: Name of the parameter that stopped training; ``None`` if none did.
+        #: Name of the parameter that stopped training, or ``"reward of environment 0"``, say; ``None`` if nothing did.
         self.non_finite: str | None = None
+        self._broken = False  # whether it is a parameter
         self._hooks: list[th.utils.hooks.RemovableHandle] = []
         self._good: dict[int, th.Tensor] = {}  # the optimizers' parameters in the last checkpoint, by identity
         self._started: float = 0
@@ -73,7 +62,8 @@ class StopOnNonFinite(NoiseCallback):
                 f"{self.name}: {name} is not finite before training has started, so there is nothing good to go back to. Load "
                 "an earlier checkpoint."
             )
-        self.non_finite, self._started = None, self.model.start_time
+        self.non_finite, self._broken, self._started = None, False, self.model.start_time
+        self.policy.marks.numbers_guarded = True
         self._save()
         self._unhook()
         for name, optimizer in self._optimizers():
@@ -82,19 +72,28 @@ class StopOnNonFinite(NoiseCallback):
     def _on_rollout_start(self) -> None:
         if not self.off_policy:
             self._look(dict(self.policy.named_parameters()))
-        if self.non_finite is not None:
+        if self._broken:
             self._go_back()
         elif self.model.num_timesteps - self._saved_at >= self.save_every:
             self._save()
 
     def _on_step(self) -> bool:
+        self._hear()
         return self.non_finite is None
 
     def _on_training_end(self) -> None:
         self._unhook()
         self._look(dict(self.policy.named_parameters()))
-        if self.non_finite is not None:
+        if self._broken:
             self._go_back()
+        self._hear()
+
+    def _hear(self) -> None:
+        """Take note of a number that came from the environments, and was kept from the policy."""
+        told = self.policy.marks.non_finite
+        if told is not None and self.non_finite is None:
+            self.non_finite = told.where
+            self._report(str(told))
 
     def _optimizers(self) -> Iterator[tuple[str, th.optim.Optimizer]]:
         for name in self.model._get_torch_save_params()[0]:
@@ -134,8 +133,11 @@ class StopOnNonFinite(NoiseCallback):
         name = first_non_finite(named) if self.non_finite is None else None
         if name is None:
             return False
-        self.non_finite = name
-        self._report()
+        self.non_finite, self._broken = name, True
+        self._report(
+            f"{name} is not finite at step {self.model.num_timesteps}: training stops, and the model goes back to its state "
+            f"of step {self._saved_at}, which is in {self.save_path}. Try a lower learning rate, or a smaller sigma."
+        )
         return True
 
     def _save(self) -> None:
@@ -155,11 +157,7 @@ class StopOnNonFinite(NoiseCallback):
         for name, value in (variables or {}).items():  # SAC's temperature, as SB3's load does it
             recursive_setattr(self.model, f"{name}.data", value.data)
 
-    def _report(self) -> None:
-        message = (
-            f"{self.non_finite} is not finite at step {self.model.num_timesteps}: training stops, and the model goes back to "
-            f"its state of step {self._saved_at}, which is in {self.save_path}. Try a lower learning rate, or a smaller sigma."
-        )
+    def _report(self, message: str) -> None:
         self.logger.record("noise/non_finite_at", self.model.num_timesteps)
         self.logger.error(message)
         warnings.warn(message, stacklevel=2)

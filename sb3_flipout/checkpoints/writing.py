@@ -27,6 +27,7 @@ from sb3_flipout.checkpoints.files import (
     write_description,
 )
 from sb3_flipout.checks import check_integer
+from sb3_flipout.finite import first_non_finite, not_finite
 
 _UNFINISHED = ".unfinished-"
 
@@ -129,6 +130,14 @@ class Checkpoints(BaseCallback):
         place = self.folder / f"step-{self.num_timesteps:012d}"
         if place.exists() and what_is_wrong(place) is None:
             return True  # this step is saved; to write it again would leave a moment in which it is not there
+        broken = self._broken()
+        if broken is not None:
+            warnings.warn(
+                f"no checkpoint is written at step {self.num_timesteps}: {broken} is not finite. Those before it stay as they "
+                "are, and are what to go on from.",
+                stacklevel=2,
+            )
+            return False
         unfinished = self.folder / f"{_UNFINISHED}{place.name}"
         try:
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -151,6 +160,19 @@ class Checkpoints(BaseCallback):
         if self.verbose:
             print(f"Checkpoint {place}")
         return True
+
+    def _broken(self) -> str | None:
+        """What of the training is not finite: to go on from it would be of no use, and it must push no good one out."""
+        name = first_non_finite(dict(self.model.policy.named_parameters()))
+        normalised = self.model.get_vec_normalize_env()
+        if name is not None or normalised is None:
+            return name
+        of_observations = getattr(normalised, "obs_rms", None) or {}
+        statistics = dict(of_observations) if isinstance(of_observations, dict) else {"observations": of_observations}
+        for what, one in {**statistics, "returns": normalised.ret_rms}.items():
+            if not_finite(np.asarray(one.mean)) is not None or not_finite(np.asarray(one.var)) is not None:
+                return f"VecNormalize's statistic of {what}"
+        return None
 
     def _write(self, folder: Path) -> None:
         model = self.model

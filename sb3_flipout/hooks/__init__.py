@@ -12,8 +12,10 @@ from typing import Any
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
+from sb3_flipout.hooks import _models as models
 from sb3_flipout.hooks import _told as told
-from sb3_flipout.hooks._told import Method
+from sb3_flipout.hooks._models import Method
+from sb3_flipout.hooks._numbers import store_transition
 
 # What is put in place of the methods of each class, with what stood in the class itself (None where it was inherited).
 _INSTALLED: dict[type[BaseAlgorithm], dict[str, Any]] = {}
@@ -22,22 +24,23 @@ _INSTALLED: dict[type[BaseAlgorithm], dict[str, Any]] = {}
 def _set_up(original: Method, algorithm: Any) -> None:
     """Wrap what a subclass has overridden, too: this is the first that is heard of it."""
     install(type(algorithm))
-    told.set_up(original, algorithm)
+    models.set_up(original, algorithm)
 
 
 _EVERY: dict[str, Method] = {
     "_setup_model": _set_up,
-    "save": told.save,
-    "set_random_seed": told.seed,
-    "set_parameters": told.set_parameters,
+    "save": models.save,
+    "set_random_seed": models.seed,
+    "set_parameters": models.set_parameters,
     "_update_info_buffer": told.end_step,
     "_setup_learn": told.set_up_learning,
 }
-_ON_POLICY = {**_EVERY, "collect_rollouts": told.collect_rollout, "train": told.train_on_rollout}
-_OFF_POLICY = {
+_ON_POLICY: dict[str, Method] = {**_EVERY, "collect_rollouts": told.collect_rollout, "train": told.train_on_rollout}
+_OFF_POLICY: dict[str, Method] = {
     **_EVERY,
     "collect_rollouts": told.collect_transitions,
     "_sample_action": told.sample_action,
+    "_store_transition": store_transition,
     "train": told.train,
 }
 
@@ -45,12 +48,12 @@ _OFF_POLICY = {
 def _wrap(original: Method, wrapper: Method) -> Method:
     @functools.wraps(original)
     def method(self: BaseAlgorithm, *args: Any, **kwargs: Any) -> Any:
-        if not told.has_flipout_policy(self):
+        if not models.has_flipout_policy(self):
             return original(self, *args, **kwargs)
         if getattr(self, "policy", None) is None:
             return wrapper(original, self, *args, **kwargs)
         # A subclass's method calls its parent's inside its own, and both are wrapped: the outer one tells.
-        with told.policy_of(self).once(wrapper.__name__) as first:
+        with models.policy_of(self).once(wrapper.__name__) as first:
             return wrapper(original, self, *args, **kwargs) if first else original(self, *args, **kwargs)
 
     method.wraps_for_flipout = True  # type: ignore[attr-defined]
@@ -63,7 +66,7 @@ def _wrap_load(original: Any) -> Any:
 
     @functools.wraps(function)
     def load(cls: type[BaseAlgorithm], *args: Any, **kwargs: Any) -> Any:
-        return told.load(functools.partial(function, cls), cls, *args, **kwargs)
+        return models.load(functools.partial(function, cls), cls, *args, **kwargs)
 
     load.wraps_for_flipout = True  # type: ignore[attr-defined]
     return classmethod(load)

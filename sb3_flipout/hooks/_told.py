@@ -1,116 +1,19 @@
-"""What SB3's algorithms tell a flipout policy, around a few of their methods, which are called and never copied."""
+"""What SB3's algorithms tell a flipout policy while they collect and learn, around methods that are called, never copied."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from inspect import signature
 from typing import Any
 
 import numpy as np
-from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList
-from stable_baselines3.common.save_util import load_from_zip_file
 
-from sb3_flipout.buffers import KeyedBufferMixin, keyed, store_noise
+from sb3_flipout.buffers import KeyedBufferMixin, store_noise
+from sb3_flipout.hooks import _numbers as numbers
 from sb3_flipout.hooks._batches import batches_for_members, check_batch_size, number_stored
-from sb3_flipout.policies.base import FlipoutPolicyMixin
-
-Method = Callable[..., Any]
-
-#: Where an algorithm's data has the noise state, in a saved model and while it is built from one.
-STATE = "flipout_noise"
-
-
-def policy_of(algorithm: Any) -> Any:
-    """
-    Find the policy of an algorithm, itself also where the user has compiled it.
-
-    :param algorithm: Algorithm
-    :return: Its policy
-    """
-    return getattr(algorithm.policy, "_orig_mod", algorithm.policy)
-
-
-def has_flipout_policy(algorithm: Any) -> bool:
-    """
-    Tell whether an algorithm has a flipout policy; before it is built, whether it will have one.
-
-    :param algorithm: Algorithm
-    :return: Whether it has
-    """
-    policy = getattr(algorithm, "policy", None)
-    if policy is None:
-        kind = algorithm.policy_class  # which may be a function that makes a policy
-        return isinstance(kind, type) and issubclass(kind, FlipoutPolicyMixin)
-    return isinstance(getattr(policy, "_orig_mod", policy), FlipoutPolicyMixin)
-
-
-# ---- building, saving, loading ----------------------------------------------------------------------------------------
-
-
-def set_up(original: Method, algorithm: Any) -> None:
-    """Make the rollout buffer store noise, whatever its class, and continue from the noise state of a loaded model."""
-    given = getattr(algorithm, "rollout_buffer_class", None)
-    if given is not None:
-        keyed(given)  # refuse an unfit one before anything is built
-    state = algorithm.__dict__.pop(STATE, None)
-    original(algorithm)
-    if hasattr(algorithm, "rollout_buffer"):
-        store_noise(algorithm.rollout_buffer)
-    if getattr(algorithm, "replay_buffer", None) is not None:
-        number_stored(algorithm, policy_of(algorithm))
-    if state is not None:
-        policy_of(algorithm).set_noise_state(state)
-
-
-def save(original: Method, algorithm: Any, *args: Any, **kwargs: Any) -> Any:
-    """Save the noise state beside the algorithm's own data."""
-    algorithm.__dict__[STATE] = policy_of(algorithm).noise_state()
-    try:
-        return original(algorithm, *args, **kwargs)
-    finally:
-        algorithm.__dict__.pop(STATE, None)
-
-
-def load(original: Method, cls: type[BaseAlgorithm], *args: Any, **kwargs: Any) -> Any:
-    """Explore by other noise where a seed is given."""
-    model = original(*args, **kwargs)
-    if kwargs.get("seed") is not None and has_flipout_policy(model):
-        policy_of(model).reseed_noise(kwargs["seed"])
-    return model
-
-
-def seed(original: Method, algorithm: Any, seed: int | None = None) -> None:
-    """Seed the noise with everything else; while a model is built there is none yet."""
-    original(algorithm, seed)
-    if seed is not None and getattr(algorithm, "policy", None) is not None:
-        policy_of(algorithm).reseed_noise(seed)
-
-
-def set_parameters(original: Method, algorithm: Any, load_path_or_dict: Any, *args: Any, **kwargs: Any) -> Any:
-    """Refuse the optimizer of a policy without noise before anything is changed."""
-    bound = signature(original).bind(algorithm, load_path_or_dict, *args, **kwargs)
-    given = {**bound.arguments, **kwargs}
-    if not isinstance(load_path_or_dict, Mapping):  # a path: read here, as SB3 would
-        device = given.get("device", "auto")
-        load_path_or_dict = load_from_zip_file(load_path_or_dict, device=device, load_data=False)[1]
-    weights = load_path_or_dict.get("policy")
-    learned = any(name.endswith("_sigma") for name in policy_of(algorithm).state_dict())
-    if isinstance(weights, Mapping) and learned and not any(name.endswith("_sigma") for name in weights):
-        others = [name for name in load_path_or_dict if name != "policy"]
-        if others or given.get("exact_match", True):
-            raise ValueError(
-                "these are the parameters of a policy without noise: it has no sigma, and its optimizer none for it. "
-                "To take its "
-                'weights as mean weights and keep the sigma that is here: model.set_parameters({"policy": params["policy"]}, '
-                "exact_match=False)."
-            )
-    return original(algorithm, load_path_or_dict, *args, **kwargs)
-
-
-# ---- collecting and learning ------------------------------------------------------------------------------------------
+from sb3_flipout.hooks._models import Method, policy_of
 
 
 class _TellsOfOthers(BaseCallback):
@@ -127,13 +30,21 @@ class _TellsOfOthers(BaseCallback):
 
 
 class _TellsRolloutStart(BaseCallback):
-    """Tells the policy when all callbacks of the user have seen a rollout start: its next forward pass is the first step."""
+    """
+    Tells the policy when all callbacks of the user have seen a rollout start: its next forward pass is the first step.
+
+    It looks at the parameters too, after those callbacks, which may have mended them.
+    """
 
     def _on_rollout_start(self) -> None:
+        numbers.check_parameters(self.model, policy_of(self.model))
         policy_of(self.model).marks.step_due = True
 
     def _on_step(self) -> bool:
         return True
+
+    def _on_training_end(self) -> None:
+        numbers.check_parameters(self.model, policy_of(self.model), now=True)
 
 
 def set_up_learning(original: Method, algorithm: Any, *args: Any, **kwargs: Any) -> Any:
@@ -145,11 +56,12 @@ def set_up_learning(original: Method, algorithm: Any, *args: Any, **kwargs: Any)
     check_batch_size(algorithm, policy)
     if getattr(algorithm, "replay_buffer", None) is not None:  # one that was loaded since
         number_stored(algorithm, policy)
-    policy.marks.steered = False
+    policy.marks.begin_learning()
     before = algorithm._last_obs
     total, callback = original(algorithm, *args, **kwargs)
     if algorithm._last_obs is not before:
-        policy_of(algorithm).end_episodes(np.ones(algorithm.n_envs, dtype=bool))
+        policy.end_episodes(np.ones(algorithm.n_envs, dtype=bool))
+    numbers.check_first_observations(algorithm, policy)
     listed = CallbackList([_TellsOfOthers(), callback, _TellsRolloutStart()])
     for one in (listed, listed.callbacks[0], listed.callbacks[-1]):
         one.model = algorithm
@@ -224,16 +136,17 @@ def collect_rollout(original: Method, algorithm: Any, *args: Any, **kwargs: Any)
     _follow_schedule(algorithm)
     policy.meet_observations(algorithm._last_obs)
     policy.begin_rollout()
-    with _counted_steps(algorithm), policy.collecting(algorithm.n_envs):
+    with numbers.explained(algorithm, policy), _counted_steps(algorithm), policy.collecting(algorithm.n_envs):
         finished = original(algorithm, *args, **kwargs)
-    return _after_collection(algorithm, finished)
+    return _after_collection(algorithm, finished and numbers.check_rollout(algorithm, policy))
 
 
 def collect_transitions(original: Method, algorithm: Any, *args: Any, **kwargs: Any) -> Any:
     """The same for replayed transitions, whose collection steps are marked one by one."""
-    policy_of(algorithm).meet_observations(algorithm._last_obs)
-    policy_of(algorithm).begin_rollout()
-    with _counted_steps(algorithm):
+    policy = policy_of(algorithm)
+    policy.meet_observations(algorithm._last_obs)
+    policy.begin_rollout()
+    with numbers.explained(algorithm, policy), _counted_steps(algorithm):
         finished = original(algorithm, *args, **kwargs)
     return _after_collection(algorithm, finished)
 
@@ -275,7 +188,7 @@ def sample_action(original: Method, algorithm: Any, learning_starts: int, action
 def train(original: Method, algorithm: Any, *args: Any, **kwargs: Any) -> Any:
     """Mark the update."""
     policy = policy_of(algorithm)
-    with policy.updating(), batches_for_members(algorithm, policy):
+    with numbers.explained(algorithm, policy), policy.updating(), batches_for_members(algorithm, policy):
         return original(algorithm, *args, **kwargs)
 
 

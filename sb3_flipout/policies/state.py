@@ -16,6 +16,7 @@ import torch as th
 from stable_baselines3.common.policies import BasePolicy
 
 from sb3_flipout.checks import check_integer, check_number
+from sb3_flipout.finite import NonFiniteError
 from sb3_flipout.noise import EvaluationStream, KeyStream, NoiseOwner, Stream, fold
 from sb3_flipout.noise.ladder import checked_ladder
 from sb3_flipout.policies.arguments import arguments_of
@@ -38,8 +39,15 @@ class RunMarks:
         self.step_due = False  # the algorithm's next collection step has not been made yet
         self.updates = False  # SB3's `train` is running
         self.acted_unmarked = False  # somebody acts under noise whom no algorithm has announced
-        self.steered = False  # a callback of this call of learn() steers the noise scale
+        self.next_look = 0  # step from which the parameters are looked at again
         self.warned: set[str] = set()
+        self.begin_learning()
+
+    def begin_learning(self) -> None:
+        """Forget what held in the last call of learn()."""
+        self.steered = False  # a callback steers the noise scale
+        self.numbers_guarded = False  # a callback ends training where numbers are not finite
+        self.non_finite: NonFiniteError | None = None  # what is to be said of it
 
     def __reduce__(self) -> Any:
         return RunMarks, ()

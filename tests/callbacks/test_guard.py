@@ -17,19 +17,19 @@ from stable_baselines3.common.callbacks import BaseCallback, CallbackList, Conve
 from stable_baselines3.common.env_util import make_vec_env
 
 from sb3_flipout.callbacks import StopOnNonFinite
-from sb3_flipout.callbacks.guard import first_non_finite
+from sb3_flipout.finite import NonFiniteError, first_non_finite
 
 
 class BrokenReward(gym.RewardWrapper):
-    """A reward that turns NaN, the common cause."""
+    """A reward that is no number any more, the common cause."""
 
-    def __init__(self, env: gym.Env, after: int) -> None:
+    def __init__(self, env: gym.Env, after: int, value: float) -> None:
         super().__init__(env)
-        self.left = after
+        self.left, self.value = after, value
 
     def reward(self, reward: Any) -> float:
         self.left -= 1
-        return float(reward) if self.left > 0 else math.nan
+        return float(reward) if self.left > 0 else self.value
 
 
 class Breaker(BaseCallback):
@@ -41,7 +41,9 @@ class Breaker(BaseCallback):
 
     def _on_training_start(self) -> None:
         # Before what the guard has hung on, and after the update itself.
-        self.hook = self.model.policy.optimizer.register_step_post_hook(self._break)
+        policy: Any = self.model.policy
+        optimizer = policy.optimizer if hasattr(policy, "optimizer") else policy.critic.optimizer
+        self.hook = optimizer.register_step_post_hook(self._break)
 
     def _break(self, *_: Any) -> None:
         if self.model.num_timesteps >= self.at:
@@ -53,31 +55,56 @@ class Breaker(BaseCallback):
         return True
 
 
-@pytest.mark.parametrize("algorithm", [PPO, A2C, DQN])
-def test_a_reward_of_nan_stops_training(algorithm: type[BaseAlgorithm], tmp_path: Path) -> None:
-    env = make_vec_env(lambda: BrokenReward(RandomEnv(ACTION_SPACES["discrete"]), 40))
-    model = make(algorithm, env)
+@pytest.mark.parametrize(
+    ("algorithm", "name"), [(PPO, "value_net.bias"), (A2C, "action_net.weight"), (DQN, "q_net.q_net.2.bias")]
+)
+def test_training_stops_and_the_model_goes_back(algorithm: type[BaseAlgorithm], name: str, tmp_path: Path) -> None:
+    model = make(algorithm, n_envs=1)
     guard = StopOnNonFinite(tmp_path / "deep" / "good", save_every=8)
     with pytest.warns(UserWarning, match=r"is not finite at step \d+: training stops") as caught:
-        model.learn(400, guard)
+        model.learn(400, [Breaker(name, 44, math.nan), guard])
     assert 40 < model.num_timesteps < 80
-    assert guard.non_finite is not None and f"{guard.non_finite} is not finite" in str(caught[0].message)
+    assert guard.non_finite == name and f"{name} is not finite" in str(caught[0].message)
     assert "good.zip" in str(caught[0].message)
     assert first_non_finite(dict(model.policy.named_parameters())) is None  # also what RL Zoo saves at the end
     loaded = algorithm.load(tmp_path / "deep" / "good.zip")
     assert all(th.equal(a, b) for a, b in zip(parameters(loaded), parameters(model), strict=True))
-    assert 16 <= loaded.num_timesteps <= 40
-    assert f"its state of step {loaded.num_timesteps}," in str(caught[0].message)
-    model.set_env(vector_env("discrete", 1), force_reset=True)
+    assert 16 <= loaded.num_timesteps <= 48
+    assert f"state of step {loaded.num_timesteps}, which is in" in str(caught[0].message)
     model.learn(32)  # goes on from there
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # SB3's, from infinity times 0
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize(("algorithm", "action"), [(PPO, "discrete"), (A2C, "box"), (DQN, "discrete"), (SAC, "box")])
+def test_a_reward_of_nan_ends_training_before_anything_learns_from_it(
+    algorithm: type[BaseAlgorithm], action: str, value: float, tmp_path: Path
+) -> None:
+    env = make_vec_env(lambda: BrokenReward(RandomEnv(ACTION_SPACES[action]), 45, value))
+    model, guard = make(algorithm, env), StopOnNonFinite(tmp_path / "good", save_every=8)
+    seen: list[list[th.Tensor]] = []
+    note = ConvertCallback(lambda *_: seen.append([one.clone() for one in parameters(model)]) or True)
+    with pytest.warns(UserWarning, match=rf"the reward of environment 0 was {value} at step 4\d or shortly before") as caught:
+        model.learn(400, [guard, note])
+    assert len([one for one in caught if one.category is UserWarning]) == 1
+    assert guard.non_finite == "reward of environment 0"
+    assert 45 <= model.num_timesteps <= 49
+    assert model.logger.name_to_value["noise/non_finite_at"] == model.num_timesteps
+    # Nothing was put back: the last steps before it have been learned from.
+    assert first_non_finite(dict(model.policy.named_parameters())) is None
+    if not hasattr(model, "replay_buffer"):
+        assert all(th.equal(a, b) for a, b in zip(seen[-1], parameters(model), strict=True))
+    else:
+        assert model.replay_buffer.pos == 44 and math.isfinite(model.replay_buffer.rewards.sum())
+    model.set_env(vector_env(action, 1), force_reset=True)
+    model.learn(32)
 
 
 @pytest.mark.parametrize("algorithm", [SAC, TD3])
 def test_actors_critics_and_temperature_go_back(algorithm: type[BaseAlgorithm], tmp_path: Path) -> None:
-    env = make_vec_env(lambda: BrokenReward(RandomEnv(ACTION_SPACES["box"]), 40))
-    model = make(algorithm, env)
-    with pytest.warns(UserWarning, match=r"^critic\.qf0\.\S+ is not finite at step 4\d: "):
-        model.learn(100, StopOnNonFinite(tmp_path / "good", save_every=16))
+    model = make(algorithm, action="box", n_envs=1)
+    with pytest.warns(UserWarning, match=r"^critic\.qf0\.0\.weight is not finite at step 40: "):
+        model.learn(100, [Breaker("critic.qf0.0.weight", 40, math.nan), StopOnNonFinite(tmp_path / "good", save_every=16)])
     loaded = algorithm.load(tmp_path / "good.zip")
     assert loaded.num_timesteps == 32
     assert all(th.equal(a, b) for a, b in zip(parameters(loaded), parameters(model), strict=True))
@@ -133,7 +160,8 @@ def test_leaves_no_hooks_and_those_of_a_broken_run_are_dead(tmp_path: Path) -> N
         model.learn(64, CallbackList([guard, ConvertCallback(broken)]))
     assert len(optimizer._optimizer_step_post_hooks) == 1
     breaker = Breaker("q_net.q_net.0.bias_sigma", 20, math.nan)
-    model.learn(32, breaker)  # without the guard: nobody stops it
+    with pytest.raises(NonFiniteError, match=r"^q_net\.q_net\.\S+ of the policy of DQN is not finite at step 32"):
+        model.learn(32, breaker)  # without the guard: nobody stops it at once
     breaker.hook.remove()
     assert model.num_timesteps == 32 and guard.non_finite is None
     model.set_parameters(str(tmp_path / "good.zip"))
