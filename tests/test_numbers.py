@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import pickle
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -20,6 +21,7 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNormalize
 from torch.distributions import Distribution
 
+import sb3_flipout
 from sb3_flipout.finite import NonFiniteError, first_non_finite
 from sb3_flipout.hooks._numbers import LOOK_EVERY
 
@@ -266,3 +268,65 @@ def test_goals_are_looked_at() -> None:
 def test_the_error_goes_between_processes() -> None:
     error = pickle.loads(pickle.dumps(NonFiniteError("what", "where")))
     assert (str(error), error.where) == ("what", "where")
+
+
+# ---- checkpoints ------------------------------------------------------------------------------------------------------
+
+
+def raises(out: list[Any]) -> list[Any]:
+    raise ArithmeticError("what went wrong")
+
+
+def of_another_shape(out: list[Any]) -> list[Any]:
+    return [np.zeros(5, np.float32), *out[1:]]
+
+
+@pytest.mark.parametrize("normalised", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.parametrize(
+    ("fault", "error"),
+    [
+        (raises, ArithmeticError),
+        (observation_of(math.nan), NonFiniteError),
+        (reward_of(math.inf), NonFiniteError),
+        (of_another_shape, ValueError),
+    ],
+    ids=["raises", "observation", "reward", "shape"],
+)
+@pytest.mark.parametrize("algorithm", [PPO, DQN])
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning", "ignore:no checkpoint is written:UserWarning")
+def test_what_goes_wrong_leaves_the_checkpoint_before_it(
+    algorithm: type[BaseAlgorithm], fault: Any, error: type[Exception], normalised: bool, tmp_path: Path
+) -> None:
+    def environments(fault: Any, at: int) -> Any:
+        env = two(fault, "discrete", at)
+        return VecNormalize(env) if normalised else env
+
+    model = built(algorithm, environments(fault, 45), policy_kwargs=dict(net_arch=[8], schedule="constant"))
+    with pytest.raises(error):
+        model.learn(400, callback=sb3_flipout.Checkpoints(tmp_path, every=2))
+    again = sb3_flipout.resume(tmp_path, environments(None, 10**9))
+    # What was saved at the step of the fault itself had not met it, or was not saved.
+    assert 84 <= again.num_timesteps <= 96
+    assert first_non_finite(dict(again.policy.named_parameters())) is None
+    again.learn(64, reset_num_timesteps=False)
+
+
+@pytest.mark.parametrize("name", ["weights", "observations", "returns"])
+def test_what_is_broken_is_not_saved(name: str, tmp_path: Path) -> None:
+    env = VecNormalize(two(None, "discrete", 10**9))
+    model, checkpoints = built(PPO, env), sb3_flipout.Checkpoints(tmp_path, every=10_000)
+    model.learn(32, callback=checkpoints)
+    checkpoints.holding = True
+    assert checkpoints.save()
+    checkpoints.num_timesteps += 1
+    if name == "weights":
+        with th.no_grad():
+            model.policy.value_net.bias.fill_(math.nan)
+    elif name == "observations":
+        env.obs_rms.var[1] = math.nan
+    else:
+        env.ret_rms.mean = math.inf
+    told = {"weights": "value_net.bias"}.get(name, f"VecNormalize's statistic of {name}")
+    with pytest.warns(UserWarning, match=f"^no checkpoint is written at step 33: {told} is not finite"):
+        assert not checkpoints.save()
+    assert [path.name for path in tmp_path.glob("step-*")] == ["step-000000000032"]

@@ -13,6 +13,7 @@ from sb3_flipout.layers import recomputation
 from sb3_flipout.layers.base import FlipoutLayer
 from sb3_flipout.layers.row_view import RowView
 from sb3_flipout.layers.weights import PerturbedWeights
+from sb3_flipout.noise.compiling import eager
 from sb3_flipout.noise.rows import RowNoise
 from sb3_flipout.noise.signs import FactorPlan
 
@@ -209,5 +210,5 @@ class Activation:
 class _EagerActivation(Activation):
     """That of a policy: noise is drawn and counted in Python, so a compiled policy leaves it alone and keeps its graphs."""
 
-    __enter__ = th.compiler.disable(Activation.__enter__)  # type: ignore[no-untyped-call]
-    __exit__ = th.compiler.disable(Activation.__exit__)  # type: ignore[no-untyped-call]
+    __enter__ = eager(Activation.__enter__)
+    __exit__ = eager(Activation.__exit__)

@@ -16,6 +16,7 @@ from typing import Literal
 
 import torch as th
 
+from sb3_flipout.noise.compiling import eager
 from sb3_flipout.noise.keys import fold_in
 from sb3_flipout.noise.signs import factors, word_count
 from sb3_flipout.noise.tables import FactorKind, build_outside_modes
@@ -41,7 +42,7 @@ def table_size(n: int) -> int:
     return int(max(_LEAST, 1 << (4 * n - 1).bit_length()))
 
 
-@th.compiler.disable  # type: ignore[untyped-decorator]
+@eager
 def base_draws(law: BaseLaw, key: int, shapes: Sequence[th.Size], like: th.Tensor) -> list[th.Tensor]:
     """
     Draw the base of the weights of one layer: neighbouring parts of one slice.

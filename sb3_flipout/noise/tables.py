@@ -15,6 +15,8 @@ from typing import Literal
 import numpy as np
 import torch as th
 
+from sb3_flipout.noise.compiling import eager
+
 FactorKind = Literal["sign", "sqrt_normal", "normal"]
 
 # Tables by (kind, dtype, device), for torch and for numpy. A dictionary and not functools.cache, which torch.compile warns of.
@@ -48,7 +50,7 @@ def factor_table(kind: FactorKind, dtype: th.dtype, device: th.device) -> tuple[
     return _TABLES[name]
 
 
-@th.compiler.disable  # type: ignore[untyped-decorator]
+@eager
 def _build(kind: FactorKind, dtype: th.dtype, device: th.device) -> tuple[th.Tensor, np.ndarray | None]:
     """Not traced, unlike the look-up, which leaves compiled code in one piece."""
     with build_outside_modes():

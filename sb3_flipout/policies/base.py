@@ -7,7 +7,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from inspect import signature
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch as th
@@ -19,6 +19,7 @@ from sb3_flipout.layers import FlipoutLayer, PerturbedNetwork
 from sb3_flipout.layers.convert import Wanted, checked_patterns, names_to_skip, perturb_named, warn_of_plain
 from sb3_flipout.noise import RowNoise, Scales, noise_of
 from sb3_flipout.noise.carried import lost_by
+from sb3_flipout.noise.compiling import eager
 from sb3_flipout.policies.guard import VisitGuard
 from sb3_flipout.policies.observations import n_rows
 from sb3_flipout.policies.plain import plain_copy
@@ -26,28 +27,6 @@ from sb3_flipout.policies.rows import give_layouts
 from sb3_flipout.policies.settings import NoiseSettings
 from sb3_flipout.policies.sigma_units import divide_by_inputs
 from sb3_flipout.policies.state import NoiseState
-
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-def steps_aside(method: F) -> F:
-    """
-    Keep a method's own lines out of a compiled policy's graphs; what it calls, SB3's methods and the network, is compiled.
-
-    :param method: Method that says what a pass sees, and calls its parent's
-    :return: The same, for torch.compile to step over
-    """
-    return th.compiler.disable(method, recursive=False)  # type: ignore[no-untyped-call]
-
-
-def eager(function: F) -> F:
-    """
-    Keep what counts in Python out of a compiled policy's graph.
-
-    :param function: Function
-    :return: The same, for torch.compile to leave alone
-    """
-    return th.compiler.disable(function)  # type: ignore[no-untyped-call]
 
 
 class FlipoutPolicyMixin(NoiseState):

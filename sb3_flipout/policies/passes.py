@@ -15,8 +15,9 @@ from typing import Any, ClassVar
 import torch as th
 
 from sb3_flipout.noise.carried import without_noise
+from sb3_flipout.noise.compiling import eager, steps_aside
 from sb3_flipout.noise.rows import RowNoise
-from sb3_flipout.policies.base import FlipoutPolicyMixin, eager, steps_aside
+from sb3_flipout.policies.base import FlipoutPolicyMixin
 from sb3_flipout.policies.observations import n_rows
 
 

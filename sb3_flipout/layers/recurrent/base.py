@@ -24,6 +24,7 @@ from sb3_flipout.layers.recurrent._sequences import (
     Steps,
 )
 from sb3_flipout.layers.row_view import RowView
+from sb3_flipout.noise.compiling import eager
 
 States = tuple[th.Tensor, ...]  # hidden state, and what else there is: each (num_layers, N, hidden_size)
 
@@ -106,7 +107,7 @@ class RecurrentLayer(FlipoutLayer, nn.RNNBase):
     # ---- forward ------------------------------------------------------------------------------------------------
 
     # torch.compile does not look into recurrent layers; told so, it leaves this one out whole, and compiles what is around it.
-    @th.compiler.disable  # type: ignore[untyped-decorator]
+    @eager
     def forward(self, input: Any, hx: Any = None) -> tuple[Any, Any]:
         """
         Apply the layer: mean weights, or each row's own while noise is active.

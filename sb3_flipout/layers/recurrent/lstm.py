@@ -11,6 +11,7 @@ from torch import nn
 from sb3_flipout.layers import functional
 from sb3_flipout.layers.recurrent._sequences import Projection, Steps
 from sb3_flipout.layers.recurrent.base import RecurrentLayer, States
+from sb3_flipout.noise.compiling import eager
 
 State = tuple[th.Tensor, th.Tensor]
 
@@ -32,7 +33,7 @@ class FlipoutLSTM(RecurrentLayer, nn.LSTM):
     PLAIN = nn.LSTM
     STATES = 2
 
-    @th.compiler.disable  # type: ignore[untyped-decorator]
+    @eager
     def forward_episodes(
         self,
         input: th.Tensor,
