@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping
 from inspect import signature
 from typing import Any
@@ -17,6 +18,9 @@ Method = Callable[..., Any]
 
 #: Where an algorithm's data has the noise state, in a saved model and while it is built from one.
 STATE = "flipout_noise"
+
+#: Held while a model is built: SB3 seeds the one generator of torch, and two models built in threads would seed each other.
+_BUILDING = threading.RLock()
 
 
 def policy_of(algorithm: Any) -> Any:
@@ -49,7 +53,8 @@ def set_up(original: Method, algorithm: Any) -> None:
     if given is not None:
         keyed(given)  # refuse an unfit one before anything is built
     state = algorithm.__dict__.pop(STATE, None)
-    original(algorithm)
+    with _BUILDING:
+        original(algorithm)
     if hasattr(algorithm, "rollout_buffer"):
         store_noise(algorithm.rollout_buffer)
     if getattr(algorithm, "replay_buffer", None) is not None:
