@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -38,6 +39,23 @@ def first_non_finite(named: Mapping[str, th.Tensor]) -> str | None:
         return next((name for name, value in named.items() if not bool(th.isfinite(value).all())), None)
 
 
+def is_finite(numbers: Any) -> bool:
+    """
+    Tell whether there is no NaN and no infinity in arrays.
+
+    The product of an array with itself answers for most, in half a microsecond; where it is not finite, all are looked at.
+
+    :param numbers: An array, or a dictionary of them; what is no array, or of integers, has none
+    :return: Whether there is none
+    """
+    if isinstance(numbers, np.ndarray):
+        if numbers.dtype.kind != "f":
+            return True
+        flat = numbers.ravel()
+        return math.isfinite(flat.dot(flat)) or bool(np.isfinite(flat).all())
+    return not isinstance(numbers, Mapping) or all(map(is_finite, numbers.values()))
+
+
 def not_finite(array: Any) -> np.ndarray | None:
     """
     Find where an array has NaN or infinity.
@@ -45,10 +63,7 @@ def not_finite(array: Any) -> np.ndarray | None:
     :param array: Array, or what is no array, in which there is nothing to find
     :return: Mask of the same shape; ``None`` if all is finite
     """
-    if not isinstance(array, np.ndarray) or array.dtype.kind != "f":
-        return None
-    finite = np.isfinite(array)
-    return None if finite.all() else ~finite
+    return None if is_finite(array) else ~np.isfinite(array)
 
 
 def parts(observations: Any) -> Iterator[tuple[str, Any]]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from sb3_flipout.finite import NonFiniteError, first_non_finite, not_finite, parts
+from sb3_flipout.finite import NonFiniteError, first_non_finite, is_finite, not_finite, parts
 
 #: Steps, of all environments together, between two looks at the parameters.
 LOOK_EVERY = 1_000
@@ -71,6 +71,9 @@ def check_rollout(algorithm: Any, policy: Any) -> bool:
     :raises NonFiniteError: If something is not finite, and there is no such callback
     """
     buffer = algorithm.rollout_buffer
+    collected = [getattr(buffer, name, None) for name in ("observations", "rewards", "values", "log_probs", "actions")]
+    if all(map(is_finite, collected)):
+        return True
     told = _found(algorithm, policy, getattr(buffer, "observations", None), getattr(buffer, "rewards", None), 1)
     outputs = [name for name in ("values", "log_probs", "actions") if not_finite(getattr(buffer, name, None)) is not None]
     if told is None and outputs:
@@ -102,12 +105,14 @@ def store_transition(
     infos: list[dict[str, Any]],
 ) -> None:
     """Look at a step of the environments before it goes into the replay buffer."""
-    policy = getattr(algorithm.policy, "_orig_mod", algorithm.policy)
-    told = _found(algorithm, policy, new_obs, reward)
-    for place in np.flatnonzero(dones) if told is None else ():
-        told = told or _found(algorithm, policy, infos[place].get("terminal_observation"), None, of=int(place))
-    if told is None or _ends_quietly(policy, told):
-        original(algorithm, replay_buffer, buffer_action, new_obs, reward, dones, infos)
+    if dones.any() or not (is_finite(reward) and is_finite(new_obs)):
+        policy = getattr(algorithm.policy, "_orig_mod", algorithm.policy)
+        told = _found(algorithm, policy, new_obs, reward)
+        for place in np.flatnonzero(dones):
+            told = told or _found(algorithm, policy, infos[place].get("terminal_observation"), None, of=int(place))
+        if told is not None and not _ends_quietly(policy, told):
+            return
+    original(algorithm, replay_buffer, buffer_action, new_obs, reward, dones, infos)
 
 
 def _found(
