@@ -51,8 +51,7 @@ def is_finite(numbers: Any) -> bool:
     if isinstance(numbers, np.ndarray):
         if numbers.dtype.kind != "f":
             return True
-        flat = numbers.ravel()
-        return math.isfinite(flat.dot(flat)) or bool(np.isfinite(flat).all())
+        return math.isfinite(np.vdot(numbers, numbers)) or bool(np.isfinite(numbers).all())
     return not isinstance(numbers, Mapping) or all(map(is_finite, numbers.values()))
 
 
