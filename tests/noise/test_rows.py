@@ -34,7 +34,12 @@ def test_keys_and_scales_are_those_given(scale: Any) -> None:
     assert noise.scale.dtype == th.float32 and th.equal(noise.scale, expected.float())
 
 
-@pytest.mark.parametrize("index", INDICES, ids=str)
+def in_one_line(index: object) -> str:
+    """Name of a case that can be given to pytest again: without line breaks and brackets."""
+    return "".join(letter for letter in str(index) if letter.isalnum())
+
+
+@pytest.mark.parametrize("index", INDICES, ids=in_one_line)
 @pytest.mark.parametrize("scale", [None, SCALE], ids=["one", "per_row"])
 def test_slices_take_keys_scales_and_factors(index: Any, scale: th.Tensor | None) -> None:
     noise = RowNoise(KEYS, scale)
@@ -73,7 +78,7 @@ def test_a_slice_of_an_expanded_parent_hashes_nothing(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("own", [None, SCALE], ids=["unit", "scaled"])
-@pytest.mark.parametrize("index", [slice(None), *INDICES], ids=str)
+@pytest.mark.parametrize("index", [slice(None), *INDICES], ids=in_one_line)
 def test_another_scale_for_the_same_rows(own: th.Tensor | None, index: Any) -> None:
     rows = RowNoise(KEYS, own)[index]
     scale = th.linspace(-2, 3, len(rows))
@@ -141,7 +146,7 @@ def test_a_tensor_carries_noise_and_keeps_its_values() -> None:
     assert type(plain) is th.Tensor and plain.data_ptr() == data.data_ptr() and noise_of(plain) is None
 
 
-@pytest.mark.parametrize("index", INDICES, ids=str)
+@pytest.mark.parametrize("index", INDICES, ids=in_one_line)
 def test_slicing_a_tensor_slices_its_noise(index: Any) -> None:
     data = th.randn(20, 3)
     part = with_noise(data, RowNoise(KEYS, SCALE))[index]
