@@ -27,7 +27,7 @@ PYTEST := $(ONE_THREAD) $(BIN)/python -m pytest
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help format check-format lint type check-architecture test test-slow docs check \
-        demo demo-atari tensorboard bench-install build clean
+        demo demo-atari tensorboard bench-install build clean test-versions mutation
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-20s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -58,6 +58,14 @@ test-slow: $(DEV)  ## Run the slow tests
 	@command -v initdb >/dev/null || ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || \
 	    { [ "$$(id -u)" = 0 ] && apt-get install -y -qq --no-install-recommends postgresql; } || true
 	$(PYTEST) -m slow -n $(PYTEST_WORKERS) --dist worksteal
+
+test-versions:  ## Run the tests under the lowest and newest versions (ROWS="lowest newest")
+	$(PYTHON) .ci/versions.py $(if $(ROWS),--rows $(ROWS))
+
+mutation: $(DEV)  ## Change lines one by one: which changes does no test notice? (MUTANTS="sb3_flipout.noise.*")
+	$(INSTALL) mutmut
+	$(ONE_THREAD) $(BIN)/python -m mutmut run --max-children 2 $(MUTANTS)
+	$(BIN)/python -m mutmut results
 
 docs: $(DOCS)  ## Build the documentation into docs/_build/html; warnings are errors
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
