@@ -114,6 +114,37 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_it_taken(name: str, how
         assert resume(tmp_path, "CartPole-v1").num_timesteps == EVERY
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", [DQN, PPO])
+def test_a_hundred_damaged_checkpoints(algorithm: Any, tmp_path: Path) -> None:
+    """Whatever has happened to a file: it is told, and the checkpoint before it is taken."""
+    whole = tmp_path / "whole"
+    build(algorithm).learn(2 * EVERY, callback=Checkpoints(whole, EVERY))
+    newest, generator = f"step-{2 * EVERY:012d}", random.Random(0)
+    for number in range(100):
+        folder = tmp_path / str(number)
+        shutil.copytree(whole, folder)
+        path = generator.choice(sorted((folder / newest).iterdir()))
+        data = bytearray(path.read_bytes())
+        at, length = generator.randrange(len(data)), generator.randrange(1, 50)
+        change = number % 4
+        if change == 0:
+            data = data[:at]
+        elif change == 1:
+            data[at] ^= 1 << generator.randrange(8)
+        elif change == 2:
+            data[at:at] = generator.randbytes(length)
+        else:
+            data[at : at + length] = bytes(length)
+        before, unchanged = description(folder / newest), bytes(data) == path.read_bytes()
+        path.write_bytes(bytes(data))
+        if unchanged or (path.suffix == ".json" and description(folder / newest) == before):
+            continue  # zeros that were some before, or a space between the words
+        with pytest.warns(UserWarning, match=rf"{newest} is not whole, .*: going back"):
+            assert resume(folder, "CartPole-v1").num_timesteps == EVERY
+        shutil.rmtree(folder)
+
+
 def test_nothing_whole_is_told(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="has no checkpoint that is whole"):
         resume(tmp_path, "CartPole-v1")
