@@ -15,8 +15,7 @@ import torch as th
 from torch import nn
 from torch.nn.functional import mse_loss
 
-from sb3_flipout import perturb, perturbed, redraw
-from sb3_flipout.layers import FlipoutLinear
+from sb3_flipout import kl_divergence, perturb, perturbed, redraw
 
 NOISE, PRIOR = 0.1, 2.0  # standard deviations: of the data, and of the weights before there are data (in 1/sqrt(fan_in))
 
@@ -33,25 +32,12 @@ net = nn.Sequential(nn.Linear(1, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), n
 perturb(net, family="gaussian", sigma_init=0.1)
 optimizer = th.optim.Adam(net.parameters(), lr=3e-3)  # made after perturb: it adds the sigmas
 
-
-def penalty() -> th.Tensor:
-    """KL divergence of the weights' law from the prior: N(0, PRIOR^2 / fan_in), and N(0, PRIOR^2) for biases."""
-    total = th.zeros(())
-    for layer in net:
-        if isinstance(layer, FlipoutLinear):
-            of_weights = (layer.weight, layer.weight_sigma, PRIOR / layer.in_features**0.5)
-            for mean, sigma, prior in [of_weights, (layer.bias, layer.bias_sigma, PRIOR)]:
-                ratio = sigma.abs() / prior
-                total = total + ((ratio**2 + (mean / prior) ** 2 - 1) / 2 - ratio.log()).sum()
-    return total
-
-
 for step in range(steps):
     redraw(net, base_key=step)  # the perturbation that the rows share
     keys = th.randint(2**62, (len(x),))  # and what makes it different for each of them
     with perturbed(net, keys):
         loss = mse_loss(net(x), y, reduction="sum") / (2 * NOISE**2)
-    loss = loss + penalty()
+    loss = loss + kl_divergence(net, PRIOR)  # far from the prior is dear
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()

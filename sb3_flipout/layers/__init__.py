@@ -13,6 +13,7 @@ from sb3_flipout.layers.conv import (
 )
 from sb3_flipout.layers.convert import perturb, restore
 from sb3_flipout.layers.derived import PERTURBED_CLASSES
+from sb3_flipout.layers.divergence import kl_divergence
 from sb3_flipout.layers.embedding import FlipoutEmbedding, FlipoutOneHotLinear, OneHotLinear
 from sb3_flipout.layers.interface import attach, effective_weight, flipout_layers, network_of, perturbed, redraw
 from sb3_flipout.layers.linear import FlipoutLinear
@@ -46,6 +47,7 @@ __all__ = [
     "attach",
     "effective_weight",
     "flipout_layers",
+    "kl_divergence",
     "network_of",
     "perturb",
     "perturbed",
