@@ -86,7 +86,7 @@ build: $(DEV)  ## Build the sdist and the wheel into dist/
 	$(BIN)/python -m build
 
 clean:  ## Remove caches and build outputs (the environment and the runs stay)
-	rm -rf build dist docs/_build .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	rm -rf build dist docs/_build docs/_api .pytest_cache .mypy_cache .ruff_cache *.egg-info
 	find . -path './$(VENV)' -prune -o -path ./.git -prune -o -type d -name __pycache__ -exec rm -rf {} +
 
 $(BIN)/python:

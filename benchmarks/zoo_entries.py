@@ -94,10 +94,10 @@ had a part in a choice of settings. Rows of DQN on CartPole, LunarLander and Mou
 
 {table(rows)}
 
-Where an entry does not reach it: on Pendulum, PPO's stock does not on the same seeds and starting states either, and the two
-are equal; on MountainCar PPO had 300,000 steps of a million; DQN's end of training on CartPole is a coin, for stock too (seed
-104 of it ends at 16, three others at 500, and a published figure is one agent's); on DQN's MountainCar noise held for an episode
-finds the goal later than epsilon-greedy on one seed of five, which ends at -200.
+Where an entry does not reach it: on Pendulum, PPO's stock does not on the same seeds and starting states either, and
+the two are equal; on MountainCar PPO had 300,000 steps of a million; DQN's end of training on CartPole is a coin, for
+stock too (seed 104 of it ends at 16, three others at 500, and a published figure is one agent's); on DQN's MountainCar
+noise held for an episode finds the goal later than epsilon-greedy on one seed of five, which ends at -200.
 """
 
 
