@@ -136,9 +136,10 @@ def cpu_model() -> str:
 def heading(rounds: int) -> str:
     import stable_baselines3
 
+    title = "Throughput off-policy" if any("off_policy" in word for word in sys.argv) else "Throughput"
     versions = f"torch {th.__version__}, stable-baselines3 {stable_baselines3.__version__}"
     return (
-        f"# Throughput\n\n`python {' '.join(sys.argv)}`, {date.today()}, {rounds} rounds; {cpu_model()}, one thread; "
+        f"# {title}\n\n`python {' '.join(sys.argv)}`, {date.today()}, {rounds} rounds; {cpu_model()}, one thread; "
         f"Python {platform.python_version()}, {versions}.\n\n{(__doc__ or '').split(chr(10) * 2, 2)[2]}"
     )
 
