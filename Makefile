@@ -27,7 +27,7 @@ PYTEST := $(ONE_THREAD) $(BIN)/python -m pytest
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help format check-format lint type check-architecture test test-slow docs check \
-        demo demo-atari tensorboard bench-install build clean test-versions mutation
+        demo demo-atari tensorboard bench-install build clean test-versions mutation release-check
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-20s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -84,6 +84,9 @@ bench-install: $(BENCH)  ## Install what the benchmarks need, next to the dev to
 build: $(DEV)  ## Build the sdist and the wheel into dist/
 	rm -rf dist
 	$(BIN)/python -m build
+
+release-check:  ## Build, check the metadata, install the wheel in a clean environment and run the demo from it
+	.ci/release_check
 
 clean:  ## Remove caches and build outputs (the environment and the runs stay)
 	rm -rf build dist docs/_build docs/_api .pytest_cache .mypy_cache .ruff_cache *.egg-info
