@@ -27,9 +27,7 @@ def test_the_version_is_the_same_everywhere() -> None:
 
 
 def test_workflows_call_what_there_is() -> None:
-    targets = {
-        line.split(":")[0] for line in (REPOSITORY / "Makefile").read_text().splitlines() if ":  ##" in line or ": $(" in line
-    }
+    targets = set(re.findall(r"^([a-z-]+):.*##", (REPOSITORY / "Makefile").read_text(), re.MULTILINE))
     for path in (REPOSITORY / ".github" / "workflows").glob("*.yml"):
         for job in yaml.safe_load(path.read_text())["jobs"].values():
             for step in job["steps"]:
