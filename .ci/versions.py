@@ -29,13 +29,13 @@ PACKAGES = ("stable-baselines3", "sb3-contrib", "torch", "gymnasium", "numpy")
 ROWS: dict[str, tuple[str, list[str]]] = {
     "lowest": (
         "3.10",
-        ["stable-baselines3==2.9.0", "sb3-contrib==2.9.0", "torch==2.8.0", "gymnasium==0.29.1", "numpy==1.26.4"],
+        ["stable-baselines3==2.9.0", "sb3-contrib==2.9.0", "torch==2.8.0", "gymnasium==1.1.0", "numpy==2.0.2"],
     ),
     "between": ("3.11", ["stable-baselines3==2.9.2", "torch==2.10.0", "gymnasium==1.2.3", "numpy<2.3"]),
     "recent": ("3.12", ["torch==2.13.0", "gymnasium<1.4"]),
     "newest": ("3.13", []),
 }
-TOOLS = ["pytest", "pytest-xdist", "pytest-timeout", "hypothesis", "safetensors", "scipy"]
+TOOLS = ["pytest", "pytest-xdist", "pytest-timeout", "hypothesis", "safetensors", "scipy", "pyyaml"]
 #: What needs more than the package and sb3-contrib, or is about this checkout and not about versions.
 LEFT_OUT = (
     "tests/zoo tests/test_zoo.py tests/evolution/test_workers.py tests/export/test_onnx.py tests/envs/test_against_bsuite.py "

@@ -181,9 +181,7 @@ def test_ladders_become_tuples_of_numbers(ladder: Any) -> None:
     "ladder", [(), [], "12", 3.0, (1.0, -0.1), (1.0, float("nan")), (float("inf"),), (True, 1.0), (1.0, "2"), ((1.0,),)]
 )
 def test_what_is_no_ladder_is_refused(ladder: Any) -> None:
-    with pytest.raises(
-        ValueError, match=r"^noise_ladder must be a tuple of finite numbers >= 0, one per environment"
-    ):
+    with pytest.raises(ValueError, match=r"^noise_ladder must be a tuple of finite numbers >= 0, one per environment"):
         checked_ladder(ladder)
 
 
