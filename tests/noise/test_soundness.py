@@ -11,8 +11,11 @@ from torch.nn import functional as F
 
 from sb3_flipout.noise import NoiseOwner, RowNoise, noise_of, with_noise
 from sb3_flipout.noise.ladder import checked_ladder, geometric_ladder
+from sb3_flipout.noise.row_operations import same_noise
 from sb3_flipout.noise.rows import RowsByKey
+from sb3_flipout.noise.signs import factors_at
 from sb3_flipout.noise.stream import EvaluationStream
+from sb3_flipout.noise.transitions import reward_draws
 
 N = 4
 IDX, MASK = th.tensor([2, 0, 3]), th.tensor([True, False, True, True])
@@ -27,6 +30,7 @@ def batch(*shape: int, first: int = 1) -> Any:
 OWNER = NoiseOwner()
 X, Y, FLAT = batch(2, 3), batch(2, 3, first=5), batch()
 PLAIN = th.ones(N, 2, 3)
+FOUR = th.tensor([0, 1, 1, 0])  # as many as there are rows, so that lengths do not tell
 
 
 def belongs(result: Any) -> bool:
@@ -101,11 +105,15 @@ LOSES: dict[str, Callable[[], Any]] = {
     "cat with a plain one first": lambda: th.cat([PLAIN, X]),
     "index_select of columns": lambda: X.index_select(1, th.tensor([0])),
     "pad of rows": lambda: F.pad(X, (0, 0, 0, 0, 1, 1)),
+    "pad that moves rows": lambda: F.pad(X, (0, 0, 0, 0, 1, -1)),
+    "pad that moves rows of two dimensions": lambda: F.pad(X[:, 0], (0, 0, -1, 1)),
     "pad of rows of two dimensions": lambda: F.pad(X[:, 0], (0, 0, 1, 0)),
     "view of other rows": lambda: X.view(8, 3),
     "view of other rows, counted": lambda: X.view(-1, 3),
     "view as another type": lambda: X.view(th.int32),
     "expand of a new dimension": lambda: X.expand(2, N, 2, 3),
+    "expand of a new dimension of as many": lambda: X.expand(N, N, 2, 3),
+    "permute by name": lambda: X.permute(dims=(1, 0, 2)),
     "repeat of rows": lambda: X.repeat(2, 1, 1),
     "repeat, more dimensions": lambda: X.repeat(1, 1, 1, 1),
     "permute of rows": lambda: X.permute(1, 0, 2),
@@ -125,8 +133,11 @@ LOSES: dict[str, Callable[[], Any]] = {
     "new axis before": lambda: X[None],
     "numbers of rows in two dimensions": lambda: X[IDX[:, None]],
     "ellipsis, everything": lambda: X[..., 0, 0, 0],
-    "apart": lambda: batch(2, 3, 4)[:, th.tensor([0, 1]), :, th.tensor([2, 3])],
-    "apart behind an ellipsis": lambda: batch(2, 3, 4)[..., th.tensor([0, 1]), :, th.tensor([2, 3])],
+    "apart": lambda: batch(2, 3, 4)[:, FOUR, :, FOUR],
+    "apart behind an ellipsis": lambda: batch(2, 3, 4)[..., FOUR, :, FOUR],
+    "apart by a new axis": lambda: X[:, FOUR, None, FOUR],
+    "apart by a number": lambda: batch(2, 3, 4)[:, FOUR, :, 0],
+    "flip of a single dimension": lambda: FLAT.flip(-1),
     "sum over rows": lambda: X.sum(0),
     "broadcast to more dimensions": lambda: FLAT + th.zeros(2, N),
     "two different ones": lambda: X + Y * 0,
@@ -165,6 +176,24 @@ def test_whose_noise_it_is_stays_known() -> None:
     assert by_key[1:].keys.tolist() == [0, 1, 1] and by_key[1:].owner is by_key.owner
     stream = EvaluationStream(3, 0, None, OWNER)
     assert stream.next(2, 1.0, th.device("cpu")).owner is OWNER
+
+
+def test_the_same_noise() -> None:
+    noise = RowNoise(th.arange(3), 0.5, OWNER)
+    assert same_noise(noise, noise) and same_noise(noise, RowNoise(th.arange(3), th.full((3,), 0.5), OWNER))
+    for other in (None, RowNoise(th.arange(2), 0.5, OWNER), RowNoise(th.arange(1), 0.5, OWNER)):
+        assert not same_noise(noise, other)
+    assert not same_noise(RowNoise(th.zeros(1, dtype=th.int64), 0.5), RowNoise(th.zeros(3, dtype=th.int64), 0.5))
+    for other in (RowNoise(th.arange(3), 0.6, OWNER), RowNoise(th.arange(3), 0.5), RowNoise(th.arange(3) + 1, 0.5, OWNER)):
+        assert not same_noise(noise, other)
+
+
+@pytest.mark.parametrize("dtype", [th.float32, th.float64])
+def test_draws_have_the_type_that_is_asked_for(dtype: th.dtype) -> None:
+    keys = th.arange(3)
+    for kind in ("sign", "normal"):
+        assert factors_at(keys, keys, 0, 0, kind, dtype).dtype == dtype  # type: ignore[arg-type]
+    assert reward_draws(keys, keys, dtype).dtype == dtype and reward_draws(keys, keys).dtype == th.float32
 
 
 # ---- ladders ------------------------------------------------------------------------------------------------------------
