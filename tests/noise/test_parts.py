@@ -18,7 +18,7 @@ from sb3_flipout.buffers import keyed, store_noise
 from sb3_flipout.noise import NoiseOwner, RowNoise, Scales, bases, noise_of, tables
 from sb3_flipout.noise.ladder import environment_scales, geometric_ladder
 from sb3_flipout.noise.schedule import SHAPES, scheduled_factor
-from sb3_flipout.noise.stream import KeyStream
+from sb3_flipout.noise.stream import KeyStream, check_resample
 from sb3_flipout.samples import repeat_rows, with_parts
 
 CPU = th.device("cpu")
@@ -197,3 +197,21 @@ def test_places_that_a_users_class_chooses_bring_their_noise() -> None:
         assert noise is not None and noise.keys.tolist() == [0, 10, 20, 30] == (samples.observations[:, 0] * 10).tolist()
     buffer._get_samples(np.array([1]), None, mine=3)
     assert asked[-1] == {"mine": 3}
+
+
+def test_a_transition_without_keys_is_refused_in_full_words() -> None:
+    space = spaces.Box(-math.inf, math.inf, (1,))
+    buffer: Any = RolloutBuffer(2, space, spaces.Discrete(2), "cpu", n_envs=1)
+    store_noise(buffer)
+    with pytest.raises(ValueError) as told:
+        buffer.add(np.zeros((1, 1)), np.zeros((1, 1)), np.zeros(1), np.zeros(1), th.zeros(1), th.zeros(1))
+    assert str(told.value) == (
+        "the rollout buffer got a transition whose log_prob carries no noise keys, so the update could not replay it. Hand it "
+        "the very log-probabilities that policy(obs) gave: operations on them lose the keys. Collect neither inside "
+        "perturbed(policy, None) nor with a policy replaced since."
+    )
+
+
+def test_a_wrong_resample_is_refused_in_full_words() -> None:
+    with pytest.raises(ValueError, match=r"^resample must be one of .*'never'.* A whole number >= 1 is a number of steps\.$"):
+        check_resample("never")
