@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gymnasium as gym
@@ -23,7 +24,7 @@ from torch.distributions import Distribution
 
 import sb3_flipout
 from sb3_flipout.finite import NonFiniteError, first_non_finite
-from sb3_flipout.hooks._numbers import LOOK_EVERY
+from sb3_flipout.hooks._numbers import LOOK_EVERY, _check_shapes
 
 BOX = spaces.Box(-1, 1, (3,), np.float32)
 ON_POLICY: dict[type[BaseAlgorithm], dict[str, Any]] = {
@@ -239,6 +240,17 @@ def test_observations_of_another_shape(algorithm: type[BaseAlgorithm]) -> None:
             built(algorithm, env).learn(200)
     finally:
         env.close()
+
+
+@pytest.mark.parametrize("name", ["right", "it's"])
+def test_parts_of_another_shape_are_named(name: str) -> None:
+    space = spaces.Dict({"left": BOX, name: spaces.Box(-1, 1, (2,), np.float32)})
+    given = {"left": np.zeros((4, 3), np.float32), name: np.zeros((4, 5), np.float32)}
+    algorithm = SimpleNamespace(observation_space=space, _last_obs=given)
+    with pytest.raises(ValueError) as told:
+        _check_shapes(algorithm, RuntimeError())
+    assert f"gave the observation {name!r} in shape (5,), and their space says (2,)" in str(told.value)
+    _check_shapes(SimpleNamespace(observation_space=space, _last_obs={**given, name: np.zeros((4, 2))}), RuntimeError())
 
 
 def test_statistics_that_were_poisoned_show() -> None:

@@ -7,13 +7,14 @@ end; where torch or SB3 stumbles over such a number first, its error gets the ca
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
 from sb3_flipout.finite import NonFiniteError, first_non_finite, is_finite, not_finite, parts
+from sb3_flipout.hooks._models import policy_of
 
 #: Steps, of all environments together, between two looks at the parameters.
 LOOK_EVERY = 1_000
@@ -106,7 +107,7 @@ def store_transition(
 ) -> None:
     """Look at a step of the environments before it goes into the replay buffer."""
     if dones.any() or not (is_finite(reward) and is_finite(new_obs)):
-        policy = getattr(algorithm.policy, "_orig_mod", algorithm.policy)
+        policy = policy_of(algorithm)
         told = _found(algorithm, policy, new_obs, reward)
         for place in np.flatnonzero(dones):
             told = told or _found(algorithm, policy, infos[place].get("terminal_observation"), None, of=int(place))
@@ -171,9 +172,12 @@ def explained(algorithm: Any, policy: Any) -> Iterator[None]:
 
 def _check_shapes(algorithm: Any, error: Exception) -> None:
     space = algorithm.observation_space
-    for what, array in parts(algorithm._last_obs):
-        expected = space.spaces[what.split("'")[1]].shape if hasattr(space, "spaces") else space.shape
-        if isinstance(array, np.ndarray) and array.shape[1:] != expected:
+    spaces = getattr(space, "spaces", {})
+    observed = algorithm._last_obs
+    for name, array in observed.items() if isinstance(observed, Mapping) else ((None, observed),):
+        expected = getattr(space if name is None else spaces.get(name), "shape", None)
+        if isinstance(array, np.ndarray) and expected is not None and array.shape[1:] != expected:
+            what = "observation" if name is None else f"observation {name!r}"
             raise ValueError(
                 f"the environments gave the {what} in shape {array.shape[1:]}, and their space says {expected}. Mend the "
                 "environment: gymnasium.utils.env_checker.check_env finds such things."
