@@ -75,15 +75,21 @@ def test_the_reference_solves_a_small_sea() -> None:
     assert int(boot_dqn.vote(agent, th.tensor([0]), 5)) == env.action_mapping[0, 0]
 
 
-def test_a_good_episode_of_the_stochastic_sea_has_no_wrong_action() -> None:
+@pytest.mark.parametrize("wrong_on_the_diagonal", [False, True])
+def test_a_good_episode_of_the_stochastic_sea_leaves_the_diagonal_by_slips_alone(wrong_on_the_diagonal: bool) -> None:
     env: Any = deep_sea.sea(deep_sea.Run("stochastic-10", "members", 4))
-    for wrong_at in (None, 3):
-        env.reset(seed=1)
+    sea, slipped = env.unwrapped, 0
+    for seed in range(20):
+        env.reset(seed=seed)
         info: dict[str, Any] = {}
         for step in range(10):
-            right = int(env.unwrapped.action_mapping[env.unwrapped._row, env.unwrapped._column])
-            info = env.step(1 - right if step == wrong_at else right)[4]
-        assert info["reached_goal"] is (wrong_at is None)
+            on_diagonal = sea._row == sea._column
+            right = int(sea.action_mapping[sea._row, sea._column])
+            wrong = step == 0 if wrong_on_the_diagonal else not on_diagonal  # off it, left is the better move
+            info = env.step(1 - right if wrong else right)[4]
+        slipped += not on_diagonal
+        assert info["reached_goal"] is not wrong_on_the_diagonal
+    assert slipped  # 20 episodes without one: (1 - 1/10)^200 = 7e-10
 
 
 def row(size: int, seed: int, solved: int | None, arm: str = "members") -> dict[str, Any]:
