@@ -73,11 +73,8 @@ class KeyedBufferMixin(RolloutBuffer):
     def _rollout_noise(self) -> RowNoise:
         """Noise of padding, then of all transitions in the order of the flattened buffer; made once per rollout."""
         if self._noise is None:
-            keys, scales = (
-                th.as_tensor(np.pad(self.swap_and_flatten(array)[:, 0], (1, 0)), device=self.device)
-                for array in (self.noise_keys, self.noise_scales)
-            )
-            self._noise = RowNoise(keys, scales, self._owner)
+            keys, scales = (_padded(self.swap_and_flatten(array)[:, 0]) for array in (self.noise_keys, self.noise_scales))
+            self._noise = RowNoise(keys.to(self.device), scales.to(self.device), self._owner)
         return self._noise
 
     def row_noise(self, batch_inds: np.ndarray) -> RowNoise:
@@ -97,6 +94,13 @@ class KeyedBufferMixin(RolloutBuffer):
         if noise_of(samples.observations) is not None:  # hung on by the places that a user's class asked for
             return samples
         return with_parts(samples, observations=with_noise(samples.observations, self.row_noise(batch_inds)))
+
+
+def _padded(rows: np.ndarray) -> th.Tensor:
+    """Rows behind one of zeros."""
+    padded = np.empty(len(rows) + 1, dtype=rows.dtype)
+    padded[0], padded[1:] = 0, rows
+    return th.from_numpy(padded)
 
 
 class _SamplesByPlace(RolloutBuffer):

@@ -46,15 +46,23 @@ _OFF_POLICY: dict[str, Method] = {
 
 
 def _wrap(original: Method, wrapper: Method) -> Method:
+    what = wrapper.__name__
+
     @functools.wraps(original)
     def method(self: BaseAlgorithm, *args: Any, **kwargs: Any) -> Any:
         if not models.has_flipout_policy(self):
             return original(self, *args, **kwargs)
         if getattr(self, "policy", None) is None:
             return wrapper(original, self, *args, **kwargs)
+        told_now = models.policy_of(self).marks.told
         # A subclass's method calls its parent's inside its own, and both are wrapped: the outer one tells.
-        with models.policy_of(self).once(wrapper.__name__) as first:
-            return wrapper(original, self, *args, **kwargs) if first else original(self, *args, **kwargs)
+        if what in told_now:
+            return original(self, *args, **kwargs)
+        told_now.add(what)
+        try:
+            return wrapper(original, self, *args, **kwargs)
+        finally:
+            told_now.discard(what)
 
     method.wraps_for_flipout = True  # type: ignore[attr-defined]
     return method

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch as th
 from torch import nn
 
-from sb3_flipout.layers.block import Block, MaybePair
+from sb3_flipout.layers.block import Block, FixedDelta, MaybePair
 from sb3_flipout.layers.config import LayerNoise
 from sb3_flipout.layers.row_layout import FIRST, RowLayout
 from sb3_flipout.layers.row_view import Network, RowView
@@ -139,9 +139,34 @@ class FlipoutLayer(PerturbedWeights):
         loop over steps, round in another order, so nothing else is bitwise equal to stock. Sigma that is learned has a
         gradient at 0 too.
         """
-        sigmas = [sigma for block in self.blocks for sigma in block.sigmas(self) if sigma is not None]
-        learned = any(sigma.requires_grad for sigma in sigmas)
-        return bool(sigmas) and not learned and not any(bool(sigma.any()) for sigma in sigmas)
+        sigmas = self._sigmas()
+        return bool(sigmas) and not self.learns_sigma and not any(bool(sigma.any()) for sigma in sigmas)
+
+    def _sigmas(self) -> list[th.Tensor]:
+        return [sigma for block in self.blocks for sigma in block.sigmas(self) if sigma is not None]
+
+    @property
+    def learns_sigma(self) -> bool:
+        """Whether gradients flow into sigma now."""
+        named = self._parameters.items()  # not by attribute: it is asked in every pass of an update without noise
+        return any(own.requires_grad for name, own in named if own is not None and name.endswith("_sigma"))
+
+    def fixed_delta(self) -> FixedDelta | None:
+        """
+        Say what the base perturbation is made of, if it does not move from pass to pass.
+
+        :return: Draws and sigma; ``None`` where it moves with what learns, or where autograd keeps no count of what is written
+        """
+        block, spec, named = self.blocks[0], self.noise_config.spec, self._parameters
+        sigmas = named.get(block.weight_sigma), named.get(block.bias_sigma or "")
+        present = [sigma for sigma in sigmas if sigma is not None]
+        if spec.relative or not present or self._buffers or th.compiler.is_compiling() or th.is_inference_mode_enabled():
+            return None
+        if th._C._are_functorch_transforms_active() or any(sigma.is_inference() for sigma in present):
+            return None
+        if th.is_grad_enabled() and any(sigma.requires_grad for sigma in present):
+            return None
+        return FixedDelta(self._base_draws, sigmas, tuple([sigma._version for sigma in present]))
 
     # ---- weights and base draws -----------------------------------------------------------------------------------
 

@@ -2,11 +2,37 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch as th
 from torch import nn
 
 Pair = tuple[th.Tensor, th.Tensor | None]  # of a weight and of its bias, if it has one
 MaybePair = tuple[th.Tensor | None, th.Tensor | None]
+
+
+class FixedDelta(NamedTuple):
+    """
+    What a base perturbation is made of that moves only by hand: the draws, and sigma that is fixed.
+
+    :param draws: Base draws by name, never written into
+    :param sigmas: Sigma of weight and bias
+    :param versions: How often autograd has seen each of those written into
+    """
+
+    draws: dict[str, th.Tensor]
+    sigmas: MaybePair
+    versions: tuple[int, ...]
+
+    def still(self, before: FixedDelta) -> bool:
+        """
+        Tell whether nothing has moved.
+
+        :param before: What it was made of before
+        :return: Whether these are the same tensors, and nobody has written into them
+        """
+        same = all(now is then for now, then in zip(self.sigmas, before.sigmas, strict=True))
+        return same and self.draws is before.draws and self.versions == before.versions
 
 
 class Block:

@@ -76,8 +76,10 @@ def flipout(
     :return: ``op`` with each row's own weights
     """
     of_mean = None if mean is None else for_rows(op(x, *mean))
-    noise = op((for_rows(x) * s).to(x.dtype), *deltas)
-    r = r.to(noise.dtype)
+    flipped = for_rows(x) * s
+    # Types differ under autocast only; asking costs less than a cast that changes nothing.
+    noise = op(flipped if flipped.dtype == x.dtype else flipped.to(x.dtype), *deltas)
+    r = r if r.dtype == noise.dtype else r.to(noise.dtype)
     return noise * r if of_mean is None else _added(of_mean, noise, r)
 
 

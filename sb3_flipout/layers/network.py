@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from enum import Enum
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ import torch as th
 
 from sb3_flipout.layers import recomputation
 from sb3_flipout.layers.base import FlipoutLayer
+from sb3_flipout.layers.block import FixedDelta, Pair
 from sb3_flipout.layers.row_view import RowView
 from sb3_flipout.layers.weights import PerturbedWeights
 from sb3_flipout.noise.compiling import eager
@@ -66,6 +68,7 @@ class PerturbedNetwork:
         #: Whether rows were given noise meanwhile.
         self.asked = False
         self._now = _NOTHING
+        self._kept: dict[int, tuple[FixedDelta, Pair]] | None = None
 
     # ---- what the rows see ---------------------------------------------------------------------------------------
 
@@ -113,7 +116,9 @@ class PerturbedNetwork:
         return kind(self, Ask.MEAN_WEIGHTS if what is None else what, only)
 
     def _seen(self, what: RowNoise | Ask, only: Sequence[FlipoutLayer] | None) -> _Seen:
-        views: tuple[RowView | None, ...] | None = self._views(what) if isinstance(what, RowNoise) else None
+        views: tuple[RowView | None, ...] | None = None
+        if isinstance(what, RowNoise) and self._hears(what):
+            views = self._views(what)
         place = None
         if not th.compiler.is_compiling() and (recomputation.top_hooks(False) or recomputation.backward_task() != -1):
             place = recomputation.place()
@@ -124,18 +129,65 @@ class PerturbedNetwork:
         views = views or (None,) * len(self.layers)
         return _Seen(what, tuple(new if hit else old for hit, new, old in zip(chosen, views, before, strict=True)), place)
 
+    def _hears(self, noise: RowNoise) -> bool:
+        """
+        Whether anything is to be computed for row noise. At scale 0 rows see the mean weights, at the price of those alone;
+        but the gradient of sigma that learns is 0 then, and not none, and each input may stand for several rows.
+        """
+        return (
+            not noise.silent
+            or noise.rows_per_input > 1
+            or not all([layer.noise_scaled for layer in self.layers])
+            or (th.is_grad_enabled() and any([layer.learns_sigma for layer in self.layers]))
+        )
+
     def _views(self, noise: RowNoise) -> tuple[RowView, ...]:
         """What each layer needs of row noise: the noise itself, and the factor vectors of its rows."""
         rows, self.asked = noise.materialise(), True
         if not self.plan.width:
             return tuple([RowView(noise, (), rows) for _ in self.layers])
-        dtypes = {getattr(layer, layer.blocks[0].weight).dtype for layer in self.layers}
-        # In networks of several types the factors are made in full precision, and each layer casts its own.
-        dtype = dtypes.pop() if len(dtypes) == 1 else th.float64 if th.float64 in dtypes else th.float32
-        vectors = noise.factors(self.plan, dtype).split(self.plan.sizes, dim=1)  # type: ignore[no-untyped-call]
-        return tuple([RowView(noise, tuple([vectors[piece] for piece in pieces]), rows) for pieces in self.plan.pieces])
+        dtypes = [layer.like.dtype for layer in self.layers]
+        dtype, one_type = dtypes[0], len(set(dtypes)) == 1
+        if not one_type:  # the factors are made in full precision
+            dtype = th.float64 if th.float64 in dtypes else th.float32
+        vectors = noise.factors(self.plan, dtype).split_with_sizes(self.plan.sizes, dim=1)
+        of_layers = [tuple([vectors[piece] for piece in pieces]) for pieces in self.plan.pieces]
+        if not one_type:
+            of_layers = [tuple([v.to(own) for v in of_layer]) for of_layer, own in zip(of_layers, dtypes, strict=True)]
+        return tuple([RowView(noise, of_layer, rows) for of_layer in of_layers])
 
     # ---- base perturbations --------------------------------------------------------------------------------------
+
+    @contextmanager
+    def keeping_deltas(self) -> Iterator[None]:
+        """
+        Keep base perturbations that do not move, those of fixed sigma, from one pass to the next while the context is open.
+
+        What moves them is noticed where autograd would notice it. It does not notice writing into ``sigma.data``.
+
+        :return: Context manager
+        """
+        before, self._kept = self._kept, {}
+        try:
+            yield
+        finally:
+            self._kept = before
+
+    def deltas(self, slot: int, layer: FlipoutLayer) -> Pair:
+        """
+        Compute the base perturbation of a layer of one weight, or look it up.
+
+        :param slot: Place of the layer among the layers
+        :param layer: The layer
+        :return: Perturbation of weight and bias, before row factors and noise scale
+        """
+        made_of = None if self._kept is None else layer.fixed_delta()
+        if self._kept is None or made_of is None:
+            return layer.deltas()
+        known = self._kept.get(slot)
+        if known is None or not made_of.still(known[0]):
+            known = self._kept[slot] = (made_of, layer.deltas())
+        return known[1]
 
     def redraw(self, base_key: int) -> None:
         """
@@ -180,7 +232,7 @@ class PerturbedNetwork:
         :param state: What :meth:`__getstate__` gave
         """
         self.__dict__.update(state)
-        self.visited, self.asked, self._now = None, False, _NOTHING
+        self.visited, self.asked, self._now, self._kept = None, False, _NOTHING, None
         for slot, layer in enumerate(self.layers):
             layer.join(self, slot)
 

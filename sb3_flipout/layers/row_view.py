@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch as th
 
+from sb3_flipout.layers.block import Pair
 from sb3_flipout.layers.weights import PerturbedWeights
 from sb3_flipout.noise.rows import RowNoise
 
@@ -51,4 +52,13 @@ class Network(Protocol):
         :param slot: Place of the layer in the network
         :param layer: The layer
         :return: Its part of the noise; ``None`` for mean weights
+        """
+
+    def deltas(self, slot: int, layer: Any) -> Pair:
+        """
+        Compute the base perturbation of a layer of one weight, or look it up where it does not move.
+
+        :param slot: Place of the layer in the network
+        :param layer: The layer
+        :return: Perturbation of weight and bias, before row factors and noise scale
         """

@@ -48,12 +48,13 @@ class OneWeightLayer(FlipoutLayer):
         :return: Outputs of N rows
         :raises ValueError: If ``x`` has another number of rows than there are keys
         """
-        mean, dim = (self.weight, self.bias), x.dim()
-        if view.noise.rows_per_key > 1 and self._weights_pay(x, view):
+        rows_per_key = view.noise.rows_per_key
+        if rows_per_key > 1 and self._weights_pay(x, view):
             return self._forward_by_key(x, view)
-        if view.vectors and dim == self._least_dims == 2 and x.shape[0] == view.rows and self.row_layout == FIRST:
-            s, r = view.vectors  # the usual case, where nothing has to be moved
-            return self._flipped(x, s.to(mean[0].dtype), r.to(mean[0].dtype))
+        in_place = self.row_layout == FIRST and x.dim() == self._least_dims == 2 and x.shape[0] == view.rows
+        if in_place and rows_per_key == 1 and view.of_keys:  # the usual case, where nothing has to be moved or repeated
+            s, r = view.of_keys
+            return self._flipped(x, s, r)
         if view.is_once(x) and self.row_layout == FIRST:
             return self._forward_inputs_once(x, view)
         self._check_rows(x, view.rows)
@@ -63,7 +64,7 @@ class OneWeightLayer(FlipoutLayer):
         scale = view.noise.scale.to(self.weight.dtype)
         if self.noise_config.noise_sharing == "shared":
             c = self._unit_dims(self._spread(scale[:, None], x), x)
-            return functional.shared(self._op, x, mean, self.deltas(), c)
+            return functional.shared(self._op, x, (self.weight, self.bias), self.deltas(), c)
         if self._is_silent():  # asked here and not in `row_view`, so that it costs nothing elsewhere
             return super().forward(x)
         return self._op_per_row(*self._with_own_rows(x, view, scale))
@@ -108,11 +109,13 @@ class OneWeightLayer(FlipoutLayer):
         self, x: th.Tensor, s: th.Tensor, r: th.Tensor, for_rows: Callable[[th.Tensor], th.Tensor] = functional.each_its_own
     ) -> th.Tensor:
         """Each row with the weights that its factors make."""
-        mean = (self.weight, self.bias)
-        if self.noise_config.spec.rank_one and not self._buffers:  # not where weights are pruned
+        mean = None if self.mean_is_zero else (self.weight, self.bias)
+        if self.noise_config.spec.rank_one and mean and not self._buffers:  # not where weights are pruned
             assert self.weight_sigma is not None, "the family has one per layer"
             return functional.rank_one(self._op, self._summed, x, mean, self.weight_sigma, s, r, for_rows)
-        return functional.flipout(self._op, x, None if self.mean_is_zero else mean, self.deltas(), s, r, for_rows)
+        network = self._network
+        deltas = self.deltas() if network is None else network.deltas(self._slot, self)
+        return functional.flipout(self._op, x, mean, deltas, s, r, for_rows)
 
     def _spread(self, vector: th.Tensor, x: th.Tensor) -> th.Tensor:
         return self.row_layout.spread(vector.to(self.weight.dtype), x.shape[self.row_layout.dim])

@@ -12,6 +12,7 @@ operations and one look-up, so that every machine has the same bits. A generator
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Literal
 
 import torch as th
@@ -58,9 +59,9 @@ def base_draws(law: BaseLaw, key: int, shapes: Sequence[th.Size], like: th.Tenso
     lengths = [shape.numel() for shape in shapes]
     n = sum(lengths)
     size = table_size(n)
-    start = key % (size - n + 1)
-    parts = _table(law, size, like.dtype, like.device)[start : start + n].split(lengths)  # type: ignore[no-untyped-call]
-    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+    start, table = key % (size - n + 1), _table(law, size, like.dtype, like.device)
+    starts = accumulate(lengths, initial=start)
+    return [table.narrow(0, at, of_it).view(shape) for at, of_it, shape in zip(starts, lengths, shapes, strict=False)]
 
 
 def _table(law: BaseLaw, size: int, dtype: th.dtype, device: th.device) -> th.Tensor:

@@ -48,6 +48,8 @@ class RowNoise:
         self._scale: th.Tensor | None = None if scale is None else _checked_scale(scale, keys)
         self._parent: tuple[RowNoise, Index] | None = None
         self._plain = scale is None  # at scale 1, so that the factors need no multiplication
+        #: Whether the scale of every row is 0: then all of them see the mean weights, and nothing need be computed for it.
+        self.silent = self._scale is not None and _all_zero(self._scale if isinstance(scale, th.Tensor) else scale)
         self._unit: RowNoise | None = None  # the same rows at scale 1, where their factors are shared
         self._factors: dict[tuple[FactorPlan, th.dtype], th.Tensor] = {}
 
@@ -94,8 +96,8 @@ class RowNoise:
         """
         child = object.__new__(RowNoise)
         child._keys = child._scale = child._unit = None
-        child.owner, child._plain, child._factors = self.owner, self._plain, {}
-        child._parent = (self, th.as_tensor(index, device=self._device) if isinstance(index, np.ndarray) else index)
+        child.owner, child._plain, child.silent, child._factors = self.owner, self._plain, self.silent, {}
+        child._parent = (self, index)
         return child
 
     def at_scale(self, scale: th.Tensor) -> RowNoise:
@@ -108,7 +110,7 @@ class RowNoise:
         if not self._plain:
             return RowNoise(self.keys, scale, self.owner)
         twin = self[:]
-        twin._scale, twin._plain, twin._unit = scale, False, self
+        twin._scale, twin._plain, twin.silent, twin._unit = scale, False, _all_zero(scale), self
         return twin
 
     def factors(self, plan: FactorPlan, dtype: th.dtype) -> th.Tensor:
@@ -234,8 +236,14 @@ class RowsByKey(RowNoise):
 
 
 def _take(rows: th.Tensor, index: Index) -> th.Tensor:
+    if isinstance(index, np.ndarray):
+        index = th.as_tensor(index, device=rows.device)
     # index_select moves whole rows; tensor[index] goes element by element and takes six times as long.
     return rows.index_select(0, index) if isinstance(index, th.Tensor) and index.dtype == th.int64 else rows[index]
+
+
+def _all_zero(scale: th.Tensor | float | None) -> bool:
+    return not (scale.any() if isinstance(scale, th.Tensor) else scale)
 
 
 def _checked_scale(scale: th.Tensor | float, keys: th.Tensor) -> th.Tensor:

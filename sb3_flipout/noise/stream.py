@@ -67,9 +67,11 @@ class KeyStream:
         self._unit: RowNoise | None = None  # the noise that is held, at scale 1
         self._held: RowNoise | None = None  # the same at the present scale
         self._ahead: tuple[int, RowNoise] | None = None  # that of the steps from this one on, at scale 1
+        self._ahead_scaled: RowNoise | None = None  # the same at the present scale, once that has stood for a step
         self._shape: tuple[int, th.device] | None = None  # environments and device that these are for
         self._scales: Scales | None = None
         self._row_scale: th.Tensor | None = None  # (n_envs,) the present scales; None for 1 in every row
+        self._scale_moved = False  # whether they are for the first step
 
     def restart(self, step: int, seed: int) -> None:
         """
@@ -119,15 +121,22 @@ class KeyStream:
         if self._shape != (n_envs, device):
             self._unit = self._ahead = None
         self._shape, self._scales, self._held = (n_envs, device), scales, None
+        self._ahead_scaled, self._scale_moved = None, True
 
     def _step_noise(self, n_envs: int, device: th.device) -> RowNoise:
         if self._ahead is None or not 0 <= self.step - self._ahead[0] < _STEPS_AHEAD:
             steps = np.arange(self.step, self.step + _STEPS_AHEAD)
             keys = self._keys(np.repeat(steps, n_envs), np.tile(np.arange(n_envs), _STEPS_AHEAD), device)
-            self._ahead = (self.step, RowNoise(keys, owner=self.owner))
+            self._ahead, self._ahead_scaled = (self.step, RowNoise(keys, owner=self.owner)), None
         first = (self.step - self._ahead[0]) * n_envs
-        noise = self._ahead[1][first : first + n_envs]
-        return noise if self._row_scale is None else noise.at_scale(self._row_scale)
+        here, scale, moved, self._scale_moved = slice(first, first + n_envs), self._row_scale, self._scale_moved, False
+        if scale is None:
+            return self._ahead[1][here]
+        if moved:  # and will again, perhaps: then scaling what is ahead would be for nothing
+            return self._ahead[1][here].at_scale(scale)
+        if self._ahead_scaled is None:
+            self._ahead_scaled = self._ahead[1].at_scale(scale.repeat(_STEPS_AHEAD))
+        return self._ahead_scaled[here]
 
     def _held_noise(self, n_envs: int, device: th.device) -> RowNoise:
         drawn, start = self._drawn, self.step

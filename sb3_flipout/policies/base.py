@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from inspect import signature
 from typing import Any
 
@@ -83,14 +83,17 @@ class FlipoutPolicyMixin(NoiseState):
         """
         Make SB3's optimizer over parameters that include sigma.
 
-        Sigma makes the tensors half as many again, and torch's default optimizers walk over them in Python, so the fused
-        implementation is asked for, where it exists and the user has not chosen. It rounds differently from the default
-        one in the last bit; without learned sigma, where training must equal stock SB3's, the default one stays.
+        Torch's default optimizers walk over the tensors in Python, so the fused implementation is asked for, where it exists
+        and the user has not chosen. It rounds differently from the default one in the last bit, so the default one stays where
+        gradient steps must equal stock SB3's: with sigma fixed at 0, and with ``update_noise="mean"``.
         """
         kwargs = dict(self.optimizer_kwargs)
         chosen = kwargs | getattr(self.optimizer_class, "keywords", {})  # what a functools.partial has chosen
+        settings = self.noise_settings
+        by_mean = getattr(settings, "update_noise", None) == "mean"  # of actors alone
         if (
-            self.noise_settings.layer_noise().learns
+            (settings.learn_sigma or settings.sigma_init != 0)
+            and not by_mean
             and "fused" in signature(self.optimizer_class).parameters
             and not {"fused", "foreach", "differentiable"} & chosen.keys()
         ):
@@ -102,7 +105,7 @@ class FlipoutPolicyMixin(NoiseState):
     @eager
     def _collection_noise(self, n_envs: int) -> RowNoise:
         """Noise of the next collection step: one row per environment. The only place that advances the training noise."""
-        device = next(self.perturbed_network.layers[0].parameters()).device
+        device = self.perturbed_network.layers[0].like.device
         return self._keys.next(n_envs, Scales(self.effective_scale, self._noise_ladder), device)
 
     @eager
@@ -118,10 +121,8 @@ class FlipoutPolicyMixin(NoiseState):
         noise = noise_of(obs)
         return noise if noise is not None and noise.owner in (None, self.noise_owner) else None
 
-    def _check_brought(self, obs: Any, noise: RowNoise | None) -> None:
-        """In an update every batch has to bring its noise."""
-        if noise is not None or not self.marks.updates:
-            return
+    def _refuse_noiseless(self, obs: Any) -> None:
+        """In an update every batch has to bring its noise; say what became of that of this one."""
         operation, others = lost_by(obs), noise_of(obs)
         if others is not None:
             cause = "its keys were drawn by another policy"
@@ -179,22 +180,6 @@ class FlipoutPolicyMixin(NoiseState):
         :param dones: One flag per environment, shape (n_envs,)
         """
         self._keys.end_episodes(np.asarray(dones, dtype=bool))
-
-    @contextmanager
-    def once(self, what: str) -> Iterator[bool]:
-        """
-        Mark that the algorithm tells something. A method that calls its parent's, which tells the same, tells it once.
-
-        :param what: Name of what is told
-        :return: Context manager that gives whether it is the first to tell
-        """
-        first = what not in self.marks.told
-        self.marks.told.add(what)
-        try:
-            yield first
-        finally:
-            if first:
-                self.marks.told.discard(what)
 
     # ---- comparison with a plain policy ------------------------------------------------------------------------------
 

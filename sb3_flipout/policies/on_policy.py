@@ -147,7 +147,7 @@ class OnPolicyMixin(OnPolicyPasses):
         """
         self.marks.collects = self.marks.step_due = True
         try:
-            with self.guard.collection(self, self.perturbed_network):
+            with self.guard.collection(self, self.perturbed_network), self.perturbed_network.keeping_deltas():
                 yield
         finally:
             self.marks.collects = False
@@ -161,9 +161,10 @@ class OnPolicyMixin(OnPolicyPasses):
         """
         self.marks.updates = True
         try:
-            with nullcontext() if self.perturbed_network.active is not None else self.perturbed_network.activate(Ask.EXPLICIT):
+            network = self.perturbed_network
+            with nullcontext() if network.active is not None else network.activate(Ask.EXPLICIT), network.keeping_deltas():
                 yield
-            self.guard.compare(self, self.perturbed_network)
+            self.guard.compare(self, network)
         finally:
             self.marks.updates = False
 

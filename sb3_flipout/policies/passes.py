@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ClassVar
 
 import torch as th
@@ -130,16 +130,20 @@ class OnPolicyPasses(FlipoutPolicyMixin):
             return self.perturbed_network.activate(self._collection_noise(n_rows(obs)))
         return self.perturbed_network.activate(self._prediction_noise(obs, deterministic))
 
-    @contextmanager
-    def _replaying(self, obs: Any) -> Iterator[None]:
+    def _replaying(self, obs: Any) -> AbstractContextManager[None]:
         """Activate the noise that a batch brings with it, unless somebody has said what the rows see."""
-        with ExitStack() as stack:
-            if self.perturbed_network.active is None:
-                noise = self._own_noise(obs)
-                self._check_brought(obs, noise)
-                stack.enter_context(self.perturbed_network.activate(noise))
-                if noise is not None and self.marks.updates and not self.guard.done:
-                    stack.enter_context(self.guard.update(self.perturbed_network))
+        network = self.perturbed_network
+        if network.active is not None:
+            return nullcontext()
+        noise = self._own_noise(obs)
+        if noise is None and self.marks.updates:
+            self._refuse_noiseless(obs)
+        replay = network.activate(noise)
+        return replay if noise is None or self.guard.done or not self.marks.updates else self._noted(replay)
+
+    @contextmanager
+    def _noted(self, replay: AbstractContextManager[None]) -> Iterator[None]:
+        with replay, self.guard.update(self.perturbed_network):
             yield
 
     @eager

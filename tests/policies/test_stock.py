@@ -1,5 +1,7 @@
 """With sigma frozen at 0, training is SB3's own, bit for bit; and mean weights are SB3's at the start."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch as th
 from helpers import CASES, vector_env
@@ -7,6 +9,7 @@ from sb3_contrib import TRPO
 from stable_baselines3 import A2C, PPO
 
 from sb3_flipout import FlipoutLinear
+from sb3_flipout.layers import PerturbedNetwork
 from sb3_flipout.noise import FAMILIES
 
 STOCK_NAMES = {
@@ -73,6 +76,28 @@ def test_mean_weights_start_as_those_of_stock(kwargs):
     assert th.equal(th.get_rng_state(), after_stock), "construction must leave torch's generator as stock does"
 
 
+@pytest.mark.parametrize("schedule", ["constant", "linear"])
+@pytest.mark.parametrize("case", ["mlp-discrete", "image"])
+@pytest.mark.parametrize("algorithm", [PPO, A2C])
+def test_what_is_spared_changes_no_bit_of_training(algorithm, case, schedule, monkeypatch):
+    """Perturbations that are kept from pass to pass, and noise of scale 0 that is not computed."""
+    noise = dict(schedule=schedule)  # a linear one is over after 30 % of the steps
+    spared = trained(algorithm, CASES[case][0], case, noise)
+    monkeypatch.setattr(PerturbedNetwork, "keeping_deltas", lambda self: nullcontext())
+    monkeypatch.setattr(PerturbedNetwork, "_hears", lambda self, noise: True)
+    assert_equal_weights(trained(algorithm, CASES[case][0], case, noise), spared)
+
+
+@pytest.mark.parametrize("algorithm", [PPO, A2C])
+def test_at_scale_zero_training_is_stocks_bit_for_bit_with_the_same_optimizer(algorithm):
+    kwargs = dict(optimizer_kwargs=dict(fused=True, eps=1e-5)) if algorithm is PPO else {}
+    stock = trained(algorithm, "MlpPolicy", "mlp-discrete", kwargs)
+    _, make_env, _ = CASES["mlp-discrete"]
+    ours = algorithm("FlipoutMlpPolicy", make_env(), seed=3, **SIZES[algorithm])
+    ours.policy.noise_scale = 0.0
+    assert_equal_weights(stock, ours.learn(512))
+
+
 def test_learned_sigma_moves_and_is_in_the_optimizer():
     model = trained(PPO, "FlipoutMlpPolicy", "mlp-discrete", dict(learn_sigma=True))
     fresh = PPO("FlipoutMlpPolicy", vector_env("discrete"), n_steps=8, batch_size=8, seed=3)
@@ -90,7 +115,7 @@ def test_frozen_sigma_does_not_move():
     assert th.equal(layer.weight_sigma, th.full_like(layer.weight, 0.5 / 64**0.5))
 
 
-def test_fused_optimizer_only_where_sigma_is_learned_and_the_user_has_not_chosen():
+def test_fused_optimizer_only_where_noise_is_learned_under_and_the_user_has_not_chosen():
     def flags(**kwargs):
         group = PPO(
             "FlipoutMlpPolicy", vector_env(), n_steps=8, batch_size=8, policy_kwargs=kwargs
@@ -98,7 +123,8 @@ def test_fused_optimizer_only_where_sigma_is_learned_and_the_user_has_not_chosen
         return group["fused"], group["foreach"], group["eps"]
 
     assert flags(learn_sigma=True) == (True, None, 1e-5)
-    assert flags() == flags(learn_sigma=False) == (None, None, 1e-5)
+    assert flags() == flags(learn_sigma=False) == (True, None, 1e-5)
+    assert flags(sigma_init=0.0) == (None, None, 1e-5)
     assert flags(learn_sigma=True, optimizer_kwargs=dict(eps=1e-3, foreach=True)) == (None, True, 1e-3)
     kwargs = dict(learn_sigma=True, optimizer_class=th.optim.Adamax)
     own = PPO("FlipoutMlpPolicy", vector_env(), n_steps=8, batch_size=8, policy_kwargs=kwargs).policy.optimizer
