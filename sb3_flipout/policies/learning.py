@@ -61,7 +61,7 @@ class LearnsUnderNoise(BaseModel):
             return
         role = self.role if role is None else role
         noise = self._noise_for(obs, learning, role) if self.is_perturbed else None
-        if noise is not None and learning.base_moves and not noise.silent:
+        if noise is not None and learning.base_moves:
             network.redraw(learning.base_key(role))
         with network.activate(noise):
             yield
