@@ -276,8 +276,8 @@ every 4 steps, learning rate {LEARNING_RATE}, discount 0.99, two layers of 50 un
 Arms without members learn from as many rows, {ROWS} transitions in each gradient step. `boot-dqn` is {MEMBERS} networks with
 prior networks of the members' law, `index-head` a last layer that is linear in a point drawn on the unit sphere in R^4
 (HyperAgent's), both written out in `benchmarks/boot_dqn.py`, under the same settings. A run is learned when more than 90 of
-the last 100 episodes were good (the treasure reached; stochastic: no action left the diagonal), and solved if the vote, or the mean
-weights, are good afterwards; one that is not counts as more than its cap.
+the last 100 episodes were good (the treasure reached; stochastic: no action left the diagonal), and solved if the vote, or
+the mean weights, are good afterwards; one that is not counts as more than its cap.
 
 ## Fresh seeds, {CONFIRMING} and later
 

@@ -23,13 +23,10 @@ rounds. Below 1: flipout is faster.
 from __future__ import annotations
 
 import argparse
-import platform
 import random
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -37,9 +34,9 @@ from typing import Any
 import numpy as np
 import torch as th
 from gymnasium import spaces
+from runs import head_of
 from stable_baselines3.common.preprocessing import preprocess_obs
 from stable_baselines3.dqn.policies import CnnPolicy, DQNPolicy
-from throughput import cpu_model
 from torch import nn
 from torch.func import functional_call, stack_module_state, vmap
 
@@ -234,14 +231,6 @@ def report(names: list[str], rounds: int) -> list[str]:
     return ["## Memory, in numbers", "", *MEMORY_HEADER, *sizes, "", note, "", "## Acting, in ms", "", *ACTING_HEADER, *times]
 
 
-def heading(rounds: int) -> str:
-    return (
-        f"# An ensemble of twenty\n\n`python {' '.join(sys.argv)}`, {date.today()}, {rounds} rounds; {cpu_model()}, "
-        f"one thread; Python {platform.python_version()}, torch {th.__version__}.\n\n"
-        f"{(__doc__ or '').split(chr(10) * 2, 2)[2]}"
-    )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--network", nargs="+", choices=NETWORKS, default=list(NETWORKS))
@@ -253,7 +242,7 @@ def main() -> None:
     print("\n".join(lines))
     if args.out is not None:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text("\n".join([heading(args.rounds), *lines]) + "\n")
+        args.out.write_text("\n".join([head_of("An ensemble of twenty", __doc__, f"{args.rounds} rounds"), *lines]) + "\n")
 
 
 if __name__ == "__main__":

@@ -21,13 +21,10 @@ isotropic has no sigma per weight to learn, dropconnect none at all, and factori
 from __future__ import annotations
 
 import argparse
-import platform
 import random
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import date
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median, quantiles
@@ -35,6 +32,7 @@ from typing import Any
 
 import torch as th
 import torch.nn.functional as F
+from runs import head_of
 from torch import nn
 
 from sb3_flipout.layers import FlipoutConv2d, FlipoutLinear, perturbed, redraw
@@ -213,24 +211,6 @@ def table(shape: Shape, build: Callable[[Shape, th.Tensor], dict[str, Arm]], rou
     return lines
 
 
-def cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def heading(title: str, device: str) -> str:
-    """What made the numbers: command, date, machine, versions."""
-    machine = f"{cpu_model()}, one thread" + (f", {th.cuda.get_device_name()}" if device.startswith("cuda") else "")
-    return (
-        f"# {title}\n\n"
-        f"`python {' '.join(sys.argv)}`, {date.today()}; {machine}; "
-        f"Python {platform.python_version()}, torch {th.__version__}.\n"
-    )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=200)
@@ -242,7 +222,8 @@ def main() -> None:
     th.manual_seed(0)
     warm_allocator()
 
-    lines = [heading("Cost of a layer", args.device), (__doc__ or "").split("\n\n", 2)[2], "## Shapes\n", HEAD]
+    gpu = [th.cuda.get_device_name()] if args.device.startswith("cuda") else []
+    lines = [head_of("Cost of a layer", __doc__, *gpu), "## Shapes\n", HEAD]
     print(HEAD)
     for shape in SHAPES:
         lines += table(shape, lambda shape, x: arms_of(shape, x, args.memory), args.rounds, args.device)

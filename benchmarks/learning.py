@@ -9,11 +9,10 @@ from collections.abc import Callable, Collection
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from runs import Row, made_with, versions_of
 
-Row = dict[str, Any]
 _NAMES = ("task", "arm", "seed")
 
 
@@ -38,25 +37,6 @@ def mean_interval(scores: np.ndarray) -> tuple[float, float]:
     return float(found.low), float(found.high)
 
 
-def report(rows: list[dict[str, Any]]) -> str:
-    lines = ["| task | arm | score per seed | mean |", "|---|---|---|---|"]
-    scores = {}
-    for task, arm in dict.fromkeys((row["task"], row["arm"]) for row in rows):
-        found = np.array([row["score"] for row in rows if (row["task"], row["arm"]) == (task, arm)])
-        scores[task, arm] = found
-        lines.append(f"| {task} | {arm} | {', '.join(f'{score:.1f}' for score in found)} | {found.mean():.1f} |")
-    for task, arm in scores:
-        if arm != "stock" and min(len(scores[task, arm]), len(scores.get((task, "stock"), ()))) > 1:
-            stock, ours = scores[task, "stock"], scores[task, arm]
-            low, high = difference_interval(ours, stock)
-            loss = 0.1 * abs(stock.mean())
-            lines.append(
-                f"\n{task}: {arm} - stock, 95 % interval [{low:.1f}, {high:.1f}]; a loss of 10 % would be {-loss:.1f}: "
-                f"{'excluded' if low > -loss else 'not excluded'}."
-            )
-    return "\n".join(lines)
-
-
 def run(
     description: str | None,
     train: Callable[[str, str, int, int], Row],
@@ -66,14 +46,14 @@ def run(
     steps: int,
     header: str,
     out: str,
-    table: Callable[[list[Row]], str] = report,
+    table: Callable[[list[Row]], str],
 ) -> None:
     """Read the command line, make the runs that the file does not have, and write the table next to it."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", nargs="+", choices=tasks, default=list(tasks))
     parser.add_argument("--arm", nargs="+", choices=arms, default=default_arms)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--first-seed", type=int, default=0, help="to confirm, on seeds that nothing was chosen by")
+    parser.add_argument("--first-seed", type=int, default=100, help="default 100: seeds that nothing was chosen by")
     parser.add_argument("--steps", type=int, default=steps)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--again", action="store_true", help="make runs that the file has already once more")
@@ -86,11 +66,11 @@ def run(
     # Not forked: a process that torch has been used in cannot be forked safely.
     with ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
         for future in as_completed([pool.submit(train, *of_run, args.steps) for of_run in left]):
-            row = future.result()
+            row = {**future.result(), **made_with()}
             print(row, flush=True)
             same = tuple(row[name] for name in _NAMES)
             rows = [other for other in rows if tuple(other[name] for name in _NAMES) != same] + [row]
             rows.sort(key=lambda row: (list(tasks).index(row["task"]), list(arms).index(row["arm"]), row["seed"]))
             args.out.write_text(json.dumps(rows, indent=1) + "\n")
-    args.out.with_suffix(".md").write_text(header + table(rows) + "\n")
+    args.out.with_suffix(".md").write_text(f"{header}Made with {versions_of(rows)}.\n\n{table(rows)}\n")
     print(table(rows))

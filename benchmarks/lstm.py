@@ -26,7 +26,8 @@ from pathlib import Path
 from statistics import median, quantiles
 
 import torch as th
-from layers import heading, warm_allocator
+from layers import warm_allocator
+from runs import head_of
 from torch import nn
 
 from sb3_flipout.layers import FlipoutLSTM, functional, perturbed
@@ -160,7 +161,7 @@ def main() -> None:
     th.manual_seed(0)
     warm_allocator()
     check_form(SHAPES[0])
-    lines = [heading("Cost of the LSTM", "cpu"), (__doc__ or "").split("\n\n", 2)[2].rstrip()]
+    lines = [head_of("Cost of the LSTM", __doc__)]
     for shape in SHAPES:
         lines += table(shape, args.rounds)
     if args.out is not None:

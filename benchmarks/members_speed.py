@@ -16,11 +16,9 @@ Stock is given the fused Adam that the flipout policies use. Reading: ratios are
 from __future__ import annotations
 
 import argparse
-import platform
 import random
 import sys
 import time
-from datetime import date
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -29,10 +27,9 @@ import gymnasium as gym
 import numpy as np
 import torch as th
 from ensemble import NETWORKS, Network
-from runs import made_with
+from runs import head_of
 from stable_baselines3 import DQN
 from stable_baselines3.common.logger import Logger
-from throughput import cpu_model
 
 import sb3_flipout  # noqa: F401  (registers the policies)
 
@@ -124,13 +121,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/benchmarks/members_speed.md"))
     args = parser.parse_args()
     th.set_num_threads(1)
-    made = made_with()
-    command = f"`python benchmarks/members_speed.py --rounds {args.rounds} --out {args.out}`"
-    versions = (
-        f"{cpu_model()}, one thread; Python {platform.python_version()}, {', '.join(f'{k} {v}' for k, v in made.items())}."
-    )
-    text = [f"# A gradient step with members\n\n{command}, {date.today()}; {versions}"]
-    text += ["\n\n".join((__doc__ or "").split("\n\n")[2:]).strip(), "\n".join(table(args.rounds))]
+    text = [head_of("A gradient step with members", __doc__).strip(), "\n".join(table(args.rounds))]
     args.out.write_text("\n\n".join(text) + "\n")
     print(args.out.read_text())
 

@@ -16,17 +16,15 @@ A short training with the callback goes before: it imports matplotlib, which tak
 from __future__ import annotations
 
 import argparse
-import platform
-import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
-from datetime import date
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch as th
+from runs import head_of
 from stable_baselines3 import DQN, PPO
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.env_util import make_vec_env
@@ -125,14 +123,6 @@ def measure(name: str, rounds: int, steps: int | None) -> str:
     )
 
 
-def cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", nargs="+", choices=TASKS, default=list(TASKS))
@@ -148,10 +138,9 @@ def main() -> None:
         lines.append(measure(name, args.rounds, args.steps))
         print(lines[-1], flush=True)
     if args.out is not None:
-        command, about = f"python {' '.join(sys.argv)}", (__doc__ or "").split("\n\n", 2)[2]
-        title = f"# Cost of MonitorNoise\n\n`{command}`, {date.today()}, {args.rounds} rounds; {cpu_model()}, one thread.\n"
+        head = head_of("Cost of MonitorNoise", __doc__, f"{args.rounds} rounds")
         period = f"\nDefault period: `every={MonitorNoise().every}`, a figure at every tenth measurement.\n"
-        args.out.write_text("\n".join([title, about + period, *lines]) + "\n")
+        args.out.write_text("\n".join([head, period, *lines]) + "\n")
 
 
 if __name__ == "__main__":

@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import platform
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -101,15 +103,49 @@ def left_of(runs: Sequence[RunT], rows: Sequence[Row]) -> list[RunT]:
 
 
 def versions_of(rows: Sequence[Row]) -> str:
-    """Say what runs were made with."""
-    made = sorted({(row["commit"], row["torch"], row["stable_baselines3"]) for row in rows})
-    return "; ".join(f"commit {commit}, torch {torch}, SB3 {sb3}" for commit, torch, sb3 in made)
+    """Say what runs were made with: each commit and its day, and the versions that all of them share or do not."""
+    commits = {row["commit"]: min(_day(other) for other in rows if other["commit"] == row["commit"]) for row in rows}
+    told = ", ".join(f"{commit} of {day}" for commit, day in sorted(commits.items(), key=lambda item: item[::-1]))
+    versions = sorted({(row["torch"], row["stable_baselines3"]) for row in rows})
+    made = "; ".join(f"torch {torch}, SB3 {sb3}" for torch, sb3 in versions)
+    return f"commit{'s' if len(commits) > 1 else ''} {told}; {made}"
+
+
+def _day(row: Row) -> str:
+    """The day on which a run was made; where its line does not say it, that of its commit."""
+    return str(row.get("date") or _git("show", "-s", "--format=%cs", row["commit"].rstrip("+")))
+
+
+def _git(*arguments: str) -> str:
+    here = Path(__file__).parent
+    return subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def made_with() -> Row:
-    """Say what a run was made with: the commit of the working tree ("+" if it was changed), and versions."""
-    here = Path(__file__).parent
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty=+"], cwd=here, capture_output=True, text=True
-    ).stdout.strip()
-    return dict(commit=commit, **{name: version(name) for name in ("sb3_flipout", "stable_baselines3", "torch", "gymnasium")})
+    """Say what a run was made with: the commit of the working tree ("+" if it was changed), the day, and versions."""
+    versions = {name: version(name) for name in ("sb3_flipout", "stable_baselines3", "torch", "gymnasium")}
+    return dict(commit=_git("describe", "--always", "--dirty=+"), date=str(date.today()), **versions)
+
+
+def head_of(title: str, docstring: str | None, *more: str) -> str:
+    """
+    Give the head of a page of timings: what made them, and what the script says of itself after its commands.
+
+    :param title: Title of the page
+    :param docstring: Docstring of the script: a line, its commands, and what the page is to say
+    :param more: What else made the numbers, the rounds say
+    """
+    made = made_with()
+    told = [f"`python {' '.join(sys.argv)}`", made["date"], f"commit {made['commit']}", *more, f"{cpu_model()}, one thread"]
+    told += [f"Python {platform.python_version()}", f"torch {made['torch']}", f"SB3 {made['stable_baselines3']}"]
+    about = (docstring or "").split("\n\n", 2)[2].strip()
+    return f"# {title}\n\n{', '.join(told)}.\n\n{about}\n"
+
+
+def cpu_model() -> str:
+    """Name the processor."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

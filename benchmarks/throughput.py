@@ -26,20 +26,18 @@ small, what counts is the number of torch operations, not their size: a slower e
 from __future__ import annotations
 
 import argparse
-import platform
 import random
-import sys
 import time
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
 import gymnasium
 import torch as th
+from runs import head_of
 from stable_baselines3 import A2C, PPO, SAC, TD3
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecMonitor
@@ -147,6 +145,12 @@ def measure(task: Task, rounds: int, steps: int) -> dict[str, list[Speed]]:
     return speeds
 
 
+HEAD = (
+    "| task | arm | steps per second | × stock by the clock | by process time | paired [min, max] |",
+    "|---|---|---:|---:|---:|---:|",
+)
+
+
 def rows(name: str, speeds: dict[str, list[Speed]]) -> list[str]:
     lines, stock = [], speeds["stock"]
     for arm, own in speeds.items():
@@ -159,25 +163,6 @@ def rows(name: str, speeds: dict[str, list[Speed]]) -> list[str]:
     return lines
 
 
-def cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def heading(rounds: int) -> str:
-    import stable_baselines3
-
-    title = "Throughput off-policy" if any("off_policy" in word for word in sys.argv) else "Throughput"
-    versions = f"torch {th.__version__}, stable-baselines3 {stable_baselines3.__version__}"
-    return (
-        f"# {title}\n\n`python {' '.join(sys.argv)}`, {date.today()}, {rounds} rounds; {cpu_model()}, one thread; "
-        f"Python {platform.python_version()}, {versions}.\n\n{(__doc__ or '').split(chr(10) * 2, 2)[2]}"
-    )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     algorithms = sorted({task.algorithm.__name__ for task in TASKS.values()})
@@ -187,10 +172,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="where to write the table, such as docs/benchmarks/throughput.md")
     args = parser.parse_args()
     th.set_num_threads(1)
-    lines = [
-        "| task | arm | steps per second | × stock by the clock | by process time | paired [min, max] |",
-        "|---|---|---:|---:|---:|---:|",
-    ]
+    lines = list(HEAD)
     print("\n".join(lines))
     for name in (name for name, task in TASKS.items() if task.algorithm.__name__ in args.task):
         found = rows(name, measure(TASKS[name], args.rounds, args.steps or TASKS[name].steps))
@@ -198,7 +180,8 @@ def main() -> None:
         lines += found
     if args.out is not None:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text("\n".join([heading(args.rounds), *lines]) + "\n")
+        title = "Throughput off-policy" if "off_policy" in args.out.name else "Throughput"
+        args.out.write_text("\n".join([head_of(title, __doc__, f"{args.rounds} rounds"), *lines]) + "\n")
 
 
 if __name__ == "__main__":

@@ -19,20 +19,17 @@ rounds, with the smallest and the largest.
 from __future__ import annotations
 
 import argparse
-import platform
 import random
-import sys
 import time
-from datetime import date
 from pathlib import Path
 from typing import Any
 
-import stable_baselines3
 import torch as th
+from runs import head_of
 from stable_baselines3 import DQN
 from stable_baselines3.common.env_util import make_atari_env
 from stable_baselines3.common.vec_env import VecFrameStack
-from throughput import cpu_model, rows
+from throughput import HEAD, Speed, rows
 
 from sb3_flipout.envs import atari_id  # importing the package registers the policies
 
@@ -79,30 +76,23 @@ def learner(arm: str) -> DQN:
     return model
 
 
-def speed(model: DQN, steps: int) -> float:
+def speed(model: DQN, steps: int) -> Speed:
     """Agent steps per second while training goes on."""
-    before, start = model.num_timesteps, time.perf_counter()
+    before, start, used = model.num_timesteps, time.perf_counter(), time.process_time()
     model.learn(steps, reset_num_timesteps=False, log_interval=1 << 30)
-    return (model.num_timesteps - before) / (time.perf_counter() - start)
+    made = model.num_timesteps - before
+    return Speed(made / (time.perf_counter() - start), made / (time.process_time() - used))
 
 
-def measure(arms: list[str], rounds: int, steps: int) -> dict[str, list[float]]:
+def measure(arms: list[str], rounds: int, steps: int) -> dict[str, list[Speed]]:
     models = {arm: learner(arm) for arm in arms}
-    speeds: dict[str, list[float]] = {arm: [] for arm in arms}
+    speeds: dict[str, list[Speed]] = {arm: [] for arm in arms}
     order, shuffle = list(arms), random.Random(0).shuffle
     for _ in range(rounds):
         shuffle(order)
         for arm in order:
             speeds[arm].append(speed(models[arm], steps))
     return speeds
-
-
-def heading(rounds: int) -> str:
-    versions = f"torch {th.__version__}, stable-baselines3 {stable_baselines3.__version__}"
-    return (
-        f"# Throughput on Atari\n\n`python {' '.join(sys.argv)}`, {date.today()}, {rounds} rounds; {cpu_model()}, one thread; "
-        f"Python {platform.python_version()}, {versions}.\n\n{(__doc__ or '').split(chr(10) * 2, 2)[2]}"
-    )
 
 
 def main() -> None:
@@ -114,12 +104,11 @@ def main() -> None:
     args = parser.parse_args()
     th.set_num_threads(1)
     speeds = measure(list(dict.fromkeys(["stock", *args.arms])), args.rounds, args.steps)
-    lines = ["| task | arm | steps per second | × stock | paired [min, max] |", "|---|---|---:|---:|---:|"]
-    lines += rows("DQN Pong, NatureCNN", speeds)
+    lines = [*HEAD, *rows("DQN Pong, NatureCNN", speeds)]
     print("\n".join(lines))
     if args.out is not None:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text("\n".join([heading(args.rounds), *lines]) + "\n")
+        args.out.write_text("\n".join([head_of("Throughput on Atari", __doc__, f"{args.rounds} rounds"), *lines]) + "\n")
 
 
 if __name__ == "__main__":

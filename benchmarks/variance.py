@@ -19,15 +19,13 @@ convolution, the slowest part by far; --by-row ends it earlier.
 from __future__ import annotations
 
 import argparse
-import platform
-import sys
 import time
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 
 import torch as th
 import torch.nn.functional as F
+from runs import head_of
 from torch import nn
 
 from sb3_flipout import perturb, perturbed, redraw
@@ -147,13 +145,6 @@ def draw(results: dict[str, dict[str, Curve]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def heading(seconds: float) -> str:
-    return (
-        f"# Variance of the gradient\n\n`python {' '.join(sys.argv)}`, {date.today()}, {seconds:.0f} s; "
-        f"Python {platform.python_version()}, torch {th.__version__}.\n\n{(__doc__ or '').split(chr(10) * 2, 2)[2]}"
-    )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=200)
@@ -176,7 +167,8 @@ def main() -> None:
     figure = args.out.with_suffix(".png")
     draw(results, figure)
     caption = f"\n![Variance against batch size, on logarithmic axes]({figure.name})"
-    args.out.write_text("\n".join([heading(time.perf_counter() - start), *lines, caption]) + "\n")
+    head = head_of("Variance of the gradient", __doc__, f"{time.perf_counter() - start:.0f} s")
+    args.out.write_text("\n".join([head, *lines, caption]) + "\n")
 
 
 if __name__ == "__main__":
