@@ -9,12 +9,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from exploration_tasks import ARMS, BASELINES, OURS, TASKS
-from exploration_training import WINDOW, Row
+from exploration_training import WINDOW
+from runs import Row, versions_of
 
 HEADER = """# Exploration of DQN variants
 
-Made by `python benchmarks/exploration.py --report` from [the runs]({runs}). Settings are in each run's line; arms and
-tasks in `benchmarks/exploration_tasks.py`.
+Made by `python benchmarks/exploration.py --report` from [the runs]({runs}) ({versions}). Settings are in each run's line; arms
+and tasks in `benchmarks/exploration_tasks.py`. Members and their prior were chosen on seeds 0 to 4 of DeepSea 20; the others
+have what their papers say, or our defaults, and the runs below are of other seeds. How far members reach with settings chosen
+for it: [DeepSea to size 100](deep_sea.md); MinAtar: [five games](minatar.md).
 
 A run is **solved** when more than 90 of the last 100 training episodes reached the goal *and* the mean weights (with members:
 their vote) reached it afterwards. Episodes are median (min to max) over seeds; a run that is not solved counts as more than
@@ -259,7 +262,7 @@ def write_report(rows: list[Row], out: Path) -> str:
     """
     table = table_of(rows)
     figure = out.with_suffix(".png")
-    parts = [HEADER.format(runs=out.name), *goal_table(table)]
+    parts = [HEADER.format(runs=out.name, versions=versions_of(rows)), *goal_table(table)]
     if any(not cell.has_goal for cell in table):
         parts += ["", "## Tasks without a goal", "", *return_table(table)]
     parts += [

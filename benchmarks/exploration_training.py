@@ -9,20 +9,18 @@ from typing import Any
 import numpy as np
 import torch as th
 from exploration_tasks import EXTRACTORS, TASKS, Run, settings
+from runs import Row, made_with
 from stable_baselines3 import DQN
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.logger import Logger
 
-import sb3_flipout
 from sb3_flipout.callbacks import AnnealNoise
 
 WINDOW, NEEDED = 100, 90  # learned: more than NEEDED of the last WINDOW episodes reach the goal
 CURVE_POINTS = 30
 TEST_SEED = 10_000  # far from training's seeds
-
-Row = dict[str, Any]
 
 
 class GoalRecord:
@@ -122,5 +120,5 @@ def train(run: Run) -> Row:
         cpu_seconds=round(time.process_time() - cpu, 2),
         curve=None if has_goal else curve(watch.returns, chosen["total_steps"]),
         settings=chosen,
-        versions=dict(sb3_flipout=sb3_flipout.__version__, torch=th.__version__),
+        **made_with(),
     )

@@ -33,7 +33,7 @@ from sb3_flipout.layers import (
 from sb3_flipout.noise import signs
 from sb3_flipout.registration import register, unregister
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Checkpoints",

@@ -57,6 +57,7 @@ def fake_row(run, solved=None, **kwargs):
         evaluation_return=1.0,
         cpu_seconds=3600.0,
         curve=None,
+        **runs.made_with(),
     )
     return {**run._asdict(), **row, "settings": settings(run), **kwargs}
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import itertools
+import json
 import re
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +17,14 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.append(str(REPOSITORY / "docs"))
 
 import make_api  # noqa: E402
+import make_settings  # noqa: E402
 
+PACKAGE = REPOSITORY / "sb3_flipout"
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 DOCS = REPOSITORY / "docs"
 PAGES = [page for page in (REPOSITORY / "README.md", *sorted(DOCS.glob("*.md"))) if BLOCK.search(page.read_text())]
 SLOW = {"distributed.md": pytest.mark.slow, "evolution.md": pytest.mark.slow}  # Ray's cluster; a population of 128
+COMMIT = re.compile(r"[0-9a-f]{7,40}\+?")
 STEPS = re.compile(r"(\.learn\(\s*)\d[\d_]*(?: - model\.num_timesteps)?")
 
 
@@ -35,6 +41,69 @@ def test_blocks_run_when_pasted(page: Path, tmp_path: Path, monkeypatch: pytest.
     for number, block in enumerate(BLOCK.findall(page.read_text())):
         code = STEPS.sub(r"\g<1>600", block.replace("every=10_000", "every=500").replace("workers=4", "workers=1"))
         exec(compile(code, f"{page.name}, block {number}", "exec"), names)
+
+
+def docstring_blocks() -> list[Any]:
+    """Blocks of code in docstrings, behind `::`; those of shell commands are tried where their programs are."""
+    found = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for number, block in enumerate(re.findall(r"^ *::\n\n((?: +.*\n|\n)+)", path.read_text(), re.MULTILINE)):
+            lines = block.splitlines()
+            indent = len(lines[0]) - len(lines[0].lstrip())
+            # A block ends where the docstring goes on, less indented.
+            inside = itertools.takewhile(lambda line, least=indent: not line or line.startswith(" " * least), lines)
+            code = textwrap.dedent("\n".join(inside)).strip()
+            if not code.startswith("python -m"):
+                marks = pytest.mark.slow if "RayWorkers" in code else ()
+                found.append(pytest.param(code, id=f"{path.relative_to(PACKAGE)}-{number}", marks=marks))
+    return found
+
+
+@pytest.mark.parametrize("code", docstring_blocks())
+def test_blocks_of_docstrings_run_when_pasted(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    exec(
+        compile(STEPS.sub(r"\g<1>600", code.replace("workers=4", "workers=1")), "docstring", "exec"), {"__name__": "__main__"}
+    )
+
+
+def test_the_tables_of_settings_are_those_of_the_dataclasses() -> None:
+    text = make_settings.PAGE.read_text()
+    assert text == make_settings.page(text), "run python docs/make_settings.py"
+
+
+def runs_in(path: Path) -> list[dict[str, Any]]:
+    text = path.read_text()
+    return list(json.loads(text)) if path.suffix == ".json" else [json.loads(line) for line in text.splitlines()]
+
+
+RESULTS = DOCS / "benchmarks"
+TOLD_ELSEWHERE = {"index.md", "summary.md"}  # lists of the other pages
+
+
+@pytest.mark.parametrize("path", sorted([*RESULTS.glob("*.json"), *RESULTS.glob("*.jsonl")]), ids=lambda path: path.name)
+def test_every_run_says_its_commit_and_versions(path: Path) -> None:
+    for run in runs_in(path):
+        assert COMMIT.fullmatch(str(run.get("commit"))), run
+        assert run["torch"], run
+
+
+@pytest.mark.parametrize(
+    "path", [page for page in sorted(RESULTS.glob("*.md")) if page.name not in TOLD_ELSEWHERE], ids=lambda path: path.name
+)
+def test_every_page_of_results_says_command_commit_day_and_versions(path: Path) -> None:
+    text = path.read_text()
+    command = re.search(r"`python (benchmarks/\w+\.py)", text)
+    assert command and (REPOSITORY / command.group(1)).exists()
+    assert re.search(rf"commits? {COMMIT.pattern}", text) and re.search(r"20\d\d-\d\d-\d\d", text)
+    assert re.search(r"torch \d+\.\d+", text)
+
+
+@pytest.mark.parametrize("path", sorted([*RESULTS.glob("*.json"), *RESULTS.glob("*.jsonl")]), ids=lambda path: path.name)
+def test_every_page_of_trainings_says_which_seeds_chose_and_which_confirmed(path: Path) -> None:
+    text = path.with_suffix(".md").read_text()
+    if any("seed" in run for run in runs_in(path)):
+        assert re.search(r"chos(e|en|ing)", text) and re.search(r"seeds?", text)
 
 
 def test_the_page_of_all_names_is_up_to_date() -> None:

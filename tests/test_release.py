@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -13,6 +15,11 @@ import yaml
 import sb3_flipout
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+sys.path.append(str(REPOSITORY / ".ci"))
+
+import metadata  # noqa: E402
+from metadata import Addresses  # noqa: E402
+
 FILES = [REPOSITORY / "CITATION.cff", *sorted((REPOSITORY / ".github").rglob("*.yml"))]
 
 
@@ -24,6 +31,37 @@ def test_files_can_be_read(path: Path) -> None:
 def test_the_version_is_the_same_everywhere() -> None:
     assert yaml.safe_load(FILES[0].read_text())["version"] == sb3_flipout.__version__
     assert "pip install sb3_flipout\n" not in (REPOSITORY / "README.md").read_text()  # it is on no index yet
+
+
+@pytest.mark.parametrize("repository", [None, "someone/sb3_flipout"])
+def test_links_of_the_readme_work_on_an_index(repository: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Where the address is known: from the environment, as on GitHub. A folder that is no repository knows none."""
+    monkeypatch.setenv("GITHUB_REPOSITORY", repository or "")
+    for name in ("README.md", "sb3_flipout/__init__.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(REPOSITORY / name, tmp_path / name)
+    made: dict[str, Any] = {}
+    Addresses(str(tmp_path), {}).update(made)
+    links = re.findall(r"\]\(([^)]+)\)", made["readme"]["text"])
+    there = [link for link in links if not link.startswith("#")]
+    assert len(there) > 20
+    if repository is None:
+        assert made["readme"]["text"] == (REPOSITORY / "README.md").read_text() and "urls" not in made
+        return
+    assert all(link.startswith("https://") for link in there)
+    at = f"{repository}/v{sb3_flipout.__version__}/docs/images/treasure.png"
+    assert f"](https://raw.githubusercontent.com/{at})" in made["readme"]["text"]
+    assert made["urls"]["Repository"] == f"https://github.com/{repository}"
+
+
+def test_gits_address_is_understood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GITHUB_REPOSITORY", raising=False)
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    for remote in ("git@github.com:some-one/sb3_flipout.git", "https://github.com/some-one/sb3_flipout"):
+        subprocess.run(["git", "-C", str(tmp_path), "remote", "add", "origin", remote], check=True)
+        assert metadata.repository(tmp_path) == "https://github.com/some-one/sb3_flipout"
+        subprocess.run(["git", "-C", str(tmp_path), "remote", "remove", "origin"], check=True)
+    assert metadata.repository(tmp_path) is None
 
 
 def test_workflows_call_what_there_is() -> None:

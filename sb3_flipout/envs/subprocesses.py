@@ -29,6 +29,9 @@ class GuardedSubprocVecEnv(SubprocVecEnv):
 
     ::
 
+        from stable_baselines3.common.env_util import make_vec_env
+        from sb3_flipout.envs.subprocesses import GuardedSubprocVecEnv
+
         env = make_vec_env("CartPole-v1", 8, vec_env_cls=GuardedSubprocVecEnv, vec_env_kwargs=dict(timeout=60))
 
     After such an error all processes are ended, so the environments are of no use any more.

@@ -18,6 +18,12 @@ class GymnasiumVecEnv(VecEnv):
 
     ::
 
+        import gymnasium
+        import sb3_flipout
+        from sb3_flipout.envs.vector import GymnasiumVecEnv
+        from stable_baselines3 import PPO
+        from stable_baselines3.common.vec_env import VecMonitor
+
         env = gymnasium.make_vec("CartPole-v1", 1024, vectorization_mode="vector_entry_point")
         model = PPO("FlipoutMlpPolicy", VecMonitor(GymnasiumVecEnv(env)))
 

@@ -39,11 +39,19 @@ class Population:
 
     ::
 
+        import torch as th
+        from sb3_flipout import perturb
+        from sb3_flipout.evolution import Population
+
+        net = perturb(th.nn.Linear(3, 1), learn_sigma=False)  # is to find the sum of three numbers
+        optimizer = th.optim.Adam(net.parameters(), lr=0.05)
         population = Population(net, 1024)
-        for _ in range(generations):
+        for _ in range(100):
+            inputs, fitness = th.randn(1024, 3), th.empty(1024)
             for group in population.ask():
-                with group.members():
-                    fitness[group.rows] = judge(net(inputs[group.rows]))
+                x = inputs[group.rows]
+                with group.members():  # row n is member n
+                    fitness[group.rows] = -(net(x)[:, 0] - x.sum(dim=1)).square().detach()
             optimizer.zero_grad()
             population.tell(fitness)
             optimizer.step()

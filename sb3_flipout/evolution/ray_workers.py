@@ -23,6 +23,11 @@ class RayWorkers(Workers):
 
     ::
 
+        import sb3_flipout
+        from sb3_flipout import FlipES
+        from sb3_flipout.evolution import RayWorkers
+        from stable_baselines3.common.env_util import make_vec_env
+
         def make_env():
             return make_vec_env("CartPole-v1", 16)
 

@@ -31,23 +31,27 @@ class NoiseSettings:
     The noise settings of every policy, flat and plain so that YAML can say them; checked when made.
 
     :param family: How weights are perturbed: a name in ``sb3_flipout.noise.FAMILIES``
-    :param sigma_init: Initial sigma in the family's unit; ``None`` for the default
+    :param sigma_init: Initial sigma, >= 0, in the family's unit; ``None`` is 0.5 (0.017 for ``"gaussian"`` with
+        ``init="noisynet"``, as there); ``"dropconnect"`` has none
     :param sigma_unit: ``"weights"`` (the family's unit), or ``"inputs"``: sigma of weights is divided, once, by the root mean
         square of what each layer gets of the first observations, so that it is the standard deviation that their noise adds to
         an output, whatever the scale of observations
     :param learn_sigma: Whether sigma is trained
     :param resample: How long an environment keeps its noise: ``"step"``, ``"episode"``, ``"rollout"``, or a number of steps
-    :param noise_sharing: ``"flipout"``, ``"shared"`` or ``"independent"``
+    :param noise_sharing: ``"flipout"``: signs per row; ``"shared"``: one perturbation for the batch; ``"independent"``: a full
+        draw of its own per row, the slow reference
     :param perturb: Which part of the network: ``"policy"`` (all that the action depends on), ``"heads"`` (its last layer) or
         ``"all"`` (values too)
     :param layers: Which kinds of layer in it: ``"all"``, ``"linear"`` (linear layers alone, as NoisyNet) or ``"hidden"`` (the
         hidden-to-hidden weights of LSTMs and GRUs alone)
     :param skip: Names of modules to leave out, as in ``policy.named_modules()``; ``*`` stands for anything
     :param perturb_frozen: Whether layers are perturbed whose weights do not learn (``requires_grad`` is False)
-    :param init: ``"keep"`` SB3's initialisation, or ``"noisynet"``
+    :param init: ``"keep"`` SB3's initialisation, or ``"noisynet"``: means and sigmas of Fortunato et al. 2018, section 3.2,
+        for ``"gaussian"`` and ``"factorised"``
     :param schedule: How the noise falls over training: ``"constant"``, ``"linear"``, ``"cosine"`` or ``"exponential"``;
         ``None`` for the policy's default, which gives way to a callback that steers the noise
-    :param schedule_end: What is left of the noise at the end of the schedule, as a share of the noise scale
+    :param schedule_end: What is left of the noise at the end of the schedule, as a share of the noise scale; ``None`` is 0,
+        for ``"exponential"`` 0.01
     :param schedule_fraction: Share of training over which it falls; ``None`` for 0.3
     :raises TypeError: If a value has a wrong type
     :raises ValueError: If a value is unknown, out of range, does not fit another one, or would have no effect
