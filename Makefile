@@ -27,7 +27,7 @@ PYTEST := $(ONE_THREAD) $(BIN)/python -m pytest
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help format check-format lint type check-architecture test test-slow docs check \
-        demo demo-atari tensorboard bench-install build clean test-versions mutation release-check
+        look demo demo-atari tensorboard bench-install build clean test-versions mutation release-check
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-20s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -69,6 +69,10 @@ mutation: $(DEV)  ## Change lines one by one: which changes does no test notice?
 
 docs: $(DOCS)  ## Build the documentation into docs/_build/html; warnings are errors
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+
+look: docs  ## Look at the handbook's pages in Chromium, at two widths, without a network
+	$(INSTALL) playwright
+	$(BIN)/python docs/look_at_pages.py
 
 demo: $(CORE)  ## Run the demo (installs the package only)
 	$(BIN)/python examples/demo.py

@@ -36,14 +36,15 @@ import sb3_flipout  # noqa: F401  (registers the policies)
 K = 10
 TRANSITIONS = {"MLP 64-64": 64, "MLP 256-256": 64, "NatureCNN": 32}
 _MEMBERS: dict[str, Any] = dict(members=K)
+_ALIKE: dict[str, Any] = dict(learn_sigma=True, schedule="constant")  # as members have it
 _ALL: dict[str, Any] = dict(members=K, keys_per_transition=K)
 
 #: Name -> (whether weights are perturbed, rows per transition, policy_kwargs).
 ARMS: dict[str, tuple[bool, int, dict[str, Any]]] = {
     "stock, B": (False, 1, {}),
     "stock, B * K": (False, K, {}),
-    "flipout, B": (True, 1, {}),
-    "flipout, B * K": (True, K, {}),
+    "flipout, B": (True, 1, _ALIKE),
+    "flipout, B * K": (True, K, _ALIKE),
     "members, M = 1": (True, 1, _MEMBERS),
     "members, M = 1, prior": (True, 1, dict(_MEMBERS, prior_scale=0.35)),
     "members, M = K": (True, K, _ALL),

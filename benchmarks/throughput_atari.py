@@ -8,7 +8,7 @@ step for four agent steps) with a small buffer. Each arm first trains untimed un
 
 - stock: "CnnPolicy" with epsilon 0.01, so that it hardly ever saves itself the forward pass
 - stock, fused Adam: the same with torch's fused Adam, which the flipout policies ask for where sigma is learned
-- linear: "FlipoutCnnPolicy", layers="linear" (convolutions without noise, as in NoisyNet) and epsilon 0
+- linear: "FlipoutCnnPolicy", layers="linear" (convolutions without noise, as in NoisyNet), schedule="constant" and epsilon 0
 - all: the same with perturb="all"
 - the same two with family="factorised", which needs no base draw and multiplies nothing by sigma
 
@@ -55,6 +55,7 @@ def _stock(**policy_kwargs: Any) -> dict[str, Any]:
 
 def _flipout(**policy_kwargs: Any) -> dict[str, Any]:
     epsilon = dict(exploration_initial_eps=0.0, exploration_final_eps=0.0)
+    policy_kwargs = dict(policy_kwargs, schedule="constant")  # noise in all blocks; by default the later ones would have none
     return dict(policy="FlipoutCnnPolicy", policy_kwargs=policy_kwargs, **epsilon)
 
 

@@ -68,7 +68,7 @@ def table(kind: type[NoiseSettings]) -> str:
 
 def tables() -> str:
     """Write all tables."""
-    return "\n\n".join(f"### {title}\n\n{table(kind)}" for title, kind in TABLES.items())
+    return "\n\n".join(f"## {title}\n\n{table(kind)}" for title, kind in TABLES.items())
 
 
 def page(text: str) -> str:
