@@ -147,6 +147,8 @@ def report(rows: list[Row]) -> str:
 
 Made by `python benchmarks/numbers_cost.py --report` from [the runs](numbers_cost.jsonl) ({versions_of(rows)}).
 
+Nothing was chosen by these runs: all seeds are shown.
+
 ## Cost of the looks
 
 Processor time inside the looks at rewards, observations and parameters, over that of the rest of the same training; median

@@ -88,8 +88,8 @@ The entries of `zoo_configs/ppo.yml` and `dqn.yml` as they stand, trained throug
 steps as the published figure, but for PPO on MountainCar (300,000 of a million). Score: mean return of the **mean weights**
 over 100 episodes at the end, in environments of other seeds. Published are the figures of rl_zoo3's `benchmark.md`, which says
 of itself that it is no quantitative benchmark: each figure is that of one trained agent, and LunarLander was version 2 then.
-An entry reaches the figure if its mean over seeds is at least the figure less one standard error of that mean. No seed
-had a part in a choice of settings. Rows of DQN on CartPole, LunarLander and MountainCar, and of stock, are those of
+An entry reaches the figure if its mean over seeds is at least the figure less one standard error of that mean. No setting
+was chosen on any of these seeds. Rows of DQN on CartPole, LunarLander and MountainCar, and of stock, are those of
 [defaults](defaults.md): the same settings and steps, on the same seeds.
 
 {table(rows)}
