@@ -315,10 +315,51 @@ def test_another_number_of_environments_is_told(tmp_path: Path) -> None:
         resume(tmp_path, "CartPole-v1")
 
 
-def test_flipes_is_refused(tmp_path: Path) -> None:
-    model = sb3_flipout.FlipES("FlipoutMlpPolicy", "CartPole-v1", population_size=4, device="cpu")
-    with pytest.raises(RuntimeError, match="FlipES can be saved as it was when its generation began"):
-        model.learn(10, callback=Checkpoints(tmp_path, EVERY))
+class Generations(BaseCallback):
+    """Notes steps and weights at the beginning of each generation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.began: dict[int, list[th.Tensor]] = {}
+
+    def _on_rollout_start(self) -> None:
+        self.began[self.model.num_timesteps] = [weight.detach().clone() for weight in self.model.policy.parameters()]
+
+    def _on_step(self) -> bool:
+        return True
+
+
+def test_flipes_goes_on_with_the_same_generations(tmp_path: Path) -> None:
+    def env() -> Any:
+        return make_vec_env("CartPole-v1", 4, seed=3)
+
+    model = sb3_flipout.FlipES("FlipoutMlpPolicy", VecNormalize(env()), 0.002, 8, device="cpu", seed=1)
+    checkpoints, generations = Checkpoints(tmp_path, 200, keep=100), Generations()
+    model.learn(3000, callback=[generations, checkpoints])
+    saved, began = steps_in(tmp_path), sorted(generations.began)
+    # Each is the first generation that begins after a multiple of 200 steps.
+    assert saved == sorted({next(at for at in began if at >= due) for due in range(200, max(began) + 1, 200)})
+    for path in sorted(tmp_path.glob("step-*"))[len(saved) // 2 :]:
+        shutil.rmtree(path)
+    gone_on, again = resume(tmp_path, env()), Generations()
+    assert gone_on.num_timesteps in saved and gone_on.num_timesteps < max(saved)
+    gone_on.learn(3000 - gone_on.num_timesteps, callback=again, reset_num_timesteps=False)
+    assert len(again.began) > 2
+    for at, weights in again.began.items():
+        assert all(th.equal(a, b) for a, b in zip(weights, generations.began[at], strict=True)), at
+
+
+def test_in_the_middle_of_a_generation_flipes_says_where_it_began(tmp_path: Path) -> None:
+    class InTheMiddle(BaseCallback):
+        def _on_step(self) -> bool:
+            if self.n_calls == 30:
+                assert checkpoints.save()
+            return True
+
+    model = sb3_flipout.FlipES("FlipoutMlpPolicy", "CartPole-v1", population_size=8, device="cpu", seed=1)
+    checkpoints = Checkpoints(tmp_path, 10**6)
+    model.learn(400, callback=[checkpoints, InTheMiddle()])
+    assert steps_in(tmp_path) == [0] and resume(tmp_path, "CartPole-v1").num_timesteps == 0
 
 
 def test_another_algorithms_checkpoint_is_refused(tmp_path: Path) -> None:

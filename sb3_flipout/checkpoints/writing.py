@@ -39,6 +39,9 @@ class Checkpoints(BaseCallback):
     A checkpoint that cannot be written is told by a warning, and training goes on; those before it stay. To go on after a
     kill: :func:`resume`.
 
+    Of FlipES a checkpoint is the model at the beginning of a generation, the first that begins after so many steps: who goes
+    on plays that generation again, with the same members and the same episodes.
+
     :param folder: Folder of the checkpoints, of one training; made if it is not there
     :param every: Environment steps, of all environments together, from one checkpoint to the next
     :param keep: Number of newest checkpoints that are kept, beside the best: that with the highest mean return of the last
@@ -49,7 +52,7 @@ class Checkpoints(BaseCallback):
     :raises TypeError: If a number is no integer
     :raises ValueError: If ``every`` or ``keep`` is below 1
     :raises RuntimeError: At the start of training, if the folder cannot be written to, another training uses it, it holds the
-        checkpoints of another one, or later ones than the model, or the algorithm is FlipES
+        checkpoints of another one, or later ones than the model
     """
 
     def __init__(
@@ -61,14 +64,11 @@ class Checkpoints(BaseCallback):
         self.keep = check_integer("keep", keep, 1)
         self.save_replay_buffer = save_replay_buffer
         self._next = 0
+        self._by_generation = False  # whether the model is saved between two generations
         self.holding = False  # whether the folder is in use by a training of this callback
 
     def _on_training_start(self) -> None:
-        if hasattr(self.model, "population_size"):
-            raise RuntimeError(
-                "FlipES can be saved as it was when its generation began, so checkpoints by steps would not be what they say. "
-                "Use SB3's CheckpointCallback, as docs/distributed.md shows."
-            )
+        self._by_generation = hasattr(self.model, "population_size")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             hold(self.folder, self)
@@ -103,11 +103,20 @@ class Checkpoints(BaseCallback):
                 warnings.warn(f"the damaged checkpoint {path} is now {aside.name}.", stacklevel=2)
         return run or uuid.uuid4().hex
 
+    def _on_rollout_start(self) -> None:
+        if self._by_generation:
+            self.num_timesteps = self.model.num_timesteps  # SB3 tells callbacks of steps alone
+            self._save_if_due()
+
     def _on_step(self) -> bool:
+        if not self._by_generation:
+            self._save_if_due()
+        return True
+
+    def _save_if_due(self) -> None:
         if self.num_timesteps >= self._next:
             self.save()
             self._next = (self.num_timesteps // self.every + 1) * self.every
-        return True
 
     def _on_training_end(self) -> None:
         self.holding = False
@@ -127,13 +136,14 @@ class Checkpoints(BaseCallback):
 
         :return: Whether it is there
         """
-        place = self.folder / f"step-{self.num_timesteps:012d}"
+        steps = self._saved_steps()
+        place = self.folder / f"step-{steps:012d}"
         if place.exists() and what_is_wrong(place) is None:
             return True  # this step is saved; to write it again would leave a moment in which it is not there
         broken = self._broken()
         if broken is not None:
             warnings.warn(
-                f"no checkpoint is written at step {self.num_timesteps}: {broken} is not finite. Those before it stay as they "
+                f"no checkpoint is written at step {steps}: {broken} is not finite. Those before it stay as they "
                 "are, and are what to go on from.",
                 stacklevel=2,
             )
@@ -150,7 +160,7 @@ class Checkpoints(BaseCallback):
         except Exception as error:  # a training of days does not end because it could not be saved
             shutil.rmtree(unfinished, ignore_errors=True)
             warnings.warn(
-                f"the checkpoint at step {self.num_timesteps} could not be written to {self.folder}: {error!r}. Training goes "
+                f"the checkpoint at step {steps} could not be written to {self.folder}: {error!r}. Training goes "
                 "on; the checkpoints before it are as they were.",
                 stacklevel=2,
             )
@@ -160,6 +170,11 @@ class Checkpoints(BaseCallback):
         if self.verbose:
             print(f"Checkpoint {place}")
         return True
+
+    def _saved_steps(self) -> int:
+        """The steps that the model says when it is saved: in the middle of a generation of FlipES, those before it."""
+        began: int | None = getattr(self.model, "_began", None)
+        return self.num_timesteps if began is None else began
 
     def _broken(self) -> str | None:
         """What of the training is not finite: to go on from it would be of no use, and it must push no good one out."""
@@ -192,7 +207,7 @@ class Checkpoints(BaseCallback):
         returns = [float(info["r"]) for info in model.ep_info_buffer or () if math.isfinite(info["r"])]
         kind = type(model)
         found = dict(
-            steps=self.num_timesteps,
+            steps=self._saved_steps(),
             run=model.checkpoint_run,  # type: ignore[attr-defined]
             algorithm=f"{kind.__module__}:{kind.__qualname__}",
             mean_return=float(np.mean(returns)) if returns else None,
