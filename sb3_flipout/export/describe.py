@@ -40,7 +40,7 @@ CLASSES: dict[str, type] = {
     **{kind.__name__: kind for kind in (RMSpropTFLike, FlattenExtractor, NatureCNN, CombinedExtractor, MinAtarCNN)},
     OneHotExtractor.__name__: OneHotExtractor,
 }
-_NUMBERS = 1_000_000  # of an observation or action; more is no policy's
+_NUMBERS = 16_000_000  # of an observation or action: two images of 1080 lines in colour; more is no policy's
 _DEPTH, _LENGTH = 20, 1000  # of what is told of an argument
 
 
@@ -52,6 +52,7 @@ def described(value: Any, name: str) -> Any:
     :param name: Name of the argument
     :return: What JSON can hold
     :raises TypeError: If it cannot be described
+    :raises ValueError: If it is a space so large that nobody would believe the description
     """
     if value is None or isinstance(value, (bool, int, str)):
         return value
@@ -63,7 +64,7 @@ def described(value: Any, name: str) -> Any:
         parts = [described(part, name) for part in value]
         return parts if isinstance(value, list) else {"tuple": parts}
     if isinstance(value, spaces.Space):
-        return {"space": _described_space(value, name)}
+        return {"space": _described_space(_within(value, name), name)}
     if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
         return {"dict": {key: described(part, name) for key, part in value.items()}}
     if isinstance(value, type) and value in CLASSES.values():
@@ -159,7 +160,7 @@ def _space(told: dict[str, Any], name: str) -> spaces.Space[Any]:
 def _within(space: spaces.Space[Any], name: str) -> spaces.Space[Any]:
     parts = space.spaces.values() if isinstance(space, spaces.Dict) else [space]
     if len(parts) > _LENGTH or sum(flatdim(part) for part in parts) > _NUMBERS:
-        raise ValueError(f"{name} is told to have more than {_NUMBERS} numbers, or {_LENGTH} parts.")
+        raise ValueError(f"{name} has more than {_NUMBERS} numbers, or {_LENGTH} parts, which no policy's has.")
     return space
 
 

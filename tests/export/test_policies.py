@@ -300,3 +300,11 @@ SPACES += [spaces.Box(np.array([-1.0, 0.0]), np.array([np.inf, 0.5]), dtype=np.f
 def test_spaces_come_back(space: spaces.Space[Any]) -> None:
     told = json.loads(json.dumps(described(space, "space"), allow_nan=False))
     assert value_of(told, "space") == space
+
+
+def test_a_space_that_could_not_be_read_back_is_not_written() -> None:
+    large = spaces.Box(0, 255, (1080, 1920, 3), np.uint8)
+    assert value_of(described(large, "observation_space"), "observation_space") == large
+    too_large = spaces.Dict({"left": large, "right": large, "behind": large})
+    with pytest.raises(ValueError, match="observation_space has more than 16000000 numbers"):
+        described(too_large, "observation_space")
