@@ -36,6 +36,9 @@ LOOK = """
     formulas: document.querySelectorAll(".math").length,
     drawn: [...document.querySelectorAll(".math")].filter((one) => one.querySelector("mjx-container, svg, .katex")).length,
     missing: [...document.images].filter((one) => !one.complete || !one.naturalWidth).map((one) => one.src),
+    clipped: [...main.querySelectorAll("*")].filter(
+      (one) => seen(one) && getComputedStyle(one).overflowX === "hidden" && one.scrollWidth > one.clientWidth + 1
+    ).slice(0, 3).map((one) => `${one.tagName} ${one.textContent.trim().slice(0, 60)}`),
     wide: wide.slice(0, 3).map((one) => `${one.tagName} ${one.textContent.trim().slice(0, 60)}`),
   };
 }
@@ -53,7 +56,7 @@ def complaints(page: Any, path: Path, asked: list[str]) -> Iterator[str]:
     if found["drawn"] < found["formulas"]:
         yield f"{found['formulas'] - found['drawn']} of {found['formulas']} formulas are not drawn"
     yield from (f"no picture {source}" for source in found["missing"])
-    yield from (f"cut off: {what}" for what in found["wide"])
+    yield from (f"cut off: {what}" for what in found["wide"] + found["clipped"])
     yield from (f"asks the network for {address}" for address in asked)
 
 
@@ -78,7 +81,11 @@ def main() -> int:
                     print(f"{path.relative_to(args.built)}, {name}: {complaint}")
                 if args.pictures:
                     args.pictures.mkdir(parents=True, exist_ok=True)
-                    page.screenshot(path=args.pictures / f"{path.stem}-{name}.png", full_page=True)
+                    place = ".".join(path.relative_to(args.built).with_suffix("").parts)
+                    page.screenshot(path=args.pictures / f"{place}-{name}.png", full_page=True)
+                        path=args.pictures / f"{str(path.relative_to(args.built))[:-5].replace('/', '.')}-{name}.png",
+                        full_page=True,
+                    )
         browser.close()
     print(f"{len(pages)} pages at {len(WIDTHS)} widths: {wrong or 'no'} complaint{'s' if wrong != 1 else ''}.")
     return 1 if wrong else 0

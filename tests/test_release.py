@@ -17,8 +17,7 @@ import sb3_flipout
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.append(str(REPOSITORY / ".ci"))
 
-import metadata  # noqa: E402
-from metadata import Addresses  # noqa: E402
+import package_metadata  # noqa: E402
 
 FILES = [REPOSITORY / "CITATION.cff", *sorted((REPOSITORY / ".github").rglob("*.yml"))]
 
@@ -33,35 +32,57 @@ def test_the_version_is_the_same_everywhere() -> None:
     assert "pip install sb3_flipout\n" not in (REPOSITORY / "README.md").read_text()  # it is on no index yet
 
 
-@pytest.mark.parametrize("repository", [None, "someone/sb3_flipout"])
-def test_links_of_the_readme_work_on_an_index(repository: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Where the address is known: from the environment, as on GitHub. A folder that is no repository knows none."""
-    monkeypatch.setenv("GITHUB_REPOSITORY", repository or "")
+def git(folder: Path, *arguments: str) -> None:
+    subprocess.run(["git", "-C", str(folder), *arguments], check=True, capture_output=True)
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
     for name in ("README.md", "sb3_flipout/__init__.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(REPOSITORY / name, tmp_path / name)
+    git(tmp_path, "init", "-q")
+    return tmp_path
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_links_of_the_readme_work_on_an_index(known: bool, checkout: Path) -> None:
+    if known:
+        git(checkout, "remote", "add", "origin", "git@github.com:someone/sb3_flipout.git")
     made: dict[str, Any] = {}
-    Addresses(str(tmp_path), {}).update(made)
-    links = re.findall(r"\]\(([^)]+)\)", made["readme"]["text"])
-    there = [link for link in links if not link.startswith("#")]
-    assert len(there) > 20
-    if repository is None:
-        assert made["readme"]["text"] == (REPOSITORY / "README.md").read_text() and "urls" not in made
+    package_metadata.Addresses(str(checkout), {}).update(made)
+    text, readme = made["readme"]["text"], (REPOSITORY / "README.md").read_text()
+    if not known:
+        assert text == readme and "urls" not in made
         return
-    assert all(link.startswith("https://") for link in there)
-    at = f"{repository}/v{sb3_flipout.__version__}/docs/images/treasure.png"
-    assert f"](https://raw.githubusercontent.com/{at})" in made["readme"]["text"]
-    assert made["urls"]["Repository"] == f"https://github.com/{repository}"
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith("#")]
+    assert len(links) > 20 and all(link.startswith("https://") for link in links)
+    at = f"someone/sb3_flipout/v{sb3_flipout.__version__}/docs/images/treasure.png"
+    assert f"](https://raw.githubusercontent.com/{at})" in text
+    assert made["urls"]["Repository"] == "https://github.com/someone/sb3_flipout"
 
 
-def test_gits_address_is_understood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("GITHUB_REPOSITORY", raising=False)
-    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+def test_links_of_the_readme_lead_to_files() -> None:
+    for link in re.findall(r"\]\((?!https?://|#)([^)#\s]+)", (REPOSITORY / "README.md").read_text()):
+        assert (REPOSITORY / link).exists(), link
+
+
+def test_badges_and_code() -> None:
+    found = package_metadata.with_absolute_links("[![b](docs/a.png)](docs/b.md) `names[0](x)`", "https://github.com/a/b", "1")
+    raw = "https://raw.githubusercontent.com/a/b/v1/docs/a.png"
+    assert found == f"[![b]({raw})](https://github.com/a/b/blob/v1/docs/b.md) `names[0](x)`"
+
+
+def test_gits_address_is_understood(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for remote in ("git@github.com:some-one/sb3_flipout.git", "https://github.com/some-one/sb3_flipout"):
-        subprocess.run(["git", "-C", str(tmp_path), "remote", "add", "origin", remote], check=True)
-        assert metadata.repository(tmp_path) == "https://github.com/some-one/sb3_flipout"
-        subprocess.run(["git", "-C", str(tmp_path), "remote", "remove", "origin"], check=True)
-    assert metadata.repository(tmp_path) is None
+        git(checkout, "remote", "add", "origin", remote)
+        assert package_metadata.repository(checkout) == "https://github.com/some-one/sb3_flipout"
+        inside = checkout / "sb3_flipout"  # a copy inside another repository
+        assert package_metadata.repository(inside) is None
+        git(checkout, "remote", "remove", "origin")
+    assert package_metadata.repository(checkout) is None
+    monkeypatch.setenv("PATH", "")
+    assert package_metadata.repository(checkout) is None  # no git
 
 
 def test_workflows_call_what_there_is() -> None:

@@ -21,6 +21,8 @@ from sb3_flipout.layers.weights import PerturbedWeights
 from sb3_flipout.noise.bases import base_draws
 from sb3_flipout.noise.keys import fold
 
+_DELTAS = PerturbedWeights.deltas
+
 Bases = tuple[int, dict[str, th.Tensor]]  # base key, and draws by name
 
 
@@ -140,33 +142,38 @@ class FlipoutLayer(PerturbedWeights):
         gradient at 0 too.
         """
         sigmas = self._sigmas()
-        return bool(sigmas) and not self.learns_sigma and not any(bool(sigma.any()) for sigma in sigmas)
+        learned = any(sigma.requires_grad for sigma in sigmas)
+        return bool(sigmas) and not learned and not any(bool(sigma.any()) for sigma in sigmas)
 
     def _sigmas(self) -> list[th.Tensor]:
         return [sigma for block in self.blocks for sigma in block.sigmas(self) if sigma is not None]
 
     @property
     def learns_sigma(self) -> bool:
-        """Whether gradients flow into sigma now."""
+        """Whether gradients flow into sigma."""
+        if "parametrizations" in self._modules:
+            return any(sigma.requires_grad for sigma in self._sigmas())
         named = self._parameters.items()  # not by attribute: it is asked in every pass of an update without noise
         return any(own.requires_grad for name, own in named if own is not None and name.endswith("_sigma"))
 
     def fixed_delta(self) -> FixedDelta | None:
         """
-        Say what the base perturbation is made of, if it does not move from pass to pass.
+        Say what the base perturbation is made of, if nothing that learns is in it.
 
-        :return: Draws and sigma; ``None`` where it moves with what learns, or where autograd keeps no count of what is written
+        :return: Draws and sigma; ``None`` where it moves with what learns (optimizers and line searches write where autograd
+            does not count it), where a subclass computes it otherwise, or where nothing counts what is written
         """
-        block, spec, named = self.blocks[0], self.noise_config.spec, self._parameters
-        sigmas = named.get(block.weight_sigma), named.get(block.bias_sigma or "")
-        present = [sigma for sigma in sigmas if sigma is not None]
-        if spec.relative or not present or self._buffers or th.compiler.is_compiling() or th.is_inference_mode_enabled():
+        block, named = self.blocks[0], self._parameters
+        found = (named.get(block.weight_sigma), named.get(block.bias_sigma or ""))
+        sigmas = tuple([sigma for sigma in found if sigma is not None])
+        if not sigmas or self.noise_config.spec.relative or self._buffers or "parametrizations" in self._modules:
             return None
-        if th._C._are_functorch_transforms_active() or any(sigma.is_inference() for sigma in present):
+        if any([sigma.requires_grad or sigma.is_inference() for sigma in sigmas]) or type(self).deltas is not _DELTAS:
             return None
-        if th.is_grad_enabled() and any(sigma.requires_grad for sigma in present):
+        if th._C._are_functorch_transforms_active() or th.is_inference_mode_enabled():
             return None
-        return FixedDelta(self._base_draws, sigmas, tuple([sigma._version for sigma in present]))
+        stamp = [number for sigma in sigmas for number in (sigma.data_ptr(), sigma._version)]
+        return FixedDelta(self._base_draws, sigmas, tuple(stamp))
 
     # ---- weights and base draws -----------------------------------------------------------------------------------
 

@@ -13,26 +13,34 @@ MaybePair = tuple[th.Tensor | None, th.Tensor | None]
 
 class FixedDelta(NamedTuple):
     """
-    What a base perturbation is made of that moves only by hand: the draws, and sigma that is fixed.
+    What a base perturbation is made of that moves only by hand: base draws, and sigma that is fixed.
 
     :param draws: Base draws by name, never written into
-    :param sigmas: Sigma of weight and bias
-    :param versions: How often autograd has seen each of those written into
+    :param sigmas: Sigma of weight and bias, as far as there are both
+    :param stamp: Of each sigma where its numbers lie, and how often autograd has seen them written into
     """
 
     draws: dict[str, th.Tensor]
-    sigmas: MaybePair
-    versions: tuple[int, ...]
+    sigmas: tuple[th.Tensor, ...]
+    stamp: tuple[int, ...]
+
+    def held(self) -> FixedDelta:
+        """
+        Hold on to the numbers themselves: ``parameter.data = other`` moves a parameter to others, and as long as these are held,
+        nothing else can lie where they do.
+
+        :return: The same, for a later comparison
+        """
+        return self._replace(sigmas=tuple([sigma.detach() for sigma in self.sigmas]))
 
     def still(self, before: FixedDelta) -> bool:
         """
         Tell whether nothing has moved.
 
-        :param before: What it was made of before
-        :return: Whether these are the same tensors, and nobody has written into them
+        :param before: What it was made of before, held
+        :return: Whether these are the same numbers, and nobody has written into them
         """
-        same = all(now is then for now, then in zip(self.sigmas, before.sigmas, strict=True))
-        return same and self.draws is before.draws and self.versions == before.versions
+        return self.draws is before.draws and self.stamp == before.stamp
 
 
 class Block:

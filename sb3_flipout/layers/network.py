@@ -117,7 +117,7 @@ class PerturbedNetwork:
 
     def _seen(self, what: RowNoise | Ask, only: Sequence[FlipoutLayer] | None) -> _Seen:
         views: tuple[RowView | None, ...] | None = None
-        if isinstance(what, RowNoise) and self._hears(what):
+        if isinstance(what, RowNoise) and self._must_compute(what):
             views = self._views(what)
         place = None
         if not th.compiler.is_compiling() and (recomputation.top_hooks(False) or recomputation.backward_task() != -1):
@@ -129,7 +129,7 @@ class PerturbedNetwork:
         views = views or (None,) * len(self.layers)
         return _Seen(what, tuple(new if hit else old for hit, new, old in zip(chosen, views, before, strict=True)), place)
 
-    def _hears(self, noise: RowNoise) -> bool:
+    def _must_compute(self, noise: RowNoise) -> bool:
         """
         Whether anything is to be computed for row noise. At scale 0 rows see the mean weights, at the price of those alone;
         but the gradient of sigma that learns is 0 then, and not none, and each input may stand for several rows.
@@ -137,8 +137,7 @@ class PerturbedNetwork:
         return (
             not noise.silent
             or noise.rows_per_input > 1
-            or not all([layer.noise_scaled for layer in self.layers])
-            or (th.is_grad_enabled() and any([layer.learns_sigma for layer in self.layers]))
+            or not all([layer.noise_scaled and not layer.learns_sigma for layer in self.layers])
         )
 
     def _views(self, noise: RowNoise) -> tuple[RowView, ...]:
@@ -161,9 +160,10 @@ class PerturbedNetwork:
     @contextmanager
     def keeping_deltas(self) -> Iterator[None]:
         """
-        Keep base perturbations that do not move, those of fixed sigma, from one pass to the next while the context is open.
+        Keep base perturbations of fixed sigma from one pass to the next while the context is open.
 
-        What moves them is noticed where autograd would notice it. It does not notice writing into ``sigma.data``.
+        Where sigma is replaced or written into, they are made anew. Only what is written into ``sigma.data``, of which autograd
+        keeps no count, is not noticed before the context is left.
 
         :return: Context manager
         """
@@ -173,7 +173,7 @@ class PerturbedNetwork:
         finally:
             self._kept = before
 
-    def deltas(self, slot: int, layer: FlipoutLayer) -> Pair:
+    def kept_deltas(self, slot: int, layer: FlipoutLayer) -> Pair:
         """
         Compute the base perturbation of a layer of one weight, or look it up.
 
@@ -181,12 +181,14 @@ class PerturbedNetwork:
         :param layer: The layer
         :return: Perturbation of weight and bias, before row factors and noise scale
         """
-        made_of = None if self._kept is None else layer.fixed_delta()
-        if self._kept is None or made_of is None:
+        if th.compiler.is_compiling() or self._kept is None:
+            return layer.deltas()
+        made_of = layer.fixed_delta()
+        if made_of is None:
             return layer.deltas()
         known = self._kept.get(slot)
         if known is None or not made_of.still(known[0]):
-            known = self._kept[slot] = (made_of, layer.deltas())
+            known = self._kept[slot] = (made_of.held(), layer.deltas())
         return known[1]
 
     def redraw(self, base_key: int) -> None:

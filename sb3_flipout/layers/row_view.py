@@ -54,7 +54,7 @@ class Network(Protocol):
         :return: Its part of the noise; ``None`` for mean weights
         """
 
-    def deltas(self, slot: int, layer: Any) -> Pair:
+    def kept_deltas(self, slot: int, layer: Any) -> Pair:
         """
         Compute the base perturbation of a layer of one weight, or look it up where it does not move.
 

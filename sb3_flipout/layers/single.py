@@ -114,7 +114,7 @@ class OneWeightLayer(FlipoutLayer):
             assert self.weight_sigma is not None, "the family has one per layer"
             return functional.rank_one(self._op, self._summed, x, mean, self.weight_sigma, s, r, for_rows)
         network = self._network
-        deltas = self.deltas() if network is None else network.deltas(self._slot, self)
+        deltas = self.deltas() if network is None else network.kept_deltas(self._slot, self)
         return functional.flipout(self._op, x, mean, deltas, s, r, for_rows)
 
     def _spread(self, vector: th.Tensor, x: th.Tensor) -> th.Tensor:

@@ -30,7 +30,7 @@ class RowNoise:
 
     :param keys: Noise keys, shape (N,), int64
     :param scale: Noise scales c: shape (N,), or one number for all rows, finite (negative: the antithetic twin);
-        ``None`` for 1
+        ``None`` for 1. A tensor is looked at once: do not write into it afterwards
     :param owner: Whose noise it is: another policy ignores it when it finds it on data; ``None`` for anybody's
     :raises TypeError: If ``keys`` is not an int64 tensor
     :raises ValueError: If ``keys`` or ``scale`` has a wrong shape or device, or a scale is not finite
@@ -100,17 +100,19 @@ class RowNoise:
         child._parent = (self, index)
         return child
 
-    def at_scale(self, scale: th.Tensor) -> RowNoise:
+    def at_scale(self, scale: th.Tensor, silent: bool | None = None) -> RowNoise:
         """
         Set other scales for the same rows. Where a scale moves at each step, their keys are not hashed again for it.
 
         :param scale: Noise scales, shape (N,), on the device of the keys
+        :param silent: Whether all of them are 0, if the caller knows; ``None`` asks the device
         :return: Noise of these rows at those scales
         """
         if not self._plain:
             return RowNoise(self.keys, scale, self.owner)
         twin = self[:]
-        twin._scale, twin._plain, twin.silent, twin._unit = scale, False, _all_zero(scale), self
+        twin._scale, twin._plain, twin._unit = scale, False, self
+        twin.silent = _all_zero(scale) if silent is None else silent
         return twin
 
     def factors(self, plan: FactorPlan, dtype: th.dtype) -> th.Tensor:

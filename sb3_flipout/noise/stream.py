@@ -71,7 +71,8 @@ class KeyStream:
         self._shape: tuple[int, th.device] | None = None  # environments and device that these are for
         self._scales: Scales | None = None
         self._row_scale: th.Tensor | None = None  # (n_envs,) the present scales; None for 1 in every row
-        self._scale_moved = False  # whether they are for the first step
+        self._scale_moved = False  # whether they are other than at the step before
+        self._silent = False  # whether all of them are 0
 
     def restart(self, step: int, seed: int) -> None:
         """
@@ -118,6 +119,7 @@ class KeyStream:
         row_scale = environment_scales(*scales, n_envs, device)
         at_one = all(scales.scale * multiplier == 1 for multiplier in scales.ladder or (1.0,))  # no device is asked
         self._row_scale = None if at_one else row_scale
+        self._silent = scales.scale == 0 or not any(scales.ladder or (1.0,))
         if self._shape != (n_envs, device):
             self._unit = self._ahead = None
         self._shape, self._scales, self._held = (n_envs, device), scales, None
@@ -133,9 +135,9 @@ class KeyStream:
         if scale is None:
             return self._ahead[1][here]
         if moved:  # and will again, perhaps: then scaling what is ahead would be for nothing
-            return self._ahead[1][here].at_scale(scale)
+            return self._ahead[1][here].at_scale(scale, self._silent)
         if self._ahead_scaled is None:
-            self._ahead_scaled = self._ahead[1].at_scale(scale.repeat(_STEPS_AHEAD))
+            self._ahead_scaled = self._ahead[1].at_scale(scale.repeat(_STEPS_AHEAD), self._silent)
         return self._ahead_scaled[here]
 
     def _held_noise(self, n_envs: int, device: th.device) -> RowNoise:
@@ -148,7 +150,7 @@ class KeyStream:
         if self._unit is None:
             self._unit = RowNoise(self._keys(drawn, np.arange(n_envs), device), owner=self.owner)
         if self._held is None:
-            self._held = self._unit if self._row_scale is None else self._unit.at_scale(self._row_scale)
+            self._held = self._unit if self._row_scale is None else self._unit.at_scale(self._row_scale, self._silent)
         return self._held
 
     def _draw(self, drawn: np.ndarray) -> np.ndarray:

@@ -89,11 +89,12 @@ class FlipoutPolicyMixin(NoiseState):
         """
         kwargs = dict(self.optimizer_kwargs)
         chosen = kwargs | getattr(self.optimizer_class, "keywords", {})  # what a functools.partial has chosen
-        settings = self.noise_settings
-        by_mean = getattr(settings, "update_noise", None) == "mean"  # of actors alone
+        settings, kind = self.noise_settings, getattr(self.optimizer_class, "func", self.optimizer_class)
+        learns_by_mean = getattr(settings, "update_noise", None) == "mean"  # a setting of actors
         if (
             (settings.learn_sigma or settings.sigma_init != 0)
-            and not by_mean
+            and not learns_by_mean
+            and issubclass(kind, (th.optim.Adam, th.optim.AdamW))
             and "fused" in signature(self.optimizer_class).parameters
             and not {"fused", "foreach", "differentiable"} & chosen.keys()
         ):

@@ -7,7 +7,8 @@ import torch as th
 from cases import KEYS, N, every_geometry, every_noise, inputs, make, plain_twin
 from torch import nn
 
-from sb3_flipout.layers import FlipoutLinear, FlipoutLSTM, attach, flipout_layers, perturb, perturbed, redraw
+from sb3_flipout.layers import FlipoutLinear, FlipoutLSTM, attach, base, flipout_layers, perturb, perturbed, redraw
+from sb3_flipout.layers.weights import PerturbedWeights
 from sb3_flipout.noise import RowNoise, RowsByKey
 
 SILENT: dict[str, Any] = {"number": 0.0, "minus": -0.0, "rows": th.zeros(N)}
@@ -88,16 +89,40 @@ def test_each_input_still_stands_for_its_rows() -> None:
 
 def seen(layer: FlipoutLinear, x: th.Tensor) -> th.Tensor:
     with perturbed(layer, KEYS):
-        return layer(x)
+        return layer(x.to(layer.weight.dtype))
+
+
+def sigmas(layer: FlipoutLinear) -> list[nn.Parameter]:
+    return [sigma for sigma in (layer.weight_sigma, layer.bias_sigma) if sigma is not None]
 
 
 def written_into(layer: FlipoutLinear) -> None:
     with th.no_grad():
-        layer.weight_sigma *= 2
+        for sigma in sigmas(layer):
+            sigma *= 2
 
 
 def replaced(layer: FlipoutLinear) -> None:
-    layer.bias_sigma = nn.Parameter(th.full((2,), 3.0), requires_grad=False)
+    layer.weight_sigma = nn.Parameter(th.full_like(sigmas(layer)[0], 3.0), requires_grad=layer.learns_sigma)
+
+
+def given_other_data(layer: FlipoutLinear) -> None:
+    """As TRPO's line search does with what learns."""
+    for sigma in sigmas(layer):
+        sigma.data = sigma.data * 2 + 1
+
+
+def given_as_one_vector(layer: FlipoutLinear) -> None:
+    """As SB3's load_from_vector does."""
+    vector = nn.utils.parameters_to_vector(layer.parameters())
+    nn.utils.vector_to_parameters(vector * 2 + 1, layer.parameters())
+
+
+def stepped(layer: FlipoutLinear) -> None:
+    """By the fused optimizer, whose writing autograd does not count."""
+    with th.enable_grad():
+        seen(layer, th.ones(N, 3)).square().sum().backward()
+    th.optim.Adam([*layer.parameters()], lr=0.5, fused=True).step()
 
 
 def loaded(layer: FlipoutLinear) -> None:
@@ -109,8 +134,11 @@ MOVES: dict[str, Any] = {
     "base": lambda layer: redraw(layer, 5),
     "written": written_into,
     "replaced": replaced,
+    "data": given_other_data,
+    "vector": given_as_one_vector,
+    "fused step": stepped,
     "loaded": loaded,
-    "type": lambda layer: layer.double().float(),
+    "type": lambda layer: layer.double(),
 }
 
 
@@ -119,8 +147,8 @@ MOVES: dict[str, Any] = {
 @pytest.mark.parametrize("learned", [False, True], ids=["fixed", "learned"])
 @pytest.mark.parametrize("move", MOVES.values(), ids=MOVES)
 def test_what_moves_a_kept_perturbation_is_noticed(move: Any, learned: bool, family: str, grad: bool) -> None:
-    if move is replaced and family == "isotropic":
-        pytest.skip("it has one sigma for weight and bias")
+    if learned and family == "isotropic":
+        pytest.skip("its sigma does not learn")
     layer, x = FlipoutLinear(3, 2, learn_sigma=learned, family=family), th.randn(N, 3)
     network = attach([layer])
     with th.set_grad_enabled(grad), network.keeping_deltas():
@@ -130,13 +158,48 @@ def test_what_moves_a_kept_perturbation_is_noticed(move: Any, learned: bool, fam
         with th.no_grad():
             layer.weight += 1  # the mean weights are never kept
         kept = seen(layer, x)
-    assert th.equal(kept, seen(layer, x)) and not th.equal(kept, before)
+    assert th.equal(kept, seen(layer, x)) and not (kept.dtype == before.dtype and th.equal(kept, before))
+
+
+def test_a_parametrised_sigma_is_not_kept() -> None:
+    layer, x = FlipoutLinear(3, 2, learn_sigma=False), th.randn(N, 3)
+    attach([layer])
+    nn.utils.parametrize.register_parametrization(layer, "weight_sigma", nn.Softplus())
+    layer.parametrizations.weight_sigma.original.requires_grad_()
+    with layer.network.keeping_deltas():
+        for _ in range(2):
+            seen(layer, x).sum().backward()
+    assert layer.learns_sigma and layer.parametrizations.weight_sigma.original.grad is not None
+
+
+def test_a_parametrised_sigma_of_zero_that_learns_has_a_gradient() -> None:
+    layer = FlipoutLinear(3, 2, learn_sigma=False, noise_sharing="independent", sigma_init=0.0)
+    nn.utils.parametrize.register_parametrization(layer, "weight_sigma", nn.Identity())
+    layer.parametrizations.weight_sigma.original.requires_grad_()
+    seen(layer, th.randn(N, 3)).sum().backward()
+    assert layer.parametrizations.weight_sigma.original.grad is not None
+
+
+def test_a_class_that_computes_its_own_is_asked_each_time() -> None:
+    class Own(FlipoutLinear):
+        times = 1.0
+
+        def deltas(self, *args: Any, **kwargs: Any) -> Any:
+            weight, bias = super().deltas(*args, **kwargs)
+            return weight * self.times, bias
+
+    layer, x = Own(3, 2, learn_sigma=False), th.randn(N, 3)
+    with attach([layer]).keeping_deltas():
+        before = seen(layer, x)
+        layer.times = 2.0
+        assert not th.equal(seen(layer, x), before)
 
 
 def test_a_fixed_perturbation_is_made_once_and_one_that_learns_in_each_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    made, deltas = [], FlipoutLinear.deltas
-    monkeypatch.setattr(FlipoutLinear, "deltas", lambda *args: made.append(0) or deltas(*args))  # type: ignore[func-returns-value]
-    for learned, grad, expected in ((False, True, 1), (True, False, 1), (True, True, 4)):
+    made, deltas = [], PerturbedWeights.deltas
+    monkeypatch.setattr(PerturbedWeights, "deltas", lambda *args: made.append(0) or deltas(*args))  # type: ignore[func-returns-value]
+    monkeypatch.setattr(base, "_DELTAS", PerturbedWeights.deltas)
+    for learned, grad, expected in ((False, True, 1), (False, False, 1), (True, False, 4), (True, True, 4)):
         layer, x = FlipoutLinear(3, 2, learn_sigma=learned), th.randn(N, 3)
         made.clear()
         with th.set_grad_enabled(grad), attach([layer]).keeping_deltas():

@@ -84,7 +84,7 @@ def test_what_is_spared_changes_no_bit_of_training(algorithm, case, schedule, mo
     noise = dict(schedule=schedule)  # a linear one is over after 30 % of the steps
     spared = trained(algorithm, CASES[case][0], case, noise)
     monkeypatch.setattr(PerturbedNetwork, "keeping_deltas", lambda self: nullcontext())
-    monkeypatch.setattr(PerturbedNetwork, "_hears", lambda self, noise: True)
+    monkeypatch.setattr(PerturbedNetwork, "_must_compute", lambda self, noise: True)
     assert_equal_weights(trained(algorithm, CASES[case][0], case, noise), spared)
 
 
