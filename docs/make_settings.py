@@ -59,10 +59,8 @@ def default(settings: NoiseSettings, name: str) -> str:
 def table(kind: type[NoiseSettings]) -> str:
     """Write the table of what a class adds."""
     about, columns = described(kind), [title for title, one in COLUMNS.items() if isinstance(one, kind)]
-    lines = [
-        f"| setting | meaning | {' | '.join(f'default, {title}' for title in columns)} |",
-        f"|---|---|{'---|' * len(columns)}",
-    ]
+    heads = " | ".join(f"default, {title}" for title in columns)
+    lines = [f"| setting | meaning | {heads} |", f"|---|---|{'---|' * len(columns)}"]
     for name in own_names(kind):
         defaults = " | ".join(default(COLUMNS[title], name) for title in columns)
         lines.append(f"| `{name}` | {about[name]} | {defaults} |")

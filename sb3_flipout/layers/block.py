@@ -26,8 +26,8 @@ class FixedDelta(NamedTuple):
 
     def held(self) -> FixedDelta:
         """
-        Hold on to the numbers themselves: ``parameter.data = other`` moves a parameter to others, and as long as these are held,
-        nothing else can lie where they do.
+        Hold on to the numbers themselves: ``parameter.data = other`` moves a parameter to others, and as long as these are
+        held, nothing else can lie where they do.
 
         :return: The same, for a later comparison
         """

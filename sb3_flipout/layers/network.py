@@ -162,8 +162,8 @@ class PerturbedNetwork:
         """
         Keep base perturbations of fixed sigma from one pass to the next while the context is open.
 
-        Where sigma is replaced or written into, they are made anew. Only what is written into ``sigma.data``, of which autograd
-        keeps no count, is not noticed before the context is left.
+        Where sigma is replaced or written into, they are made anew. Only what is written into ``sigma.data``, of which
+        autograd keeps no count, is not noticed before the context is left.
 
         :return: Context manager
         """
