@@ -12,6 +12,7 @@ from sb3_flipout import FlipoutLinear
 from sb3_flipout.layers import PerturbedNetwork
 from sb3_flipout.noise import FAMILIES
 
+LEARNED = dict(learn_sigma=True, schedule="constant")
 STOCK_NAMES = {
     "FlipoutMlpPolicy": "MlpPolicy",
     "FlipoutCnnPolicy": "CnnPolicy",
@@ -76,7 +77,7 @@ def test_mean_weights_start_as_those_of_stock(kwargs):
     assert th.equal(th.get_rng_state(), after_stock), "construction must leave torch's generator as stock does"
 
 
-@pytest.mark.parametrize("noise", [dict(schedule="constant"), dict(schedule="linear"), dict(learn_sigma=True)], ids=str)
+@pytest.mark.parametrize("noise", [dict(schedule="constant"), dict(schedule="linear"), LEARNED], ids=str)
 @pytest.mark.parametrize("case", ["mlp-discrete", "image"])
 @pytest.mark.parametrize("algorithm", [PPO, A2C, TRPO])
 def test_what_is_spared_changes_no_bit_of_training(algorithm, case, noise, monkeypatch):
