@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -88,6 +89,7 @@ def export_policy(policy: Any, folder: str | Path) -> Path:
         # So that new tensors beside an old description are no policy, if the process is killed between the two.
         told = json.dumps({**found, "sha256": _digest(parts[TENSORS])}, indent=1)
         parts[DESCRIPTION].write_text(told, encoding="utf-8")
+        shutil.copymode(parts[DESCRIPTION], parts[TENSORS])  # safetensors lets nobody else read what it writes
         for name, part in parts.items():
             os.replace(part, folder / name)
     finally:

@@ -57,8 +57,9 @@ def set_up_learning(original: Method, algorithm: Any, *args: Any, **kwargs: Any)
     if getattr(algorithm, "replay_buffer", None) is not None:  # one that was loaded since
         number_stored(algorithm, policy)
     policy.marks.begin_learning()
-    before = algorithm._last_obs
+    before, end_before = algorithm._last_obs, algorithm._total_timesteps
     total, callback = original(algorithm, *args, **kwargs)
+    policy.marks.goes_on = algorithm._num_timesteps_at_start > 0 and algorithm._total_timesteps == end_before
     if algorithm._last_obs is not before:
         policy.end_episodes(np.ones(algorithm.n_envs, dtype=bool))
     numbers.check_first_observations(algorithm, policy)
@@ -116,7 +117,7 @@ def _warn_of_fallen_noise(algorithm: Any) -> None:
     """Say, once per model, that training in small calls of learn() has had its noise in the first of them."""
     policy, began = policy_of(algorithm), algorithm._num_timesteps_at_start
     settings, marks = policy.noise_settings, policy.marks
-    if began == 0 or settings.schedule is not None or marks.steered or "fallen" in marks.warned:
+    if began == 0 or settings.schedule is not None or marks.steered or marks.goes_on or "fallen" in marks.warned:
         return
     if settings.factor_at(began / algorithm._total_timesteps) == 0.0:
         marks.warned.add("fallen")

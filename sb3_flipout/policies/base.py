@@ -59,10 +59,14 @@ class FlipoutPolicyMixin(NoiseState):
         known = {id(module): name for name, module in reversed(list(self.named_modules(remove_duplicate=False)))}
         inside = [layer for module in modules for layer in module.modules()]
         names = {known.get(id(layer), f"{type(layer).__name__} {i}"): layer for i, layer in enumerate(inside)}
-        wanted = Wanted(settings.layers, tuple(settings.skip), settings.perturb_frozen)
+        wanted = Wanted(settings.layers, self._left_out(), settings.perturb_frozen)
         left = perturb_named(names, settings.layer_noise(), wanted, lambda: self._base_key(0))
         if not quietly:  # the matrix of gSDE is noise of its own, and no weight that stays plain
             warn_of_plain({name: why for name, why in left.items() if name.split(".")[-1] != "log_std"}, stacklevel=6)
+
+    def _left_out(self) -> tuple[str, ...]:
+        """Names of modules to leave out, of all networks that must have the same layers."""
+        return tuple(self.noise_settings.skip)
 
     def _last_linear(self, module: nn.Module) -> nn.Module:
         """The layer that perturb="heads" stands for."""

@@ -140,6 +140,15 @@ class ValueMixin(OffPolicyMixin):
             self.learning.inputs_once = takes_inputs_once(self.online, self.perturbed_network, self, times)
         self.optimizer = self._make_optimizer(self.online.parameters(), lr_schedule)
 
+    def _left_out(self) -> tuple[str, ...]:
+        """What is left out of one network is left out of the other, which is copied from it."""
+        ours, theirs = self.online_name, f"{self.online_name}_target"
+        found: list[str] = []
+        for pattern in super()._left_out():
+            root, dot, inside = pattern.partition(".")
+            found += [pattern] if root not in (ours, theirs) else [f"{net}{dot}{inside}" for net in (ours, theirs)]
+        return tuple(found)
+
     @property
     def online(self) -> LearningValueNetwork:
         """The network that acts and learns."""
@@ -199,11 +208,17 @@ class ValueMixin(OffPolicyMixin):
 
         :param observation: N observations, as arrays or tensors
         :return: Values, shape (K, N, n_actions); means over quantiles for QRDQN
-        :raises ValueError: If the policy has no members
+        :raises ValueError: If the policy has no members, or a tensor is one observation and not a batch
         """
         members = self.noise_settings.members
         if members is None:
             raise ValueError("member_values needs an ensemble, this policy has members=None; give members=10, say.")
+        shape = self.observation_space.shape
+        if isinstance(observation, th.Tensor) and shape is not None and observation.dim() != len(shape) + 1:
+            raise ValueError(
+                f"member_values takes tensors of the shape (N, {', '.join(map(str, shape)) or '...'}), got "
+                f"{tuple(observation.shape)}; of one observation, observation[None]."
+            )
         tensors: Any = observation if isinstance(observation, th.Tensor) else self._as_tensors(observation)
         n = n_rows(tensors)
         repeated = (

@@ -7,7 +7,9 @@ from typing import Any
 import torch as th
 from torch import nn
 
-from sb3_flipout.layers import attach, perturb
+from sb3_flipout.layers import attach
+from sb3_flipout.layers.config import layer_noise
+from sb3_flipout.layers.convert import Wanted, perturb_named
 from sb3_flipout.layers.interface import flipout_layers
 from sb3_flipout.noise import RowNoise
 
@@ -37,7 +39,9 @@ class Prior(nn.Module):
     def __init__(self, network: nn.Module, base_key: int) -> None:
         super().__init__()
         self.network = network
-        perturb(network, base_key=base_key, perturb_frozen=True, family="gaussian", sigma_init=1.0, learn_sigma=False)
+        # Nobody is told of layers that stay plain: of the network that learns they have been told, by names that `skip` knows.
+        config = layer_noise(dict(family="gaussian", sigma_init=1.0, learn_sigma=False))
+        perturb_named(dict(network.named_modules()), config, Wanted("all", (), True), lambda: base_key)
         layers = flipout_layers([network])
         for layer in layers:
             layer.noise_index = FIRST_NUMBER + (layer.noise_index or 0)

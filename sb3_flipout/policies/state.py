@@ -46,6 +46,7 @@ class RunMarks:
     def begin_learning(self) -> None:
         """Forget what held in the last call of learn()."""
         self.steered = False  # a callback steers the noise scale
+        self.goes_on = False  # to the end that the last call of learn(), or the training that was saved, had too
         self.numbers_guarded = False  # a callback ends training where numbers are not finite
         self.non_finite: NonFiniteError | None = None  # what is to be said of it
 

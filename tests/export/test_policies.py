@@ -308,3 +308,9 @@ def test_a_space_that_could_not_be_read_back_is_not_written() -> None:
     too_large = spaces.Dict({"left": large, "right": large, "behind": large})
     with pytest.raises(ValueError, match="observation_space has more than 16000000 numbers"):
         described(too_large, "observation_space")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="files have no such modes there")
+def test_whoever_may_read_the_description_may_read_the_tensors(exported: Path) -> None:
+    description, tensors = (exported / name for name in ("policy.json", "policy.safetensors"))
+    assert tensors.stat().st_mode == description.stat().st_mode

@@ -1,5 +1,6 @@
 """DQN and QRDQN: two streams of noise, one per environment for acting, one per gradient step for learning."""
 
+import ast
 import copy
 import re
 
@@ -10,6 +11,7 @@ from helpers import image_env, vector_env
 from sb3_contrib import QRDQN
 from stable_baselines3 import DQN
 from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
+from stable_baselines3.common.torch_layers import FlattenExtractor
 
 from sb3_flipout import perturbed
 from sb3_flipout.layers import Ask, FlipoutLayer, effective_weight
@@ -415,3 +417,39 @@ def test_bases_are_drawn_once_per_gradient_step_and_network(monkeypatch):
     model.learn(40)
     steps, layers = model.policy.learning.step, 3
     assert len(draws) == 2 * layers * steps
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("side", ["", "_target"])
+def test_what_is_left_out_of_one_network_is_left_out_of_its_target(algorithm, side):
+    name = {DQN: "q_net", QRDQN: "quantile_net"}[algorithm]
+    model = build(algorithm, noise=dict(skip=[f"{name}{side}.{name}.0"])).learn(40)
+    for target in (False, True):
+        first, *others = [layer for layer in getattr(net_of(model, target), name) if isinstance(layer, th.nn.Linear)]
+        assert not isinstance(first, FlipoutLayer) and all(isinstance(layer, FlipoutLayer) for layer in others)
+
+
+def test_the_names_that_an_error_gives_can_be_left_out():
+    class Reads(FlattenExtractor):
+        """Reads the weights of a layer that it never calls."""
+
+        def __init__(self, observation_space):
+            super().__init__(observation_space)
+            self.layer = th.nn.Linear(self.features_dim, self.features_dim)
+
+        def forward(self, observations):
+            return th.nn.functional.linear(super().forward(observations), self.layer.weight)
+
+    noise = dict(features_extractor_class=Reads)
+    with pytest.raises(ValueError, match="learn, and were never called") as told:
+        build(noise=noise).learn(40)
+    skip = re.search(r"skip=(\[.*?\])", str(told.value)).group(1)
+    build(noise=dict(noise, skip=ast.literal_eval(skip))).learn(40)
+
+
+def test_one_observation_is_no_batch_of_member_values():
+    model = build(noise=dict(members=3))
+    with pytest.raises(ValueError, match=r"tensors of the shape \(N, 5\), got \(5,\); of one observation"):
+        model.policy.member_values(th.zeros(5))
+    assert model.policy.member_values(th.zeros(1, 5)).shape == (3, 1, 4)
+    assert model.policy.member_values(np.zeros(5, np.float32)).shape == (3, 1, 4)

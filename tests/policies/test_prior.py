@@ -11,6 +11,7 @@ from gymnasium import spaces
 from helpers import vector_env
 from sb3_contrib import QRDQN
 from stable_baselines3 import DQN
+from stable_baselines3.common.torch_layers import FlattenExtractor
 
 from sb3_flipout.envs import DeepSea
 from sb3_flipout.layers import FlipoutLayer
@@ -176,3 +177,21 @@ def test_the_noise_scale_multiplies_the_prior_once(algorithm):
             found = own(obs)
         with twin.policy.prior.perturbed_network.activate(RowNoise(th.arange(9))):
             th.testing.assert_close(found, twin.policy.prior.network(obs))
+
+
+def test_the_prior_says_nothing_of_layers_that_stay_plain(recwarn):
+    class WithMatrix(FlattenExtractor):
+        def __init__(self, observation_space):
+            super().__init__(observation_space)
+            self.position = th.nn.Parameter(th.zeros(1, self.features_dim))
+
+        def forward(self, observations):
+            return super().forward(observations) + self.position
+
+    extractor = dict(features_extractor_class=WithMatrix)
+    build(deep_sea(), **extractor)
+    told = [str(one.message) for one in recwarn if "stay plain" in str(one.message)]
+    assert len(told) == 1 and "skip=['q_net.features_extractor.position']" in told[0]
+    recwarn.clear()
+    build(deep_sea(), **extractor, skip=["q_net.features_extractor.position"])
+    assert not [one for one in recwarn if "stay plain" in str(one.message)]

@@ -182,3 +182,14 @@ def test_a_model_that_learned_sigma_by_default_goes_on_under_constant_noise() ->
     with pytest.warns(UserWarning, match="which learned sigma by default; it goes on with sigma as it is, fixed"):
         model.policy.set_noise_state(state)
     assert model.policy.noise_settings.falls == "constant"
+
+
+def test_a_resumed_training_is_told_nothing_where_its_noise_is_over(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    """Its end is the one that it had: the noise has fallen as it was to fall."""
+    model = build(PPO).learn(128)
+    model.num_timesteps = 96  # as a checkpoint has it
+    model.save(tmp_path / "model")
+    PPO.load(tmp_path / "model", env=model.get_env()).learn(128 - 96, reset_num_timesteps=False)
+    assert not [one for one in recwarn if "without weight noise" in str(one.message)]
+    with pytest.warns(UserWarning, match="from step 96 to 160 without weight noise"):
+        PPO.load(tmp_path / "model", env=model.get_env()).learn(64, reset_num_timesteps=False)
