@@ -83,9 +83,6 @@ def main() -> int:
                     args.pictures.mkdir(parents=True, exist_ok=True)
                     place = ".".join(path.relative_to(args.built).with_suffix("").parts)
                     page.screenshot(path=args.pictures / f"{place}-{name}.png", full_page=True)
-                        path=args.pictures / f"{str(path.relative_to(args.built))[:-5].replace('/', '.')}-{name}.png",
-                        full_page=True,
-                    )
         browser.close()
     print(f"{len(pages)} pages at {len(WIDTHS)} widths: {wrong or 'no'} complaint{'s' if wrong != 1 else ''}.")
     return 1 if wrong else 0
