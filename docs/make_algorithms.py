@@ -64,7 +64,7 @@ HEAD = """# Algorithms and policy names
 <!-- Made by docs/make_algorithms.py from the registration table. Do not edit. -->
 
 `import sb3_flipout` gives these names to the stock algorithm classes. Those marked with a star are of sb3-contrib:
-`pip install 'sb3_flipout[contrib]'`.
+`pip install ".[contrib]"`.
 
 """
 
