@@ -210,7 +210,8 @@ def report(rows: list[Row]) -> str:
 
 Made by `python benchmarks/replay.py --report` from [the runs](replay.jsonl) ({versions_of(rows)}; at most {seeds} seeds).
 
-PPO explores by weight noise of fixed sigma. The arms differ in what the update makes of the rollout:
+PPO explores by weight noise of fixed sigma. Nothing was chosen by these runs: all scales and seeds are shown. The arms differ
+in what the update makes of the rollout:
 
 - `exact`: each transition is learned under the very weights that chose its action, as this package does.
 - `uncorrected`: by the mean weights, as if they had acted.

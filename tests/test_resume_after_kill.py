@@ -6,7 +6,7 @@ Run as a script, this file is the training that gets killed: `python test_resume
 from __future__ import annotations
 
 import json
-import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,11 +20,11 @@ from typing import Any, TextIO
 import pytest
 import torch as th
 from stable_baselines3 import DQN
-from stable_baselines3.common.callbacks import CheckpointCallback
 from stable_baselines3.common.env_util import make_atari_env, make_vec_env
 from stable_baselines3.common.vec_env import VecEnv, VecFrameStack
 from torch.utils.hooks import RemovableHandle
 
+from sb3_flipout import Checkpoints, resume
 from sb3_flipout.envs import atari_id
 from sb3_flipout.layers import FlipoutLayer
 
@@ -54,7 +54,7 @@ SETUPS = {
     "cartpole": Setup(
         lambda: make_vec_env("CartPole-v1", n_envs=N_ENVS, seed=0),
         "FlipoutMlpPolicy",
-        dict(net_arch=[16], base_every_steps=7),
+        dict(net_arch=[16], base_every_steps=7, schedule="constant"),
         dict(batch_size=8, buffer_size=20_000, learning_starts=40, gradient_steps=2),
         save_every=150,
         kill_at=620,
@@ -63,7 +63,7 @@ SETUPS = {
     "pong": Setup(  # 2,500 steps of four frames each before it is killed
         lambda: VecFrameStack(make_atari_env(atari_id("PongNoFrameskip-v4"), n_envs=N_ENVS, seed=0), 4),
         "FlipoutCnnPolicy",
-        dict(layers="linear", base_every_steps=50),
+        dict(layers="linear", base_every_steps=50, schedule="constant"),
         dict(batch_size=8, buffer_size=600, learning_starts=100, gradient_steps=1),
         save_every=902,
         kill_at=2500,
@@ -107,7 +107,7 @@ def records(path: Path) -> Records:
 
 def train(setup: Setup, folder: Path, steps: int) -> DQN:
     model = setup.model()
-    callback = CheckpointCallback(setup.save_every // N_ENVS, str(folder), save_replay_buffer=True)
+    callback = Checkpoints(folder / "checkpoints", setup.save_every)
     with recorded(model, folder / "noise.jsonl"):
         return model.learn(steps, callback=callback)
 
@@ -125,15 +125,6 @@ def killed(name: str, folder: Path) -> None:
     assert child.wait() == -signal.SIGKILL, (folder / "errors.txt").read_text()
 
 
-def documented_resume() -> Callable[[str, VecEnv], DQN]:
-    """Give the function of docs/resuming.md, as it stands there."""
-    text = (Path(__file__).parents[1] / "docs" / "resuming.md").read_text()
-    (block,) = [block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "def resume" in block]
-    names: dict[str, Any] = {"DQN": DQN}
-    exec(block.partition("\n\n\nmodel = ")[0], names)
-    return names["resume"]
-
-
 def from_step(noise: Records, starts: dict[str, int]) -> Records:
     return {(name, step): value for (name, step), value in noise.items() if step >= starts[name]}
 
@@ -148,10 +139,14 @@ def test_killed_training_goes_on(name: str, tmp_path: Path) -> None:
     before = records(first / "noise.jsonl")
     died_at = N_ENVS * max(step for whose, step in before if whose == "acting")
 
-    # The newest checkpoint may be half-written; such a one is put there in any case.
-    newest = max(first.glob("rl_model_[0-9]*_steps.zip"), key=lambda path: int(path.stem.split("_")[-2]))
-    (first / f"rl_model_{LONG}_steps.zip").write_bytes(newest.read_bytes()[:1000])
-    model = documented_resume()(str(first), setup.env())
+    # A disk may have lost the end of the newest one.
+    checkpoints = first / "checkpoints"
+    newest, damaged = max(checkpoints.glob("step-*")), checkpoints / f"step-{LONG:012d}"
+    shutil.copytree(newest, damaged)
+    (damaged / "model.zip").write_bytes((newest / "model.zip").read_bytes()[:1000])
+    with pytest.warns(UserWarning, match="is not whole"):
+        model = resume(checkpoints, setup.env())
+    assert isinstance(model, DQN)
     loaded, updates = model.num_timesteps, model.policy.learning.step
     assert 0 <= died_at - loaded < 2 * setup.save_every + N_ENVS  # the newest one, or it died while writing that
     assert loaded % setup.save_every == 0
