@@ -63,7 +63,7 @@ class PerturbedNetwork:
         self.layers = tuple(layers)
         self.of_policy = of_policy
         self.plan = FactorPlan([layer.vectors() for layer in self.layers])
-        #: Numbers of the layers that have been called under noise, while somebody wants to know.
+        #: Numbers of the layers that have been called under noise, heard or not, while somebody wants to know.
         self.visited: set[int] | None = None
         #: Whether rows were given noise meanwhile.
         self.asked = False
@@ -100,7 +100,7 @@ class PerturbedNetwork:
                 'policy_kwargs=dict(skip=["its.name"]).'
             )
         view = None if now.views is None else now.views[slot]
-        if view is not None and self.visited is not None:
+        if self.visited is not None and (view is not None or (now.views is None and isinstance(now.what, RowNoise))):
             self.visited.add(slot)
         return view
 
@@ -117,8 +117,9 @@ class PerturbedNetwork:
 
     def _seen(self, what: RowNoise | Ask, only: Sequence[FlipoutLayer] | None) -> _Seen:
         views: tuple[RowView | None, ...] | None = None
-        if isinstance(what, RowNoise) and self._must_compute(what):
-            views = self._views(what)
+        if isinstance(what, RowNoise):
+            self.asked = True
+            views = self._views(what) if self._must_compute(what) else None
         place = None
         if not th.compiler.is_compiling() and (recomputation.top_hooks(False) or recomputation.backward_task() != -1):
             place = recomputation.place()
@@ -142,7 +143,7 @@ class PerturbedNetwork:
 
     def _views(self, noise: RowNoise) -> tuple[RowView, ...]:
         """What each layer needs of row noise: the noise itself, and the factor vectors of its rows."""
-        rows, self.asked = noise.materialise(), True
+        rows = noise.materialise()
         if not self.plan.width:
             return tuple([RowView(noise, (), rows) for _ in self.layers])
         dtypes = [layer.like.dtype for layer in self.layers]

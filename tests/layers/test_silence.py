@@ -227,3 +227,15 @@ def test_what_inference_mode_has_made_is_kept_from_autograd() -> None:
             seen(layer, x)
         seen(layer, x).sum().backward()
     assert x.grad is not None
+
+
+def test_who_is_called_is_noted_of_silent_noise_too() -> None:
+    net = perturb(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), learn_sigma=False)
+    network = attach(flipout_layers([net]))
+    network.visited = set()
+    with network.activate(None):
+        net(th.randn(N, 3))
+    assert not network.visited and not network.asked
+    with network.activate(RowNoise(KEYS, 0.0)):
+        net[1](th.randn(N, 4))
+    assert network.visited == {1} and network.asked
