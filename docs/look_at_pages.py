@@ -37,7 +37,9 @@ LOOK = """
     drawn: [...document.querySelectorAll(".math")].filter((one) => one.querySelector("mjx-container, svg, .katex")).length,
     missing: [...document.images].filter((one) => !one.complete || !one.naturalWidth).map((one) => one.src),
     clipped: [...main.querySelectorAll("*")].filter(
-      (one) => seen(one) && getComputedStyle(one).overflowX === "hidden" && one.scrollWidth > one.clientWidth + 1
+      // What MathJax writes for screen readers is hidden on purpose.
+      (one) => seen(one) && !one.closest("mjx-assistive-mml") &&
+        getComputedStyle(one).overflowX === "hidden" && one.scrollWidth > one.clientWidth + 1
     ).slice(0, 3).map((one) => `${one.tagName} ${one.textContent.trim().slice(0, 60)}`),
     wide: wide.slice(0, 3).map((one) => `${one.tagName} ${one.textContent.trim().slice(0, 60)}`),
   };
