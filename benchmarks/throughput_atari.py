@@ -7,7 +7,7 @@ step for four agent steps) with a small buffer. Each arm first trains untimed un
 200 agent steps, in shuffled order: `learn` is what is timed, that is the emulator, acting, and the update.
 
 - stock: "CnnPolicy" with epsilon 0.01, so that it hardly ever saves itself the forward pass
-- stock, fused Adam: the same with torch's fused Adam, which the flipout policies ask for where sigma is learned
+- stock, fused Adam: the same with torch's fused Adam, which flipout policies ask for
 - linear: "FlipoutCnnPolicy", layers="linear" (convolutions without noise, as in NoisyNet), schedule="constant" and epsilon 0
 - all: the same with perturb="all"
 - the same two with family="factorised", which needs no base draw and multiplies nothing by sigma

@@ -49,7 +49,7 @@ class RowNoise:
         self._parent: tuple[RowNoise, Index] | None = None
         self._plain = scale is None  # at scale 1, so that the factors need no multiplication
         #: Whether the scale of every row is 0: then all of them see the mean weights, and nothing need be computed for it.
-        self.silent = self._scale is not None and _all_zero(self._scale if isinstance(scale, th.Tensor) else scale)
+        self.silent = scale is not None and _all_zero(scale)
         self._unit: RowNoise | None = None  # the same rows at scale 1, where their factors are shared
         self._factors: dict[tuple[FactorPlan, th.dtype], th.Tensor] = {}
 
@@ -78,11 +78,6 @@ class RowNoise:
         if self._keys is None or self._scale is None:
             self._keys, self._scale = self.keys, self.scale
         return int(self._keys.shape[0])
-
-    @property
-    def _device(self) -> th.device:
-        known = self._keys if self._keys is not None else self._scale
-        return self.keys.device if known is None else known.device
 
     def __len__(self) -> int:
         return self.keys.shape[0]
@@ -244,7 +239,7 @@ def _take(rows: th.Tensor, index: Index) -> th.Tensor:
     return rows.index_select(0, index) if isinstance(index, th.Tensor) and index.dtype == th.int64 else rows[index]
 
 
-def _all_zero(scale: th.Tensor | float | None) -> bool:
+def _all_zero(scale: th.Tensor | float) -> bool:
     return not (scale.any() if isinstance(scale, th.Tensor) else scale)
 
 

@@ -196,3 +196,13 @@ def test_a_bad_resample_is_refused(resample: Any) -> None:
 @pytest.mark.parametrize("resample", RESAMPLE)
 def test_a_good_resample_is_accepted(resample: Any) -> None:
     check_resample(resample)
+
+
+@pytest.mark.parametrize("resample", ["step", "episode"])
+def test_it_is_known_where_all_scales_are_zero(resample: Any) -> None:
+    stream = KeyStream(SEED, resample)
+    scales = {Scales(0.0): True, Scales(1.0, (0.0, 0.0)): True, Scales(1.0, (0.0, 0.5)): False, Scales(0.5): False}
+    for given, silent in scales.items():
+        for _ in range(3):  # also of the block that is scaled ahead
+            noise = stream.next(2, given, CPU)
+            assert noise.silent is silent and bool(noise.scale.any()) is not silent
