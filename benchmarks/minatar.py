@@ -91,7 +91,8 @@ Made by `python benchmarks/minatar.py --report` from [the runs](minatar.jsonl) (
 
 DQN, 300,000 steps, settings of Young and Tian 2019 but for Adam and a gradient step every fourth step; chosen for none of
 these games, and on none of these seeds. Runs of Breakout by `epsilon` and `flipout-falling` were made before runs noted their
-commit: it is the one before that which brought them. Score: mean return of the mean weights (with members: of their vote) over 30 episodes.
+commit: it is the one before that which brought them. Score: mean return of the mean weights (with members: of their vote)
+over 30 episodes.
 
 - `epsilon`: stock; epsilon falls to 0.1 over the first tenth
 - `noisynet-step`: factorised, shared draw, sigma learned
