@@ -28,7 +28,8 @@ ENV = "MountainCarContinuous-v0"
 HEADER = """# MountainCarContinuous-v0: finding the goal, and learning it
 
 `python benchmarks/mountain_car_continuous.py --first-seed 200 --seeds 10`. The reward is +100 at the goal and minus the
-squared action on the way, so an agent that does not find the goal learns to stand still, at 0. PPO, 40,000 steps, 4 environments.
+squared action on the way, so an agent that does not find the goal learns to stand still, at 0. PPO, 40,000 steps, 4
+environments.
 
 `recipe` is what the handbook advises: `sigma_init=2.0, resample="episode", schedule="linear", schedule_fraction=0.6`, all else
 default. It was chosen on seeds 0 to 4, and confirmed on seeds 200 to 209, below. `recipe-1` is the same with
