@@ -98,6 +98,7 @@ class FlipoutPolicyMixin(NoiseState):
         if (
             (settings.learn_sigma or settings.sigma_init != 0)
             and not learns_by_mean
+            and isinstance(kind, type)  # or a function that makes an optimizer
             and issubclass(kind, (th.optim.Adam, th.optim.AdamW))
             and "fused" in signature(self.optimizer_class).parameters
             and not {"fused", "foreach", "differentiable"} & chosen.keys()
@@ -127,7 +128,7 @@ class FlipoutPolicyMixin(NoiseState):
         return noise if noise is not None and noise.owner in (None, self.noise_owner) else None
 
     def _refuse_noiseless(self, obs: Any) -> None:
-        """In an update every batch has to bring its noise; say what became of that of this one."""
+        """Refuse a batch of an update that brings no noise, and say what became of it."""
         operation, others = lost_by(obs), noise_of(obs)
         if others is not None:
             cause = "its keys were drawn by another policy"

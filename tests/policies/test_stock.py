@@ -1,6 +1,7 @@
 """With sigma frozen at 0, training is SB3's own, bit for bit; and mean weights are SB3's at the start."""
 
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch as th
@@ -133,3 +134,6 @@ def test_fused_optimizer_only_where_noise_is_learned_under_and_the_user_has_not_
     kwargs = dict(learn_sigma=True, optimizer_class=th.optim.Adamax)
     own = PPO("FlipoutMlpPolicy", vector_env(), n_steps=8, batch_size=8, policy_kwargs=kwargs).policy.optimizer
     assert isinstance(own, th.optim.Adamax)
+    assert flags(optimizer_class=partial(th.optim.AdamW, eps=1e-7)) == (True, None, 1e-7)
+    assert flags(optimizer_class=partial(th.optim.Adam, eps=1e-7, foreach=True)) == (None, True, 1e-7)
+    assert flags(optimizer_class=lambda params, lr: th.optim.Adam(params, lr, eps=1e-4)) == (None, None, 1e-4)
