@@ -89,7 +89,7 @@ def install(algorithm_class: type[BaseAlgorithm]) -> None:
     wrappers = _OFF_POLICY if issubclass(algorithm_class, OffPolicyAlgorithm) else _ON_POLICY
     for name in (*wrappers, "load"):
         current = getattr(algorithm_class, name)
-        if not hasattr(current, "wraps_for_flipout"):
+        if not getattr(current, "wraps_for_flipout", False):
             before = _INSTALLED.setdefault(algorithm_class, {})
             before[name] = algorithm_class.__dict__.get(name)
             new = _wrap_load(current) if name == "load" else _wrap(current, wrappers[name])

@@ -69,7 +69,7 @@ def save(original: Method, algorithm: Any, *args: Any, **kwargs: Any) -> Any:
     try:
         return original(algorithm, *args, **kwargs)
     finally:
-        algorithm.__dict__.pop(STATE, None)
+        del algorithm.__dict__[STATE]
 
 
 def load(original: Method, cls: type[BaseAlgorithm], *args: Any, **kwargs: Any) -> Any:
