@@ -112,11 +112,10 @@ class FlipoutMultiheadAttention(FlipoutLayer, nn.MultiheadAttention):
 
     def _check_rows(self, x: th.Tensor, rows: int) -> None:
         if x.dim() != 3 or x.is_nested or not self.row_layout.fits(x.shape[0], rows):
+            queries = "nested queries" if x.is_nested else f"queries of shape {tuple(x.shape)} (batch first)"
             raise ValueError(
-                f"FlipoutMultiheadAttention got {'nested ' if x.is_nested else ''}queries of shape {tuple(x.shape)} (batch "
-                f"first) and keys for {rows} rows; it needs one sequence per row. "
-                "If the network folds something else into the "
-                "batch, leave the module out with skip=."
+                f"FlipoutMultiheadAttention got {queries} and keys for {rows} rows; it needs one sequence per row. If the "
+                "network folds something else into the batch, leave the module out with skip=."
             )
 
     def _projections(self, inputs: list[th.Tensor], view: RowView) -> list[th.Tensor]:
