@@ -81,8 +81,8 @@ def test_a_wrapped_load_is_the_class_s_and_reseeds(tmp_path: Path) -> None:
 
 
 WITHOUT_NOISE = (
-    "these are the parameters of a policy without noise: it has no sigma, and its optimizer none for it. To take its weights as "
-    'mean weights and keep the sigma that is here: model.set_parameters({"policy": params["policy"]}, exact_match=False).'
+    "these are the parameters of a policy without noise: it has no sigma, and its optimizer none for it. To take its weights "
+    'as mean weights and keep the sigma that is here: model.set_parameters({"policy": params["policy"]}, exact_match=False).'
 )
 
 
