@@ -158,7 +158,7 @@ def test_another_number_of_sequences_than_rows_is_refused(shape: tuple[int, ...]
 def test_nested_queries_are_refused() -> None:
     layer = build(dict(batch_first=True), {})
     nested = th.nested.nested_tensor([th.zeros(L, E, dtype=th.float64)] * N)
-    with perturbed(layer, KEYS), pytest.raises(ValueError, match="^FlipoutMultiheadAttention got nested queries and keys"):
+    with perturbed(layer, KEYS), pytest.raises(ValueError, match=r"^FlipoutMultiheadAttention got nested queries and keys"):
         layer(nested, nested, nested)
 
 

@@ -91,7 +91,8 @@ def row_by_row(layer: FlipoutLayer, made: Made, given: tuple[th.Tensor, ...], ow
 def gradients(layer: nn.Module, outputs: th.Tensor, given: tuple[th.Tensor, ...]) -> dict[str, th.Tensor | None]:
     what = {**dict(layer.named_parameters()), **{f"input {i}": x for i, x in enumerate(given) if x.is_floating_point()}}
     what = {name: value for name, value in what.items() if value.requires_grad}
-    return dict(zip(what, th.autograd.grad((outputs * outputs.detach().cos()).sum(), list(what.values()), allow_unused=True)))
+    found = th.autograd.grad((outputs * outputs.detach().cos()).sum(), list(what.values()), allow_unused=True)
+    return dict(zip(what, found, strict=True))
 
 
 @pytest.mark.parametrize(("made", "inputs"), KINDS.values(), ids=KINDS)

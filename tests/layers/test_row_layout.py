@@ -56,7 +56,7 @@ def changed(observations: th.Tensor, row: int) -> th.Tensor:
     return other
 
 
-def layout_of(net: Net, dim: int = 0, observations: th.Tensor | None = None) -> RowLayout | None | str:
+def layout_of(net: Net, dim: int = 0, observations: th.Tensor | None = None) -> RowLayout | str | None:
     if observations is None:
         observations = th.arange(PROBED_ROWS * 4.0).view(PROBED_ROWS, 4) / 10
     found = find_layouts({"layer": net.layer}, net, observations, changed, lambda layer, x: dim)
@@ -69,7 +69,7 @@ def both(layer: nn.Module, first: th.Tensor, second: th.Tensor) -> None:
     layer(second)
 
 
-FEEDS: dict[str, tuple[Callable[[nn.Module, th.Tensor], Any], int, RowLayout | None | str]] = {
+FEEDS: dict[str, tuple[Callable[[nn.Module, th.Tensor], Any], int, RowLayout | str | None]] = {
     "as they are": (lambda layer, x: layer(x), 0, FIRST),
     "two entries of each row": (lambda layer, x: layer(x.view(-1, 2)), 0, INTERLEAVED),
     "all first entries, then all second": (lambda layer, x: layer(th.cat([x[:, :2], x[:, 2:]])), 0, TILED),
