@@ -98,8 +98,8 @@ def test_packed_sequences_of_another_number_are_refused() -> None:
     with perturbed(layer, KEYS), pytest.raises(ValueError) as told:
         layer(packed)
     assert str(told.value) == (
-        "FlipoutGRU got 2 packed sequences of 4 steps in all and keys for 3 rows; give one key per sequence (2), held over its "
-        "steps, or one per sequence and step (4)."
+        "FlipoutGRU got 2 packed sequences of 4 steps in all and keys for 3 rows; give one key per sequence (2), held over "
+        "its steps, or one per sequence and step (4)."
     )
 
 

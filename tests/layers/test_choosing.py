@@ -1,0 +1,305 @@
+"""Which modules are perturbed, which stay plain and why, and which network a layer belongs to."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch as th
+from torch import nn
+from torch.nn.utils import parametrizations, spectral_norm
+
+from sb3_flipout.layers import FlipoutLayer, FlipoutLinear, flipout_layers, perturb, perturbed, redraw, restore
+from sb3_flipout.layers.attention import ChildrenBypassed
+from sb3_flipout.layers.config import LayerNoise
+from sb3_flipout.layers.convert import Wanted, checked_patterns, is_skipped, names_to_skip, perturb_named
+from sb3_flipout.layers.derived import empty_derived, own_matrices, plain_class, why_plain
+from sb3_flipout.layers.interface import attach, network_of, without
+from sb3_flipout.layers.row_view import RowView
+
+KEYS = th.arange(3)
+
+
+@pytest.mark.parametrize(
+    ("name", "patterns", "skipped"),
+    [
+        ("a", ["a"], True),
+        ("a.b.c", ["a"], True),
+        ("a.b.c", ["a.b"], True),
+        ("a.b.c", ["a.b.c"], True),
+        ("a.b.c", ["b"], False),
+        ("a.b.c", ["x", "*.c"], True),
+        ("ab", ["a"], False),
+        ("a b.c", ["a"], False),
+        ("a", [], False),
+    ],
+)
+def test_what_is_skipped(name: str, patterns: list[str], skipped: bool) -> None:
+    assert is_skipped(name, patterns) is skipped
+
+
+def test_patterns() -> None:
+    assert checked_patterns("a*", ["", "ab"]) == ("a*",)
+    assert checked_patterns(["ab", "c"], ["ab", "c"]) == ("ab", "c")
+    with pytest.raises(TypeError, match=r"^skip must be"):
+        checked_patterns(1, ["a"])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="skip='' fits no module"):
+        checked_patterns("", ["", "a"])
+
+
+class Queries(nn.Module):
+    """Uses a matrix and a vector itself, beside a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+        self.queries = nn.Parameter(th.randn(3, 2))
+        self.scale = nn.Parameter(th.randn(2))
+        self.later = nn.UninitializedParameter()
+
+
+class OwnLinear(nn.Linear):
+    """Uses its weight in its own way."""
+
+    def forward(self, input: th.Tensor) -> th.Tensor:
+        return input @ self.weight.t().square()
+
+
+def test_matrices_of_one_s_own() -> None:
+    module = Queries()
+    assert own_matrices("net", module) == {"net.queries": "a matrix that Queries uses itself"}
+    assert own_matrices("", module) == {"queries": "a matrix that Queries uses itself"}
+    assert own_matrices("net", nn.Linear(2, 2)) == {} and own_matrices("net", nn.MultiheadAttention(2, 1)) == {}
+    normed = parametrizations.weight_norm(nn.Linear(2, 2))
+    assert own_matrices("net", normed) == {} and own_matrices("net", normed.parametrizations.weight) == {}
+    assert names_to_skip({"net": module, "net.layer": module.layer}) == ["net", "net.layer", "net.queries"]
+
+
+def test_why_layers_stay_plain() -> None:
+    assert why_plain(nn.Bilinear(2, 2, 2)) == "has no perturbed version"
+    assert why_plain(OwnLinear(2, 2)) == "uses its weights in its own way, not as Linear"
+    assert why_plain(nn.LazyLinear(2)) in (
+        "has no weights yet; run the network once before it is perturbed",
+        "uses its weights in its own way, not as Linear",
+    )
+    spectral = "has another weight after each pass in training mode (spectral norm)"
+    assert why_plain(spectral_norm(nn.Linear(2, 2))) == spectral
+    assert why_plain(parametrizations.spectral_norm(nn.Linear(2, 2))) == spectral
+    assert why_plain(parametrizations.weight_norm(nn.Linear(2, 2))) is None
+    assert why_plain(nn.Linear(2, 2)) is None
+    assert why_plain(nn.Embedding(2, 2, sparse=True)) == "cannot serve sparse=True, since sigma has dense gradients"
+
+
+class Net(nn.Module):
+    """Has something of each kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(2, 2)
+        self.own = OwnLinear(2, 2)
+        self.frozen = nn.Linear(2, 2).requires_grad_(False)
+        self.norm = nn.LayerNorm(2)
+        self.bilinear = nn.Bilinear(2, 2, 2)
+        self.attention = nn.MultiheadAttention(2, 1, add_bias_kv=True)
+        self.served = nn.MultiheadAttention(2, 1)
+        self.queries = Queries()
+        self.last = nn.Linear(2, 2)
+
+
+def sorted_out(**wanted: Any) -> tuple[set[str], dict[str, str], Net]:
+    net = Net()
+    left = perturb_named(dict(net.named_modules()), LayerNoise(), Wanted(**wanted), lambda: 5)
+    return {name for name, layer in net.named_modules() if isinstance(layer, FlipoutLayer)}, left, net
+
+
+LEFT = {
+    "own": "OwnLinear uses its weights in its own way, not as Linear",
+    "frozen": "Linear is frozen; perturb_frozen=True perturbs it",
+    "bilinear": "Bilinear has no perturbed version",
+    "attention": "MultiheadAttention cannot serve add_bias_kv=True",
+    "queries.queries": "a matrix that Queries uses itself",
+}
+CHOSEN = {"first", "served", "served.out_proj", "queries.layer", "last"}
+
+
+def test_all_layers() -> None:
+    chosen, left, net = sorted_out()
+    assert chosen == CHOSEN and left == LEFT
+    numbers = {name: net.get_submodule(name).noise_index for name in chosen}
+    assert sorted(numbers.values()) == list(range(5)), "one number each"  # type: ignore[type-var]
+    assert numbers["first"] == 0 and numbers["last"] == 4
+    assert all(layer.base_key == 5 for layer in flipout_layers([net]))
+
+
+def test_frozen_ones_too() -> None:
+    chosen, left, _ = sorted_out(frozen=True)
+    assert chosen == {*CHOSEN, "frozen"} and left == {name: why for name, why in LEFT.items() if name != "frozen"}
+
+
+def test_linear_ones_alone() -> None:
+    chosen, left, _ = sorted_out(layers="linear")
+    assert chosen == {"first", "queries.layer", "last"}
+    assert left == {name: LEFT[name] for name in ("own", "frozen")}
+
+
+def test_left_out_by_name() -> None:
+    skip = ("own", "queries", "attention", "bilinear", "frozen", "last")
+    assert sorted_out(skip=skip)[:2] == (CHOSEN - {"queries.layer", "last"}, {})
+    assert sorted_out(skip=("queries.queries",))[:2] == (CHOSEN, {n: w for n, w in LEFT.items() if n != "queries.queries"})
+
+
+def test_layers_that_are_added_later_have_the_next_numbers() -> None:
+    net = Net()
+    names = dict(net.named_modules())
+    perturb_named({"first": net.first}, LayerNoise(), Wanted(), lambda: 5)
+    assert net.first.noise_index == 0
+    perturb_named({"first": net.first, "last": net.last}, LayerNoise(), Wanted(), lambda: 6)
+    assert (net.first.noise_index, net.last.noise_index) == (0, 1)
+    assert (net.first.base_key, net.last.base_key) == (5, 6)
+    assert perturb_named({"first": net.first}, LayerNoise(), Wanted(), lambda: pytest.fail("nothing to draw")) == {}
+    assert names
+
+
+# ---- networks -----------------------------------------------------------------------------------------------------------
+
+
+def two() -> nn.Sequential:
+    net: nn.Sequential = perturb(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), sigma_init=1.0)
+    return net
+
+
+def compiled(net: nn.Module) -> Any:
+    """As ``torch.compile`` wraps it; importing that takes seconds."""
+    return SimpleNamespace(_orig_mod=net)
+
+
+def test_the_network_of_a_module_and_of_its_parts() -> None:
+    net = two()
+    network = network_of(net)
+    assert network_of(net) is network, "it is made once"
+    assert network_of(net[0]) is network and network_of(compiled(net)) is network
+    assert network_of(SimpleNamespace(perturbed_network=network)) is network  # type: ignore[arg-type]
+    assert list(network.layers) == [net[0], net[1]] and not network.of_policy
+
+
+def test_a_network_is_made_anew_where_it_is_no_longer_whole() -> None:
+    net = two()
+    before = network_of(net)
+    restore(net[0])
+    after = network_of(net)
+    assert list(after.layers) == [net[1]]
+    x = th.ones(3, 2)
+    with perturbed(net, KEYS):
+        assert th.equal(net[0](x), nn.Linear.forward(net[0], x)) and not th.equal(net[1](x), nn.Linear.forward(net[1], x))
+    joined = nn.Sequential(two(), two())
+    assert len({layer.noise_index for layer in flipout_layers([joined])}) == 2, "each numbered by itself"
+    whole = network_of(joined)
+    assert sorted(layer.noise_index for layer in whole.layers) == [0, 1, 2, 3]  # type: ignore[type-var]
+    assert network_of(joined) is whole and before is not whole
+
+
+def test_networks_of_two_policies_are_not_joined() -> None:
+    net = nn.Sequential(two(), two())
+    attach(flipout_layers([net[0]]), of_policy=True)
+    with pytest.raises(ValueError) as told:
+        network_of(net)
+    assert str(told.value) == (
+        "Sequential holds layers of several networks, that of a policy among them, so one noise cannot be about all of them. "
+        "Name the policy itself, or one of its networks."
+    )
+
+
+def test_layers_that_leave_take_no_other_with_them() -> None:
+    net = two()
+    network = attach(flipout_layers([net]), of_policy=True)
+    without([net[0]])  # type: ignore[list-item]
+    assert list(network.layers) == [net[1]] and network.of_policy
+
+
+def test_a_part_alone_is_perturbed_and_another_has_mean_weights() -> None:
+    net, x = two(), th.ones(3, 2)
+    mean = nn.Linear.forward(net[0], x), nn.Linear.forward(net[1], x)
+
+    def noisy() -> list[bool]:
+        return [not th.equal(layer(x), plain) for layer, plain in zip(net, mean, strict=True)]
+
+    with perturbed(net, KEYS):
+        assert noisy() == [True, True]
+        with perturbed(net[0], None):
+            assert noisy() == [False, True]
+        with perturbed(net, None):
+            assert noisy() == [False, False]
+        with perturbed(compiled(net), None):
+            assert noisy() == [False, False]
+        assert noisy() == [True, True]
+    with perturbed(net[1], KEYS):
+        assert noisy() == [False, True]
+    assert noisy() == [False, False]
+
+
+def test_one_layer_is_drawn_anew() -> None:
+    net, x = two(), th.ones(3, 2)
+
+    def outputs() -> list[th.Tensor]:
+        with perturbed(net, KEYS), th.no_grad():
+            return [net[0](x), net[1](x)]
+
+    before = outputs()
+    redraw(net[0], 7)
+    after = outputs()
+    assert not th.equal(after[0], before[0]) and th.equal(after[1], before[1])
+    redraw(net, 7)
+    last = outputs()
+    assert th.equal(last[0], after[0]) and not th.equal(last[1], before[1])
+    redraw(net)
+    assert not th.equal(outputs()[0], last[0])
+
+
+@pytest.mark.parametrize(
+    ("shape", "rows", "times", "once"),
+    [
+        ((2, 3), 4, 2, True),
+        ((2,), 4, 2, True),
+        ((1,), 3, 3, True),
+        ((4,), 4, 2, False),
+        ((4,), 4, 1, False),
+        ((), 2, 2, False),
+        ((0, 3), 0, 2, False),
+    ],
+)
+def test_inputs_that_are_given_once(shape: tuple[int, ...], rows: int, times: int, once: bool) -> None:
+    view = RowView(SimpleNamespace(rows_per_input=times), (), rows)  # type: ignore[arg-type]
+    assert view.is_once(th.zeros(shape)) is once
+
+
+# ---- classes that are made at run time ----------------------------------------------------------------------------------
+
+
+class MyLinear(nn.Linear):
+    """A user's class that leaves the forward pass as it is."""
+
+
+class MyEncoderLayer(nn.TransformerEncoderLayer):
+    """A user's encoder layer."""
+
+
+def test_classes_of_a_user_s() -> None:
+    net = nn.Sequential(MyLinear(2, 2), MyEncoderLayer(2, 1, 4, dropout=0.0, batch_first=True))
+    perturb(net, sigma_init=0.5)
+    layer, encoder = net
+    assert isinstance(layer, FlipoutLinear) and isinstance(layer, MyLinear) and plain_class(layer) is MyLinear
+    assert isinstance(encoder, ChildrenBypassed) and type(encoder).__name__ == "FlipoutMyEncoderLayer"
+    assert type(encoder).__module__ == "sb3_flipout.layers.derived" and plain_class(encoder) is MyEncoderLayer
+    assert type(encoder).__doc__ == "MyEncoderLayer that calls its children while their noise is active."
+    assert type(empty_derived(MyLinear)) is type(layer)
+    x = th.randn(3, 4, 2)
+    for again in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+        assert [type(one) for one in again] == [type(one) for one in net]
+        with perturbed(net, KEYS), perturbed(again, KEYS), th.no_grad():
+            assert th.equal(net.eval()(x), again.eval()(x))
+    assert perturb(net, sigma_init=0.5) is net and type(net[1]) is type(encoder), "it is done once"
+    restore(net)
+    assert [type(one) for one in net] == [MyLinear, MyEncoderLayer] and plain_class(net[0]) is None
