@@ -12,7 +12,17 @@ import torch as th
 from torch import nn
 from torch.nn.utils import parametrizations, spectral_norm
 
-from sb3_flipout.layers import FlipoutLayer, FlipoutLinear, flipout_layers, perturb, perturbed, redraw, restore
+from sb3_flipout.layers import (
+    FlipoutEmbedding,
+    FlipoutLayer,
+    FlipoutLinear,
+    FlipoutMultiheadAttention,
+    flipout_layers,
+    perturb,
+    perturbed,
+    redraw,
+    restore,
+)
 from sb3_flipout.layers.attention import ChildrenBypassed
 from sb3_flipout.layers.config import LayerNoise
 from sb3_flipout.layers.convert import Wanted, checked_patterns, is_skipped, names_to_skip, perturb_named
@@ -303,3 +313,46 @@ def test_classes_of_a_user_s() -> None:
     assert perturb(net, sigma_init=0.5) is net and type(net[1]) is type(encoder), "it is done once"
     restore(net)
     assert [type(one) for one in net] == [MyLinear, MyEncoderLayer] and plain_class(net[0]) is None
+
+
+def test_classes_are_made_for_classes_not_met_before() -> None:
+    made = type("Unmet", (nn.TransformerEncoderLayer,), {"__module__": __name__})
+    net = perturb(nn.Sequential(made(2, 1, 4, dropout=0.0, batch_first=True)), sigma_init=0.5).eval()
+    kind = type(net[0])
+    assert kind.__bases__ == (ChildrenBypassed, made) and kind.__name__ == "FlipoutUnmet"
+    assert kind.__module__ == "sb3_flipout.layers.derived" and plain_class(net[0]) is made
+    assert kind.__doc__ == "Unmet that calls its children while their noise is active."
+    build, (of,), state = net[0].__reduce_ex__(2)  # type: ignore[misc]
+    assert of is made and type(build(of)) is kind and state is vars(net[0])
+    other = perturb(nn.Sequential(made(2, 1, 4, batch_first=True)))
+    assert type(other[0]) is kind, "made once"
+    linear = type("UnmetLinear", (nn.Linear,), {})
+    layer = perturb(nn.Sequential(linear(2, 2)))[0]
+    assert type(layer).__name__ == "FlipoutUnmetLinear" and type(empty_derived(linear)) is type(layer)
+
+
+@pytest.mark.parametrize(
+    ("made", "plain"),
+    [
+        (lambda **noise: FlipoutEmbedding(5, 3, 2, **noise), lambda: nn.Embedding(5, 3, 2)),
+        (lambda **noise: FlipoutEmbedding(5, 3, scale_grad_by_freq=True, **noise), lambda: nn.Embedding(5, 3)),
+        (lambda **noise: FlipoutMultiheadAttention(4, 2, 0.5, **noise), lambda: nn.MultiheadAttention(4, 2, 0.5)),
+        (lambda **noise: FlipoutMultiheadAttention(4, 2, kdim=3, **noise), lambda: nn.MultiheadAttention(4, 2, kdim=3)),
+    ],
+)
+def test_constructors_take_what_torch_s_take_and_noise(made: Any, plain: Any) -> None:
+    th.manual_seed(0)
+    layer = made(sigma_init=0.25, family="multiplicative", noise_sharing="shared")
+    th.manual_seed(0)
+    expected = plain()
+    state = layer.state_dict()
+    assert all(th.equal(value, state[name]) for name, value in expected.state_dict().items())
+    config = LayerNoise(sigma_init=0.25, family="multiplicative", noise_sharing="shared")
+    assert [one.noise_config for one in flipout_layers([layer])] == [config] * len(flipout_layers([layer]))
+    for name in ("padding_idx", "dropout", "kdim"):
+        assert getattr(layer, name, None) == getattr(expected, name, None)
+    assert getattr(layer, "scale_grad_by_freq", False) == (made(sigma_init=0.25).__dict__.get("scale_grad_by_freq", False))
+    if isinstance(layer, FlipoutMultiheadAttention):
+        assert type(layer.out_proj) is FlipoutLinear
+    with pytest.raises(TypeError):
+        made(sigma=0.25)
