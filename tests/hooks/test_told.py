@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import warnings
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,135 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch as th
-from gymnasium import spaces
 from stable_baselines3 import A2C, DQN, PPO
-from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.callbacks import BaseCallback
+from told_cases import Spied, build, warned
 
-from sb3_flipout.finite import NonFiniteError
 from sb3_flipout.hooks import _batches, _models, _numbers, _told
-
-AT_7 = SimpleNamespace(num_timesteps=7)
-STOP = (
-    "a policy that learned from it would be lost, so training stops; nothing has learned from it. Mend the environment (SB3's "
-    "VecCheckNan tells the very step), or replace the number by np.nan_to_num in a wrapper. A features extractor of your own "
-    "may get such observations: they are not looked at then."
-)
-
-
-def build(algorithm: Any = A2C, policy_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> Any:
-    sizes: dict[str, Any] = dict(n_steps=4)
-    if algorithm is DQN:
-        sizes = dict(buffer_size=100, learning_starts=4, batch_size=4, exploration_initial_eps=0.0, exploration_final_eps=0.0)
-    env = make_vec_env("CartPole-v1", n_envs=2, seed=0)
-    return algorithm("FlipoutMlpPolicy", env, **{**sizes, **kwargs}, policy_kwargs=policy_kwargs, seed=1, device="cpu")
-
-
-def warned(call: Callable[[], Any]) -> list[str]:
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        call()
-    return [str(one.message) for one in caught]
-
-
-# ---- numbers that are not finite ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("places", "several"), [([3], "environment 3"), ([0, 2], "environments [0, 2]")])
-def test_what_came_in(places: list[int], several: str) -> None:
-    told = _numbers._wrong(AT_7, "reward", places, np.inf)
-    assert str(told) == f"the reward of {several} was inf at step 7 or shortly before: {STOP}"
-    assert told.where == f"reward of {several}"
-
-
-def test_what_is_broken() -> None:
-    told = _numbers._broken(AT_7, "q.weight")
-    assert str(told) == (
-        "q.weight of the policy of SimpleNamespace is not finite at step 7: a gradient step has broken it, at most some 1000 "
-        "steps ago. Try a lower learning rate, a smaller sigma, or rewards of a smaller scale. The callback StopOnNonFinite "
-        "stops at that gradient step and goes back to a model that is good."
-    )
-    assert told.where == "q.weight"
-
-
-def rollout(**changed: Any) -> Any:
-    names = ("observations", "rewards", "values", "log_probs", "actions")
-    arrays = {name: np.zeros((3, 2), np.float32) for name in names}
-    arrays["observations"] = np.zeros((3, 2, 5), np.float32)
-    return SimpleNamespace(**{**arrays, **changed})
-
-
-def with_nan(name: str) -> Any:
-    buffer = rollout()
-    getattr(buffer, name)[1, 1] = np.nan
-    return buffer
-
-
-@pytest.mark.parametrize("name", ["values", "log_probs", "actions"])
-def test_outputs_of_a_rollout(name: str) -> None:
-    model = build()
-    model.rollout_buffer = with_nan(name)
-    with pytest.raises(NonFiniteError) as told:
-        _numbers.check_rollout(model, model.policy)
-    assert str(told.value) == (
-        f"{name} of the rollout of A2C that ended at step 0 are not finite, though its observations are: the numbers are too "
-        "large for the network. Bring observations to a scale of about 1 (VecNormalize does that), or use a smaller sigma."
-    )
-    assert told.value.where == name
-
-
-@pytest.mark.parametrize(("name", "what"), [("observations", "observation"), ("rewards", "reward")])
-def test_what_a_rollout_was_given(name: str, what: str) -> None:
-    model = build()
-    model.rollout_buffer = with_nan(name)
-    with pytest.raises(NonFiniteError) as told:
-        _numbers.check_rollout(model, model.policy)
-    assert told.value.where == f"{what} of environment 1"
-    model.policy.marks.numbers_guarded = True
-    assert _numbers.check_rollout(model, model.policy) is False
-    assert str(model.policy.marks.non_finite) == str(told.value)
-
-
-def test_a_finite_rollout_and_one_without_such_arrays() -> None:
-    model = build()
-    for buffer in (rollout(), SimpleNamespace()):
-        model.rollout_buffer = buffer
-        assert _numbers.check_rollout(model, model.policy) is True
-
-
-def test_several_arrays_are_wrong_and_the_first_is_told() -> None:
-    model = build()
-    model.rollout_buffer = with_nan("values")
-    model.rollout_buffer.rewards[0, 0] = np.inf
-    with pytest.raises(NonFiniteError, match=r"^the reward of environment 0 was inf"):
-        _numbers.check_rollout(model, model.policy)
-
-
-@pytest.mark.parametrize("named", [False, True])
-def test_shapes(named: bool) -> None:
-    box = spaces.Box(-1, 1, (5,), np.float32)
-    observed = np.zeros((2, 4), np.float32)
-    algorithm = SimpleNamespace(
-        observation_space=spaces.Dict(seen=box) if named else box, _last_obs=dict(seen=observed) if named else observed
-    )
-    cause = RuntimeError("of torch")
-    with pytest.raises(ValueError) as told:
-        _numbers._check_shapes(algorithm, cause)
-    what = "observation 'seen'" if named else "observation"
-    assert str(told.value) == (
-        f"the environments gave the {what} in shape (4,), and their space says (5,). Mend the environment: "
-        "gymnasium.utils.env_checker.check_env finds such things."
-    )
-    assert told.value.__cause__ is cause
-
-
-@pytest.mark.parametrize(
-    "observed", [dict(other=np.zeros((2, 4))), dict(seen=[0.0]), np.zeros((2, 5)), None, dict(seen=np.zeros((2, 5)))]
-)
-def test_shapes_that_say_nothing(observed: Any) -> None:
-    space: Any = spaces.Dict(seen=spaces.Box(-1, 1, (5,))) if isinstance(observed, dict) else spaces.Box(-1, 1, (5,))
-    _numbers._check_shapes(SimpleNamespace(observation_space=space, _last_obs=observed), RuntimeError())
-    _numbers._check_shapes(SimpleNamespace(observation_space=SimpleNamespace(), _last_obs=observed), RuntimeError())
-
 
 # ---- batches ------------------------------------------------------------------------------------------------------------
 
@@ -155,6 +29,16 @@ def test_batch_sizes(batch_size: int, times: int, instead: int) -> None:
         f"{times} times. Use batch_size={instead}, say."
     )
     _batches._check_divides(instead, times)
+
+
+def test_the_batch_is_looked_at_before_training() -> None:
+    for members, times, size in ((4, 2, 7), (4, 4, 6)):
+        model = build(DQN, dict(members=members, keys_per_transition=times), batch_size=4)
+        model.batch_size = size
+        with pytest.raises(ValueError, match=rf"^batch_size={size} must be a multiple of keys_per_transition={times}"):
+            _batches.check_batch_size(model, model.policy)
+    model = build(DQN, dict(members=4), batch_size=7)
+    _batches.check_batch_size(model, model.policy)
 
 
 def test_a_sample_without_numbers() -> None:
@@ -245,6 +129,49 @@ def test_noise_that_is_not_over(why: str) -> None:
     assert warned(lambda: _told._warn_of_fallen_noise(model)) == []
 
 
+def test_a_training_that_goes_on() -> None:
+    model = build(A2C)
+    for began, total, before, goes_on in (
+        (0, 100, 100, False),
+        (1, 100, 100, True),
+        (50, 100, 100, True),
+        (50, 150, 100, False),
+    ):
+        model._total_timesteps = before
+
+        def set_up(algorithm: Any, *args: Any, began: int = began, total: int = total, **kwargs: Any) -> Any:
+            assert (args, kwargs) == ((total,), dict(by="name"))
+            algorithm._num_timesteps_at_start, algorithm._total_timesteps = began, total
+            algorithm._last_obs = np.zeros((2, 4), np.float32)
+            return total, NoCallback()
+
+        found, _ = _told.set_up_learning(set_up, model, total, by="name")
+        assert found == total and model.policy.marks.goes_on is goes_on
+
+
+class NoCallback(BaseCallback):
+    def _on_step(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("dones", [None, np.array([True, False])])
+def test_ends_of_episodes(dones: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, infos = build(A2C), [{}, {}]
+    spied = Spied(model, monkeypatch, "end_step")
+    _told.end_step(lambda *args: spied.calls.append(args), model, infos, dones)
+    assert spied.calls == [(model, infos, dones), *([] if dones is None else [("end_step", dones)])]
+
+
+@pytest.mark.parametrize("hook", ["_on_rollout_start", "_on_rollout_end"])
+def test_forward_passes_of_a_user_s_callbacks_are_no_steps(hook: str) -> None:
+    model = build(A2C)
+    model.policy.marks.step_due = True
+    callback = _told._TellsOfOthers()
+    callback.model = model
+    getattr(callback, hook)()
+    assert model.policy.marks.step_due is False and callback._on_step() is True
+
+
 @pytest.mark.parametrize(("made", "told_of"), [(3, 1), (2, 2)])
 def test_steps_that_nobody_told_of(made: int, told_of: int) -> None:
     model = build(A2C)
@@ -265,22 +192,6 @@ def test_steps_that_nobody_told_of(made: int, told_of: int) -> None:
     ]
     assert warned(collect) == (told if made > told_of else [])
     assert warned(collect) == [], "once per model"
-
-
-class Spied:
-    """A policy's calls in their order, each made all the same."""
-
-    def __init__(self, model: Any, monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
-        self.calls: list[Any] = []
-        for name in names:
-            monkeypatch.setattr(model.policy, name, self._recorded(name, getattr(model.policy, name)))
-
-    def _recorded(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            self.calls.append((name, *args, *kwargs.values()))
-            return method(*args, **kwargs)
-
-        return call
 
 
 @pytest.mark.parametrize("algorithm", [A2C, DQN])
@@ -324,36 +235,6 @@ def test_the_choice_of_an_action(monkeypatch: pytest.MonkeyPatch) -> None:
     assert given == (model, 4, "action noise", 2)
     assert spied.calls == [("follow_schedule", 0.0), ("collecting", 2)]
     assert _told.sample_action(lambda *args: args, model, 4)[2:] == (None, 1)
-
-
-@pytest.mark.parametrize("guarded", [False, True])
-@pytest.mark.parametrize(
-    ("reward", "last", "what"),
-    [
-        ([0.0, np.nan], None, "reward of environment 1"),
-        ([0.0, 0.0], np.full(4, np.inf, np.float32), "observation of environment 1"),
-        ([np.nan, 0.0], np.full(4, np.inf, np.float32), "reward of environment 0"),
-        ([0.0, 0.0], np.zeros(4, np.float32), None),
-        ([0.0, 0.0], None, None),
-    ],
-)
-def test_a_transition_that_is_stored(reward: list[float], last: Any, what: str | None, guarded: bool) -> None:
-    model, stored = build(DQN), []
-    model.policy.marks.numbers_guarded = guarded
-    infos = [{}, {} if last is None else {"terminal_observation": last}]
-    transition = (np.zeros(2), np.zeros((2, 4), np.float32), np.array(reward), np.array([False, last is not None]), infos)
-
-    def store() -> None:
-        _numbers.store_transition(lambda *args: stored.append(args), model, model.replay_buffer, *transition)
-
-    if what is not None and not guarded:
-        with pytest.raises(NonFiniteError) as told:
-            store()
-        assert told.value.where == what
-    else:
-        store()
-        assert (model.policy.marks.non_finite is None) == (what is None)
-    assert stored == ([(model, model.replay_buffer, *transition)] if what is None else [])
 
 
 # ---- saving -------------------------------------------------------------------------------------------------------------
