@@ -1,10 +1,9 @@
-"""Which modules are perturbed, which stay plain and why, and which network a layer belongs to."""
+"""Which modules are perturbed, which stay plain and why, and the classes that are made for a user's."""
 
 from __future__ import annotations
 
 import copy
 import pickle
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,15 +19,12 @@ from sb3_flipout.layers import (
     flipout_layers,
     perturb,
     perturbed,
-    redraw,
     restore,
 )
 from sb3_flipout.layers.attention import ChildrenBypassed
 from sb3_flipout.layers.config import LayerNoise
 from sb3_flipout.layers.convert import Wanted, checked_patterns, is_skipped, names_to_skip, perturb_named
 from sb3_flipout.layers.derived import empty_derived, own_matrices, plain_class, why_plain
-from sb3_flipout.layers.interface import attach, network_of, without
-from sb3_flipout.layers.row_view import RowView
 
 KEYS = th.arange(3)
 
@@ -171,118 +167,6 @@ def test_layers_that_are_added_later_have_the_next_numbers() -> None:
     assert (net.first.base_key, net.last.base_key) == (5, 6)
     assert perturb_named({"first": net.first}, LayerNoise(), Wanted(), lambda: pytest.fail("nothing to draw")) == {}
     assert names
-
-
-# ---- networks -----------------------------------------------------------------------------------------------------------
-
-
-def two() -> nn.Sequential:
-    net: nn.Sequential = perturb(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), sigma_init=1.0)
-    return net
-
-
-def compiled(net: nn.Module) -> Any:
-    """As ``torch.compile`` wraps it; importing that takes seconds."""
-    return SimpleNamespace(_orig_mod=net)
-
-
-def test_the_network_of_a_module_and_of_its_parts() -> None:
-    net = two()
-    network = network_of(net)
-    assert network_of(net) is network, "it is made once"
-    assert network_of(net[0]) is network and network_of(compiled(net)) is network
-    assert network_of(SimpleNamespace(perturbed_network=network)) is network  # type: ignore[arg-type]
-    assert list(network.layers) == [net[0], net[1]] and not network.of_policy
-
-
-def test_a_network_is_made_anew_where_it_is_no_longer_whole() -> None:
-    net = two()
-    before = network_of(net)
-    restore(net[0])
-    after = network_of(net)
-    assert list(after.layers) == [net[1]]
-    x = th.ones(3, 2)
-    with perturbed(net, KEYS):
-        assert th.equal(net[0](x), nn.Linear.forward(net[0], x)) and not th.equal(net[1](x), nn.Linear.forward(net[1], x))
-    joined = nn.Sequential(two(), two())
-    assert len({layer.noise_index for layer in flipout_layers([joined])}) == 2, "each numbered by itself"
-    whole = network_of(joined)
-    assert sorted(layer.noise_index for layer in whole.layers) == [0, 1, 2, 3]  # type: ignore[type-var]
-    assert network_of(joined) is whole and before is not whole
-
-
-def test_networks_of_two_policies_are_not_joined() -> None:
-    net = nn.Sequential(two(), two())
-    attach(flipout_layers([net[0]]), of_policy=True)
-    with pytest.raises(ValueError) as told:
-        network_of(net)
-    assert str(told.value) == (
-        "Sequential holds layers of several networks, that of a policy among them, so one noise cannot be about all of them. "
-        "Name the policy itself, or one of its networks."
-    )
-
-
-def test_layers_that_leave_take_no_other_with_them() -> None:
-    net = two()
-    network = attach(flipout_layers([net]), of_policy=True)
-    without([net[0]])  # type: ignore[list-item]
-    assert list(network.layers) == [net[1]] and network.of_policy
-
-
-def test_a_part_alone_is_perturbed_and_another_has_mean_weights() -> None:
-    net, x = two(), th.ones(3, 2)
-    mean = nn.Linear.forward(net[0], x), nn.Linear.forward(net[1], x)
-
-    def noisy() -> list[bool]:
-        return [not th.equal(layer(x), plain) for layer, plain in zip(net, mean, strict=True)]
-
-    with perturbed(net, KEYS):
-        assert noisy() == [True, True]
-        with perturbed(net[0], None):
-            assert noisy() == [False, True]
-        with perturbed(net, None):
-            assert noisy() == [False, False]
-        with perturbed(compiled(net), None):
-            assert noisy() == [False, False]
-        assert noisy() == [True, True]
-    with perturbed(net[1], KEYS):
-        assert noisy() == [False, True]
-    assert noisy() == [False, False]
-
-
-def test_one_layer_is_drawn_anew() -> None:
-    net, x = two(), th.ones(3, 2)
-
-    def outputs() -> list[th.Tensor]:
-        with perturbed(net, KEYS), th.no_grad():
-            return [net[0](x), net[1](x)]
-
-    before = outputs()
-    redraw(net[0], 7)
-    after = outputs()
-    assert not th.equal(after[0], before[0]) and th.equal(after[1], before[1])
-    redraw(net, 7)
-    last = outputs()
-    assert th.equal(last[0], after[0]) and not th.equal(last[1], before[1])
-    redraw(net)
-    assert not th.equal(outputs()[0], last[0])
-
-
-@pytest.mark.parametrize(
-    ("shape", "rows", "times", "once"),
-    [
-        ((2, 3), 4, 2, True),
-        ((2,), 4, 2, True),
-        ((1,), 3, 3, True),
-        ((4,), 4, 2, False),
-        ((4,), 4, 1, False),
-        ((), 2, 2, False),
-        ((0, 3), 0, 2, False),
-    ],
-)
-def test_inputs_that_are_given_once(shape: tuple[int, ...], rows: int, times: int, once: bool) -> None:
-    view = RowView(SimpleNamespace(rows_per_input=times), (), rows)  # type: ignore[arg-type]
-    assert view.is_once(th.zeros(shape)) is once
 
 
 # ---- classes that are made at run time ----------------------------------------------------------------------------------
