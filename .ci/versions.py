@@ -41,7 +41,8 @@ LEFT_OUT = (
     "tests/zoo tests/test_zoo.py tests/evolution/test_workers.py tests/export/test_onnx.py tests/envs/test_against_bsuite.py "
     "tests/envs/test_minatar.py tests/envs/test_atari_names.py tests/test_demo_atari.py tests/callbacks/test_zoo_steering.py "
     "tests/test_typing.py tests/test_studies.py tests/test_examples.py tests/test_concurrency.py tests/test_architecture.py "
-    "tests/test_handbook.py tests/test_exploration_benchmark.py tests/test_deep_sea_benchmark.py tests/test_docs_algorithms.py"
+    "tests/test_handbook.py tests/test_release.py tests/test_exploration_benchmark.py tests/test_deep_sea_benchmark.py "
+    "tests/test_docs_algorithms.py"
 ).split()
 
 
