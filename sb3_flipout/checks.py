@@ -8,11 +8,28 @@ from __future__ import annotations
 
 import difflib
 import math
+import sys
+import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
+
+# What stands between a user's line and a warning; code that is made at run time (dataclasses, partials) has names of its own.
+_NOT_THE_USERS = ("sb3_flipout", "stable_baselines3", "sb3_contrib", "torch", "contextlib", "functools", "abc", "dataclasses")
+
+
+def warn_user(message: str) -> None:
+    """
+    Warn, and point to the line of the user's that led here, however many of SB3's and ours lie between.
+
+    :param message: What is to be said
+    """
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in _NOT_THE_USERS:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

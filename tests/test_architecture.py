@@ -34,7 +34,17 @@ RINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "diagnostics": (("checks", "noise", "layers", *_OF_POLICIES), (*_SB3, "gymnasium", "matplotlib")),
     "callbacks": (("checks", "finite", "noise", "layers", "diagnostics", *_OF_POLICIES), (*_SB3, "gymnasium", "matplotlib")),
     "hooks": (
-        ("finite", "noise", "policies.base", "policies.sampled", "policies.state", "buffers", "replay_buffers", "samples"),
+        (
+            "checks",
+            "finite",
+            "noise",
+            "policies.base",
+            "policies.sampled",
+            "policies.state",
+            "buffers",
+            "replay_buffers",
+            "samples",
+        ),
         (*_SB3, "gymnasium"),
     ),
     # The estimator knows of no SB3; the algorithm stands on it.

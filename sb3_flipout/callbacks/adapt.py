@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ from stable_baselines3.common.utils import LinearSchedule
 
 from sb3_flipout.callbacks._schedules import scheduled
 from sb3_flipout.callbacks.common import ScaleCallback, Schedule
-from sb3_flipout.checks import check_choice, check_integer, check_number
+from sb3_flipout.checks import check_choice, check_integer, check_number, warn_user
 from sb3_flipout.diagnostics.distances import MEASURES, MeasureName, count_actions, policy_distance
 from sb3_flipout.diagnostics.recent import recent_replayed, recent_rollout
 from sb3_flipout.noise import RowNoise, Stream, fold, fold_in
@@ -169,10 +168,9 @@ class AdaptNoise(ScaleCallback):
         limited = min(max(scale, _LIMITS[0]), _LIMITS[1])
         if limited != scale and not self._warned:
             self._warned = True
-            warnings.warn(
+            warn_user(
                 f"{self.name} has driven the noise scale to its limit {limited:g} at step {self.num_timesteps}, at a "
                 f"distance of {self.distance:.3g}: the target is out of reach of this noise. Check the target, and sigma.",
-                stacklevel=2,
             )
         return limited
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
@@ -14,7 +13,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import EvalCallback
 
 from sb3_flipout.callbacks.common import flipout_policy
-from sb3_flipout.checks import check_choice
+from sb3_flipout.checks import check_choice, warn_user
 from sb3_flipout.diagnostics import base_kept
 from sb3_flipout.diagnostics.lag import LagTest, excelling
 from sb3_flipout.diagnostics.statistics import has_members
@@ -255,12 +254,11 @@ class NoiseEvalCallback(_EpisodesEval):
             self._warned = True
             own, others = ([one for played in kept[-last:] for one in played] for kept in (episodes, perturbed_episodes))
             better = len(excelling(own, others)) / len(others)
-            warnings.warn(
+            warn_user(
                 f"the mean weights lag behind the sampled ones: over the last {len(mean)} evaluations, up to step "
                 f"{self.num_timesteps}, their mean return is {np.mean(mean):.4g}, that of perturbed weights "
                 f"{np.mean(sampled):.4g}, and {better:.0%} of the perturbed episodes are far better than any of theirs. Under "
                 "constant weight noise nothing asks the mean weights alone to be good. Let the noise fall to 0 before "
                 f"training ends, AnnealNoise(start={self._policy.noise_scale:g}, end=0.0), or act with sampled weights, "
                 "predict(deterministic=False).",
-                stacklevel=2,
             )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Iterator, Mapping
 from itertools import count
 from pathlib import Path
@@ -14,7 +13,7 @@ from stable_baselines3.common.save_util import load_from_zip_file, recursive_get
 from torch import nn
 
 from sb3_flipout.callbacks.common import NoiseCallback
-from sb3_flipout.checks import check_integer
+from sb3_flipout.checks import check_integer, warn_user
 from sb3_flipout.finite import first_non_finite
 
 
@@ -160,7 +159,7 @@ class StopOnNonFinite(NoiseCallback):
     def _report(self, message: str) -> None:
         self.logger.record("noise/non_finite_at", self.model.num_timesteps)
         self.logger.error(message)
-        warnings.warn(message, stacklevel=2)
+        warn_user(message)
 
 
 def _named(name: str, optimizer: th.optim.Optimizer, policy: nn.Module) -> Iterator[tuple[str, th.Tensor]]:

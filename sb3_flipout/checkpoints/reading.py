@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize, unwrap_vec_normalize
 
 from sb3_flipout.checkpoints.files import description, newest_first, what_is_wrong
+from sb3_flipout.checks import warn_user
 
 
 def resume(folder: str | Path, env: Any, algorithm: type[BaseAlgorithm] | None = None, **kwargs: Any) -> BaseAlgorithm:
@@ -37,7 +37,7 @@ def resume(folder: str | Path, env: Any, algorithm: type[BaseAlgorithm] | None =
         wrong = what_is_wrong(path)
         if wrong is None:
             return _loaded(path, env, algorithm, kwargs)
-        warnings.warn(f"the checkpoint {path} is not whole, {wrong}: going back to the one before it.", stacklevel=2)
+        warn_user(f"the checkpoint {path} is not whole, {wrong}: going back to the one before it.")
     raise FileNotFoundError(f"{folder} has no checkpoint that is whole. Checkpoints(folder, every=...) writes them.")
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import shutil
 import uuid
-import warnings
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from sb3_flipout.checkpoints.files import (
     what_is_wrong,
     write_description,
 )
-from sb3_flipout.checks import check_integer
+from sb3_flipout.checks import check_integer, warn_user
 from sb3_flipout.finite import first_non_finite, not_finite
 
 _UNFINISHED = ".unfinished-"
@@ -100,7 +99,7 @@ class Checkpoints(BaseCallback):
             if later:
                 aside = path.with_name(f"damaged-{path.name}-{uuid.uuid4().hex[:8]}")
                 path.rename(aside)
-                warnings.warn(f"the damaged checkpoint {path} is now {aside.name}.", stacklevel=2)
+                warn_user(f"the damaged checkpoint {path} is now {aside.name}.")
         return run or uuid.uuid4().hex
 
     def _on_rollout_start(self) -> None:
@@ -142,10 +141,9 @@ class Checkpoints(BaseCallback):
             return True  # this step is saved; to write it again would leave a moment in which it is not there
         broken = self._broken()
         if broken is not None:
-            warnings.warn(
+            warn_user(
                 f"no checkpoint is written at step {steps}: {broken} is not finite. Those before it stay as they "
                 "are, and are what to go on from.",
-                stacklevel=2,
             )
             return False
         unfinished = self.folder / f"{_UNFINISHED}{place.name}"
@@ -159,10 +157,9 @@ class Checkpoints(BaseCallback):
             flush(self.folder)
         except Exception as error:  # a training of days does not end because it could not be saved
             shutil.rmtree(unfinished, ignore_errors=True)
-            warnings.warn(
+            warn_user(
                 f"the checkpoint at step {steps} could not be written to {self.folder}: {error!r}. Training goes "
                 "on; the checkpoints before it are as they were.",
-                stacklevel=2,
             )
             return False
         for path in [*self._superfluous(place), *self.folder.glob(f"{_UNFINISHED}*")]:

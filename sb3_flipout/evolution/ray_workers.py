@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 import socket
 import time
-import warnings
 from collections import deque
 from collections.abc import Generator, Sequence
 from typing import Any, NamedTuple
 
 import torch as th
 
-from sb3_flipout.checks import check_flag, check_integer, check_number
+from sb3_flipout.checks import check_flag, check_integer, check_number, warn_user
 from sb3_flipout.evolution.playing import Played
 from sb3_flipout.evolution.workers import Generation, Job, MakeEnv, Worker, Workers
 
@@ -112,7 +111,7 @@ class RayWorkers(Workers):
         except (ImportError, ConnectionError) as error:
             if not self.fallback:
                 raise
-            warnings.warn(f"the population plays in this process: {error}", stacklevel=4)
+            warn_user(f"the population plays in this process: {error}")
             self._here = Worker(job, self.make_env, self.device)
             return
         self._stored, self._session = self._ray.put(job), _session(self._ray)
@@ -140,10 +139,9 @@ class RayWorkers(Workers):
         chunks = job.base_perturbations * -(-size // job.base_perturbations // self.members_per_chunk)
         if chunks < self.workers:
             even = max(2, size // self.workers // 2 * 2)
-            warnings.warn(
+            warn_user(
                 f"population_size={size} makes {chunks} chunks of members_per_chunk={self.members_per_chunk}, so only "
                 f"{chunks} of {self.workers} workers play. Use members_per_chunk={even}, say.",
-                stacklevel=5,
             )
 
     def _hired(self) -> Any:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import sys
 import time
-import warnings
 
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.utils import safe_mean
 
+from sb3_flipout.checks import warn_user
 from sb3_flipout.evolution.estimator import Told
 from sb3_flipout.evolution.policy import FlipESPolicy
 
@@ -24,19 +24,17 @@ class Tells(BaseAlgorithm):
         warned = self.policy.marks.warned
         if told.dropped and "dropped" not in warned:
             warned.add("dropped")
-            warnings.warn(
+            warn_user(
                 f"{told.dropped} of {self.population_size} members were left out of the estimate: the returns of some are not "
                 "finite, or their worker was lost; an antithetic twin goes with its pair. Look at the rewards of the "
                 "environment; train/dropped_members counts them.",
-                stacklevel=4,
             )
         if not told.stepped and "equal" not in warned:
             warned.add("equal")
-            warnings.warn(
+            warn_user(
                 "all members of a generation had the same fitness, none had a finite one, or the noise has fallen to 0, so no "
                 "step was made. Where this goes on, give the noise a larger sigma_init or schedule_end, or more "
                 "episodes_per_member.",
-                stacklevel=4,
             )
 
     def dump_logs(self) -> None:

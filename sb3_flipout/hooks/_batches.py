@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch as th
 
+from sb3_flipout.checks import warn_user
 from sb3_flipout.noise import Stream, fold
 from sb3_flipout.policies.base import FlipoutPolicyMixin
 from sb3_flipout.policies.sampled import SampledBatch
@@ -54,10 +54,9 @@ def number_stored(algorithm: Any, policy: FlipoutPolicyMixin) -> None:
         return
     without = number_transitions(algorithm.replay_buffer, fold(policy._noise_seed, Stream.TRANSITIONS))
     if without:
-        warnings.warn(
+        warn_user(
             f"the replay buffer held {without} transitions without the numbers that bootstrap and reward_noise need: it was "
             "filled without these settings. They have been given numbers now.",
-            stacklevel=6,
         )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList
 
 from sb3_flipout.buffers import KeyedBufferMixin, store_noise
+from sb3_flipout.checks import warn_user
 from sb3_flipout.hooks import _numbers as numbers
 from sb3_flipout.hooks._batches import batches_for_members, check_batch_size, number_stored
 from sb3_flipout.hooks._models import Method, policy_of
@@ -92,10 +92,9 @@ def _warn_of_epsilon(algorithm: Any) -> None:
     epsilon = max(getattr(algorithm, "exploration_initial_eps", 0.0), getattr(algorithm, "exploration_final_eps", 0.0))
     if epsilon > 0 and "epsilon" not in marks.warned:
         marks.warned.add("epsilon")
-        warnings.warn(
+        warn_user(
             f"{type(algorithm).__name__} explores by weight noise and by epsilon-greedy at once. To explore by weight noise "
             "alone, pass exploration_initial_eps=0.0 and exploration_final_eps=0.0.",
-            stacklevel=6,
         )
 
 
@@ -121,11 +120,10 @@ def _warn_of_fallen_noise(algorithm: Any) -> None:
         return
     if settings.factor_at(began / algorithm._total_timesteps) == 0.0:
         marks.warned.add("fallen")
-        warnings.warn(
+        warn_user(
             f"this call of learn() goes on from step {began} to {algorithm._total_timesteps} without weight noise: by default "
             "it falls to 0 over the first part of all steps that SB3 knows of, and those are over. Where training is cut into "
             'calls of learn(reset_num_timesteps=False), use policy_kwargs=dict(schedule="constant"), or AnnealNoise.',
-            stacklevel=6,
         )
 
 
@@ -161,13 +159,12 @@ def _counted_steps(algorithm: Any) -> Iterator[None]:
     made = (algorithm.num_timesteps - before) // algorithm.n_envs
     if made > policy._keys.step - steps and "steps" not in policy.marks.warned:
         policy.marks.warned.add("steps")
-        warnings.warn(
+        warn_user(
             f"{type(algorithm).__name__} has made {made} collection steps, and the noise has been told of "
             f"{policy._keys.step - steps}, so resample={policy.noise_settings.resample!r} is not kept: the other steps drew "
             "fresh noise, or none. In a collect_rollouts of your own, call self._update_info_buffer(infos, dones) after each "
             "step of the environments, and off-policy choose actions by self._sample_action(learning_starts, action_noise, "
             "n_envs), as SB3's do.",
-            stacklevel=5,
         )
 
 

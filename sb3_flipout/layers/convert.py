@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Literal, NamedTuple, TypeGuard, TypeVar, get_args
@@ -11,7 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 from typing_extensions import Unpack
 
-from sb3_flipout.checks import check_choice, check_flag, check_integer, check_strings, did_you_mean
+from sb3_flipout.checks import check_choice, check_flag, check_integer, check_strings, did_you_mean, warn_user
 from sb3_flipout.layers.base import FlipoutLayer, drawn_base_key
 from sb3_flipout.layers.config import LayerNoise, NoiseKwargs, layer_noise
 from sb3_flipout.layers.derived import PERTURBED_CLASSES, guarded_parent, own_matrices, perturbed_class, plain_class, why_plain
@@ -215,18 +214,16 @@ def _reasons(left: Mapping[str, str]) -> str:
     return "".join(f" {name or 'It'}: {why}." for name, why in left.items())
 
 
-def warn_of_plain(left: Mapping[str, str], stacklevel: int = 3) -> None:
+def warn_of_plain(left: Mapping[str, str]) -> None:
     """
     Say which layers stay plain.
 
     :param left: Layers by name, and why
-    :param stacklevel: As of ``warnings.warn``
     """
     if left:
-        warnings.warn(
+        warn_user(
             f"some layers stay plain, so nothing explores through their weights:{_reasons(left)} To say that this is as it "
             f"should be, name them: skip={sorted(left)!r}.",
-            stacklevel=stacklevel,
         )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -15,6 +14,7 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import Schedule
 from torch import nn
 
+from sb3_flipout.checks import warn_user
 from sb3_flipout.layers import FlipoutLayer, PerturbedNetwork
 from sb3_flipout.layers.convert import Wanted, checked_patterns, names_to_skip, perturb_named, warn_of_plain
 from sb3_flipout.noise import RowNoise, Scales, noise_of
@@ -62,7 +62,7 @@ class FlipoutPolicyMixin(NoiseState):
         wanted = Wanted(settings.layers, self._left_out(), settings.perturb_frozen)
         left = perturb_named(names, settings.layer_noise(), wanted, lambda: self._base_key(0))
         if not quietly:  # the matrix of gSDE is noise of its own, and no weight that stays plain
-            warn_of_plain({name: why for name, why in left.items() if name.split(".")[-1] != "log_std"}, stacklevel=6)
+            warn_of_plain({name: why for name, why in left.items() if name.split(".")[-1] != "log_std"})
 
     def _left_out(self) -> tuple[str, ...]:
         """Names of modules to leave out, of all networks that must have the same layers."""
@@ -217,10 +217,9 @@ class FlipoutPolicyMixin(NoiseState):
                 target.load_state_dict(getattr(self, name).state_dict())
         if left:
             names = [name for name, layer in self.named_modules() if any(layer is one for one in left)]
-            warnings.warn(
+            warn_user(
                 f'sigma_unit="inputs" has no effect on {", ".join(names)}: their inputs are 0 in the first observations, or '
                 "they are neither linear layers nor convolutions. Their sigma is in units of 1/sqrt(fan_in).",
-                stacklevel=2,
             )
 
     def mean_outputs(self, obs: Any) -> list[th.Tensor]:

@@ -7,13 +7,13 @@ under noise; those that were not called by both are named in an error.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
+from sb3_flipout.checks import warn_user
 from sb3_flipout.layers import FlipoutLayer, PerturbedNetwork
 
 _REMEDY = (
@@ -159,10 +159,9 @@ def _check_silent(silent: Mapping[str, FlipoutLayer]) -> None:
     if read:
         raise ValueError(f"the perturbed layers {', '.join(read)} learn, and were never called. {_REMEDY.format(names=read)}")
     if silent:
-        warnings.warn(
+        warn_user(
             f"the perturbed layers {', '.join(silent)} are never called: nothing explores through them. To say that this is "
             f"as it should be, leave them out: policy_kwargs=dict(skip={sorted(silent)!r}).",
-            stacklevel=4,
         )
 
 

@@ -7,13 +7,13 @@ them again. Values are replayed with the same keys; bootstrap values, asked for 
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ClassVar
 
 import torch as th
 
+from sb3_flipout.checks import warn_user
 from sb3_flipout.noise.carried import without_noise
 from sb3_flipout.noise.compiling import eager, steps_aside
 from sb3_flipout.noise.rows import RowNoise
@@ -161,10 +161,9 @@ class OnPolicyPasses(FlipoutPolicyMixin):
         learns = self.training and th.is_grad_enabled() and not self.marks.updates and self.perturbed_network.active is None
         if unmarked and learns and self._own_noise(obs) is None and "unregistered" not in self.marks.warned:
             self.marks.warned.add("unregistered")
-            warnings.warn(
+            warn_user(
                 f"{type(self).__name__} has acted under weight noise and is now evaluated for learning without it. "
                 "If this is an "
                 "algorithm of your own, call sb3_flipout.register(YourAlgorithm) before you make the model: its rollouts then "
                 "carry their noise to the update. Else call policy.set_training_mode(False) first.",
-                stacklevel=3,
             )

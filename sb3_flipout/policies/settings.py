@@ -6,14 +6,13 @@ editor shows them, and hand them over by :func:`~sb3_flipout.policies.arguments.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal, get_args
 
 from typing_extensions import Self
 
-from sb3_flipout.checks import check_choice, check_flag, check_integer, check_number, check_strings
+from sb3_flipout.checks import check_choice, check_flag, check_integer, check_number, check_strings, warn_user
 from sb3_flipout.layers import LayerNoise
 from sb3_flipout.layers.convert import LAYERS
 from sb3_flipout.noise.schedule import SCHEDULES, scheduled_factor
@@ -139,10 +138,9 @@ class NoiseSettings:
         if not was_constant or chosen or self.falls == "constant":
             return self
         if learned and saved.get("schedule") is None:
-            warnings.warn(
+            warn_user(
                 "the model was saved by 0.1.0, which learned sigma by default; it goes on with sigma as it is, fixed. To go "
                 'on learning it, load with custom_objects={"policy_kwargs": dict(learn_sigma=True, ...)}.',
-                stacklevel=2,
             )
         return replace(self, schedule="constant")
 

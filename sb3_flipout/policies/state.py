@@ -7,7 +7,6 @@ own data (:mod:`sb3_flipout.hooks`), so a resumed training continues its noise, 
 from __future__ import annotations
 
 import hashlib
-import warnings
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import torch as th
 from stable_baselines3.common.policies import BasePolicy
 
-from sb3_flipout.checks import check_integer, check_number
+from sb3_flipout.checks import check_integer, check_number, warn_user
 from sb3_flipout.finite import NonFiniteError
 from sb3_flipout.noise import EvaluationStream, KeyStream, NoiseOwner, Stream, fold
 from sb3_flipout.noise.ladder import checked_ladder
@@ -123,10 +122,9 @@ class NoiseState(BasePolicy):
     def leave_schedule(self) -> None:
         """Let a callback steer the noise scale: until the next call of ``learn`` the setting ``schedule`` has no effect."""
         if not self.marks.steered and self.noise_settings.insists_on_schedule:
-            warnings.warn(
+            warn_user(
                 f"a callback steers the noise scale in this call of learn(), so schedule={self.noise_settings.schedule!r} of "
                 'the policy has no effect in it. Leave one of them out: schedule="constant" says that the callback is meant.',
-                stacklevel=4,
             )
         self.marks.steered, self._schedule_factor = True, 1.0
 

@@ -233,6 +233,6 @@ def test_layers_that_stay_plain() -> None:
         "should be, name them: skip=['', 'a']."
     )
     with pytest.warns(UserWarning, match=f"^{re.escape(words)}$") as caught:
-        warn_of_plain({"a": "why", "": "why too"}, 2)
+        warn_of_plain({"a": "why", "": "why too"})
     assert caught[0].filename == __file__
     warn_of_plain({})
