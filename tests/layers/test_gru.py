@@ -10,6 +10,7 @@ from cases import every_noise
 from torch import nn
 from torch.func import functional_call
 from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence, pad_packed_sequence
+from weights_of_rows import weights_of_row
 
 from sb3_flipout.layers import FlipoutLayer, effective_weight, perturb, perturbed
 from sb3_flipout.layers.row_layout import RowLayout
@@ -37,12 +38,7 @@ def row_by_row(layer: Any, form: dict[str, Any], sequences: list[th.Tensor], bef
     """The slow way: sequence by sequence, (T, IN) each, with the weights of the row that it belongs to."""
     plain, outputs, states = layer.PLAIN(IN, HIDDEN, **{**form, "batch_first": False}).double(), [], []
     for place, (x, row) in enumerate(zip(sequences, owners, strict=True)):
-        weights: dict[str, th.Tensor] = {}
-        for block in layer.blocks:
-            weight, bias = effective_weight(layer, KEYS[row], float(SCALES[row]), block.weight)
-            weights[block.weight] = weight
-            if block.bias is not None and bias is not None:
-                weights[block.bias] = bias
+        weights = weights_of_row(layer, KEYS[row], float(SCALES[row]))
         given = (x[:, None],) if before is None else (x[:, None], before[:, place : place + 1].contiguous())
         output, state = functional_call(plain, weights, given)
         outputs.append(output[:, 0])

@@ -11,8 +11,9 @@ import torch as th
 from cases import every_noise
 from torch import nn
 from torch.func import functional_call
+from weights_of_rows import weights_of_row
 
-from sb3_flipout.layers import FlipoutLayer, effective_weight, perturb, perturbed
+from sb3_flipout.layers import FlipoutLayer, perturb, perturbed
 from sb3_flipout.layers.embedding import OneHotLinear
 from sb3_flipout.layers.recurrent import FlipoutGRUCell
 from sb3_flipout.layers.row_layout import RowLayout
@@ -78,12 +79,7 @@ def row_by_row(layer: FlipoutLayer, made: Made, given: tuple[th.Tensor, ...], ow
     """The slow way: each row by the plain module, with that row's weights."""
     plain, found = plain_of(layer, made), []
     for place, row in enumerate(range(N) if owners is None else owners):
-        weights: dict[str, th.Tensor] = {}
-        for block in layer.blocks:
-            weight, bias = effective_weight(layer, KEYS[row], float(SCALES[row]), block.weight)
-            weights[block.weight] = weight
-            if block.bias is not None and bias is not None:
-                weights[block.bias] = bias
+        weights = weights_of_row(layer, KEYS[row], float(SCALES[row]))
         found.append(functional_call(plain, weights, tuple(x[place : place + 1] for x in given)))
     return th.cat(found)
 
