@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-# What stands between a user's line and a warning; code that is made at run time (dataclasses, partials) has names of its own.
-_NOT_THE_USERS = ("sb3_flipout", "stable_baselines3", "sb3_contrib", "torch", "contextlib", "functools", "abc", "dataclasses")
+# Packages whose lines can lie between a user's line and a warning of ours.
+_NOT_THE_USERS = ("sb3_flipout", "stable_baselines3", "sb3_contrib", "torch", "contextlib")
 
 
 def warn_user(message: str) -> None:

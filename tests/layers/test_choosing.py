@@ -87,10 +87,7 @@ def test_matrices_of_one_s_own() -> None:
 def test_why_layers_stay_plain() -> None:
     assert why_plain(nn.Bilinear(2, 2, 2)) == "has no perturbed version"
     assert why_plain(OwnLinear(2, 2)) == "uses its weights in its own way, not as Linear"
-    assert why_plain(nn.LazyLinear(2)) in (
-        "has no weights yet; run the network once before it is perturbed",
-        "uses its weights in its own way, not as Linear",
-    )
+    assert why_plain(nn.LazyLinear(2)) == "has no weights yet; run the network once before it is perturbed"
     spectral = "has another weight after each pass in training mode (spectral norm)"
     assert why_plain(spectral_norm(nn.Linear(2, 2))) == spectral
     assert why_plain(parametrizations.spectral_norm(nn.Linear(2, 2))) == spectral
@@ -159,14 +156,12 @@ def test_left_out_by_name() -> None:
 
 def test_layers_that_are_added_later_have_the_next_numbers() -> None:
     net = Net()
-    names = dict(net.named_modules())
     perturb_named({"first": net.first}, LayerNoise(), Wanted(), lambda: 5)
     assert net.first.noise_index == 0
     perturb_named({"first": net.first, "last": net.last}, LayerNoise(), Wanted(), lambda: 6)
     assert (net.first.noise_index, net.last.noise_index) == (0, 1)
     assert (net.first.base_key, net.last.base_key) == (5, 6)
     assert perturb_named({"first": net.first}, LayerNoise(), Wanted(), lambda: pytest.fail("nothing to draw")) == {}
-    assert names
 
 
 # ---- classes that are made at run time ----------------------------------------------------------------------------------
@@ -219,7 +214,10 @@ def test_classes_are_made_for_classes_not_met_before() -> None:
     ("made", "plain"),
     [
         (lambda **noise: FlipoutEmbedding(5, 3, 2, **noise), lambda: nn.Embedding(5, 3, 2)),
-        (lambda **noise: FlipoutEmbedding(5, 3, scale_grad_by_freq=True, **noise), lambda: nn.Embedding(5, 3)),
+        (
+            lambda **noise: FlipoutEmbedding(5, 3, scale_grad_by_freq=True, **noise),
+            lambda: nn.Embedding(5, 3, scale_grad_by_freq=True),
+        ),
         (lambda **noise: FlipoutMultiheadAttention(4, 2, 0.5, **noise), lambda: nn.MultiheadAttention(4, 2, 0.5)),
         (lambda **noise: FlipoutMultiheadAttention(4, 2, kdim=3, **noise), lambda: nn.MultiheadAttention(4, 2, kdim=3)),
     ],
@@ -233,9 +231,8 @@ def test_constructors_take_what_torch_s_take_and_noise(made: Any, plain: Any) ->
     assert all(th.equal(value, state[name]) for name, value in expected.state_dict().items())
     config = LayerNoise(sigma_init=0.25, family="multiplicative", noise_sharing="shared")
     assert [one.noise_config for one in flipout_layers([layer])] == [config] * len(flipout_layers([layer]))
-    for name in ("padding_idx", "dropout", "kdim"):
+    for name in ("padding_idx", "dropout", "kdim", "scale_grad_by_freq"):
         assert getattr(layer, name, None) == getattr(expected, name, None)
-    assert getattr(layer, "scale_grad_by_freq", False) == (made(sigma_init=0.25).__dict__.get("scale_grad_by_freq", False))
     if isinstance(layer, FlipoutMultiheadAttention):
         assert type(layer.out_proj) is FlipoutLinear
     with pytest.raises(TypeError):

@@ -53,7 +53,7 @@ def twice(first: dict[str, Any], second: dict[str, Any], made: Callable[[], nn.M
     return call
 
 
-def compiled_hint() -> Any:
+def two_scales() -> Any:
     net = nn.Sequential(perturb(nn.Linear(2, 2)))
     with perturbed(net, RowNoise(KEYS), 0.5):
         pass
@@ -173,7 +173,7 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         "Linear has no perturbed layer; call sb3_flipout.perturb(module) first.",
     ),
     "two scales": (
-        compiled_hint,
+        two_scales,
         ValueError,
         "scale must be None where keys is row noise, which has its own; give RowNoise(keys, scale).",
     ),
