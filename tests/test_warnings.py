@@ -95,3 +95,4 @@ def test_where_a_warning_points(call: Callable[[], Any], words: str) -> None:
         warnings.simplefilter("always")
         call()
     assert [one.filename for one in caught] == [__file__] and words in str(caught[0].message)
+    assert caught[0].lineno in {line for *_, line in call.__code__.co_lines()}, "not the line that called it"
