@@ -82,11 +82,11 @@ def perturbed_class(layer: nn.Module) -> type[FlipoutLayer] | None:
 
 def _known_base(kind: type[nn.Module]) -> type[nn.Module] | None:
     """The known class whose use of weights a subclass has left alone."""
-    for base in PERTURBED_CLASSES:
-        if issubclass(kind, base) and not issubclass(kind, FlipoutLayer):
-            same = all(getattr(kind, way, None) is getattr(base, way, None) for way in _WAYS_TO_USE_WEIGHTS)
-            return base if same else None
-    return None
+    base = next((base for base in kind.__mro__ if base in PERTURBED_CLASSES), None)
+    if base is None or issubclass(kind, FlipoutLayer):
+        return None
+    same = all(getattr(kind, way, None) is getattr(base, way, None) for way in _WAYS_TO_USE_WEIGHTS)
+    return base if same else None
 
 
 def _derived(kind: type[nn.Module], flipout: type[FlipoutLayer]) -> type[FlipoutLayer]:
@@ -177,7 +177,7 @@ def why_plain(layer: nn.Module) -> str | None:
     """
     flipout = perturbed_class(layer)
     if flipout is None:
-        known = next((base for base in PERTURBED_CLASSES if isinstance(layer, base)), None)
+        known = next((base for base in type(layer).__mro__ if base in PERTURBED_CLASSES), None)
         return "has no perturbed version" if known is None else f"uses its weights in its own way, not as {known.__name__}"
     if any(th.nn.parameter.is_lazy(parameter) for parameter in layer.parameters(recurse=False)):
         return "has no weights yet; run the network once before it is perturbed"

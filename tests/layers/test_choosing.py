@@ -10,12 +10,15 @@ import pytest
 import torch as th
 from torch import nn
 from torch.nn.utils import parametrizations, spectral_norm
+from torch.nn.utils.parametrize import register_parametrization
 
 from sb3_flipout.layers import (
+    PERTURBED_CLASSES,
     FlipoutEmbedding,
     FlipoutLayer,
     FlipoutLinear,
     FlipoutMultiheadAttention,
+    OneHotLinear,
     flipout_layers,
     perturb,
     perturbed,
@@ -84,6 +87,50 @@ def test_matrices_of_one_s_own() -> None:
     assert names_to_skip({"net": module, "net.layer": module.layer}) == ["net", "net.layer", "net.queries"]
 
 
+class Xs(nn.Module):
+    """Has a matrix whose name begins as a test of names might not expect."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.X = nn.Linear(2, 2), nn.Parameter(th.randn(3, 2))
+
+
+def test_names_of_matrices() -> None:
+    assert set(own_matrices("", Xs())) == {"X"} and set(own_matrices("XX", Xs())) == {"XX.X"}
+
+
+class Lazy(nn.Module):
+    """Has a weight of no shape yet, and no vector."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.UninitializedParameter()
+
+
+@pytest.mark.parametrize(
+    ("made", "why"),
+    [
+        (lambda: nn.Bilinear(2, 2, 2, bias=False), "Bilinear has no perturbed version"),
+        (
+            lambda: parametrizations.weight_norm(nn.Bilinear(2, 2, 2, bias=False)),
+            "ParametrizedBilinear has no perturbed version",
+        ),
+        (lambda: parametrize_bias(nn.Bilinear(2, 2, 2)), "ParametrizedBilinear has no perturbed version"),
+        (lambda: nn.LayerNorm(2), None),
+        (lambda: parametrize_bias(nn.LayerNorm(2)), None),
+        (Lazy, None),
+    ],
+)
+def test_what_has_weights_and_no_perturbed_version(made: Any, why: str | None) -> None:
+    net = nn.Sequential(nn.Linear(2, 2), made())
+    left = perturb_named(dict(net.named_modules()), LayerNoise(), Wanted(), lambda: 5)
+    assert left == ({} if why is None else {"1": why})
+
+
+def parametrize_bias(layer: nn.Module) -> nn.Module:
+    return register_parametrization(layer, "bias", nn.Tanh())
+
+
 def test_why_layers_stay_plain() -> None:
     assert why_plain(nn.Bilinear(2, 2, 2)) == "has no perturbed version"
     assert why_plain(OwnLinear(2, 2)) == "uses its weights in its own way, not as Linear"
@@ -135,6 +182,15 @@ def test_all_layers() -> None:
     assert sorted(numbers.values()) == list(range(5)), "one number each"  # type: ignore[type-var]
     assert numbers["first"] == 0 and numbers["last"] == 4
     assert all(layer.base_key == 5 for layer in flipout_layers([net]))
+
+
+def test_frozen_ones_stay_plain_unless_they_are_asked_for() -> None:
+    net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).requires_grad_(False))
+    with pytest.warns(UserWarning, match=r"1: Linear is frozen; perturb_frozen=True perturbs it\."):
+        perturb(net)
+    assert [type(layer) for layer in net] == [FlipoutLinear, nn.Linear]
+    perturb(net, perturb_frozen=True)
+    assert [type(layer) for layer in net] == [FlipoutLinear, FlipoutLinear]
 
 
 def test_frozen_ones_too() -> None:
@@ -205,9 +261,20 @@ def test_classes_are_made_for_classes_not_met_before() -> None:
     assert of is made and type(build(of)) is kind and state is vars(net[0])
     other = perturb(nn.Sequential(made(2, 1, 4, batch_first=True)))
     assert type(other[0]) is kind, "made once"
-    linear = type("UnmetLinear", (nn.Linear,), {})
-    layer = perturb(nn.Sequential(linear(2, 2)))[0]
-    assert type(layer).__name__ == "FlipoutUnmetLinear" and type(empty_derived(linear)) is type(layer)
+
+
+@pytest.mark.parametrize("base", PERTURBED_CLASSES, ids=lambda base: base.__name__)
+def test_subclasses_of_every_class_are_served(base: type[nn.Module]) -> None:
+    made = type("UnmetLayer", (base,), {"__module__": __name__})
+    kind = type(empty_derived(made))
+    assert kind.__bases__ == (PERTURBED_CLASSES[base], made) and kind.__name__ == "FlipoutUnmetLayer"
+    assert kind.__module__ == "sb3_flipout.layers.derived" and kind.__doc__ == "UnmetLayer with perturbed weights."
+    sizes = {OneHotLinear: (5, 2), nn.MultiheadAttention: (4, 2), nn.Embedding: (5, 2)}
+    recurrent = issubclass(base, (nn.Linear, nn.LSTM, nn.GRU, nn.GRUCell))
+    layer = perturb(made(*sizes.get(base, (2, 2) if recurrent else (2, 2, 1))))
+    assert type(layer) is kind and plain_class(layer) is made
+    build, (of,), _ = layer.__reduce_ex__(2)  # type: ignore[misc]
+    assert of is made and type(build(of)) is kind
 
 
 @pytest.mark.parametrize(

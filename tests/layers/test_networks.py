@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch as th
 from torch import nn
 
 from sb3_flipout.layers import (
+    effective_weight,
     flipout_layers,
     perturb,
     perturbed,
@@ -73,6 +75,41 @@ def test_layers_that_leave_take_no_other_with_them() -> None:
     network = attach(flipout_layers([net]), of_policy=True)
     without([net[0]])  # type: ignore[list-item]
     assert list(network.layers) == [net[1]] and network.of_policy
+
+
+def test_layers_leave_every_network_they_are_in() -> None:
+    first, second = two(), two()
+    networks = [network_of(net) for net in (first, second)]
+    without([first[0], second[1]])  # type: ignore[list-item]
+    assert [list(network.layers) for network in networks] == [[first[1]], [second[0]]]
+
+
+def test_bases_of_another_network_are_refused() -> None:
+    network = network_of(two())
+    for bases in (network.bases()[:1], network.bases() * 2):
+        with pytest.raises(ValueError, match="zip"):
+            network.bind(bases)
+
+
+def test_a_copy_has_seen_nothing() -> None:
+    net = two()
+    network = network_of(net)
+    network.visited = set()
+    with perturbed(net, KEYS), network.keeping_deltas():
+        net(th.ones(3, 2))
+        copied = network_of(copy.deepcopy(net))
+        assert network.asked and network.visited == {0, 1} and network.active is not None
+    assert (copied.visited, copied.asked, copied.active, copied._kept) == (None, False, None, None)
+    assert network_of(copied.layers[0]) is copied and [layer._slot for layer in copied.layers] == [0, 1]
+
+
+@pytest.mark.parametrize("dtype", [th.int32, th.int64])
+def test_a_key_of_any_integer_type(dtype: th.dtype) -> None:
+    layer = two()[0]
+    expected = effective_weight(layer, 5)
+    assert all(
+        th.equal(one, other) for one, other in zip(effective_weight(layer, th.tensor(5, dtype=dtype)), expected, strict=True)
+    )
 
 
 def test_a_part_alone_is_perturbed_and_another_has_mean_weights() -> None:

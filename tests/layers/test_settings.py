@@ -1,8 +1,10 @@
 """Settings of a layer: what is refused, units and defaults of sigma, initialisation after Fortunato et al. 2018."""
 
 import math
+from dataclasses import fields
 from typing import Any
 
+import numpy as np
 import pytest
 import torch as th
 from cases import every_family, every_noise
@@ -26,6 +28,8 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"sigma_init": math.nan}, ValueError, "got nan"),
     ({"sigma_init": math.inf}, ValueError, "got inf"),
     ({"sigma_init": True}, TypeError, "sigma_init must be a number >= 0, got True of type bool. .*None for the default"),
+    ({"sigma_init": -1}, ValueError, r"got -1\. Use 0\.0 for no perturbation, None for the default\.$"),
+    ({"learn_sigma": "no"}, TypeError, "^learn_sigma must be True or False, got 'no' of type str; pass learn_sigma=True or"),
     ({"sigma_init": "0.5"}, TypeError, "got '0.5' of type str"),
     ({"sigma_init": th.tensor(0.5)}, TypeError, "got .* of type Tensor"),
     ({"family": "dropconnect", "sigma_init": 0.5}, ValueError, "there is no sigma"),
@@ -73,6 +77,21 @@ def test_sigma_is_in_the_familys_unit(family: str, sigma_init: float | None) -> 
         assert len(sigmas(layer)) == (1 if spec.sigma == "per_layer" else 2)
         for sigma in sigmas(layer):
             th.testing.assert_close(sigma.detach(), th.full_like(sigma, expected))
+
+
+@pytest.mark.parametrize("fan_in", [0, 1])
+def test_sigma_of_one_input_or_none(fan_in: int) -> None:
+    assert LayerNoise(sigma_init=0.25).sigma(fan_in) == 0.25
+
+
+def test_settings_are_plain_values_whatever_they_came_as() -> None:
+    came: dict[str, Any] = dict(
+        family=np.str_("gaussian"), sigma_init=np.float64(0.5), learn_sigma=np.False_, noise_sharing=np.str_("shared")
+    )
+    noise = LayerNoise(**came, init=np.str_("keep"))
+    assert noise == LayerNoise("gaussian", 0.5, False, "shared", "keep")
+    assert [type(getattr(noise, field.name)) for field in fields(noise)] == [str, float, bool, str, str]
+    assert type(LayerNoise(sigma_init=1).sigma_init) is float
 
 
 @every_family

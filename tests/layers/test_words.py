@@ -11,6 +11,7 @@ import torch as th
 from torch import nn
 
 from sb3_flipout.layers import (
+    PERTURBED_CLASSES,
     FlipoutConv2d,
     FlipoutConvTranspose2d,
     FlipoutEmbedding,
@@ -211,6 +212,23 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         lambda: delta(th.zeros(2, 2), None, None, False),
         ValueError,
         "a perturbation needs sigma or a base draw, got neither",
+    ),
+    "divergence of another family": (
+        lambda: kl_divergence(FlipoutLinear(2, 2, family="lowrank"), 1.0),
+        ValueError,
+        "the weights of FlipoutLinear(in_features=2, out_features=2, bias=True, family='lowrank', noise_sharing='flipout') "
+        "are not normal; their family must be one of gaussian, multiplicative, isotropic.",
+    ),
+    "frozen or not": (
+        lambda: perturb(nn.Linear(2, 2), perturb_frozen=1),  # type: ignore[arg-type]
+        TypeError,
+        "perturb_frozen must be True or False, got 1 of type int; pass perturb_frozen=True or =False.",
+    ),
+    "a frozen layer alone": (
+        lambda: perturb(nn.Linear(2, 2).requires_grad_(False)),
+        ValueError,
+        "Linear has no layer to perturb with layers='all', which stands for: "
+        f"{', '.join(kind.__name__ for kind in PERTURBED_CLASSES)}. It: Linear is frozen; perturb_frozen=True perturbs it.",
     ),
     "both directions": (
         lambda: FlipoutLSTM(2, 2, bidirectional=True),
