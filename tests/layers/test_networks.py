@@ -18,8 +18,11 @@ from sb3_flipout.layers import (
     redraw,
     restore,
 )
+from sb3_flipout.layers.config import LayerNoise
 from sb3_flipout.layers.interface import attach, network_of, without
+from sb3_flipout.layers.network import Ask
 from sb3_flipout.layers.row_view import RowView
+from sb3_flipout.noise import RowNoise
 
 KEYS = th.arange(3)
 
@@ -75,6 +78,72 @@ def test_layers_that_leave_take_no_other_with_them() -> None:
     network = attach(flipout_layers([net]), of_policy=True)
     without([net[0]])  # type: ignore[list-item]
     assert list(network.layers) == [net[1]] and network.of_policy
+
+
+class Names(nn.Module):
+    """Names its network, as policies do, and holds a part of it alone."""
+
+    def __init__(self, net: nn.Sequential) -> None:
+        super().__init__()
+        self.perturbed_network, self.part = network_of(net), net[0]
+
+
+def test_a_module_that_names_its_network_means_all_of_it() -> None:
+    net = two()
+    names = Names(net)
+    for module in (names, compiled(names)):
+        with perturbed(module, KEYS):
+            assert all(layer.row_view() is not None for layer in net)
+        redraw(module, 9)
+        assert [layer.base_key for layer in net] == [9, 9]
+        redraw(net, 8)
+
+
+def test_a_layer_that_left_belongs_to_the_old_network_no_more() -> None:
+    net = two()
+    network = network_of(net)
+    other = attach(flipout_layers([net[1]]))
+    assert network_of(net[1]) is other
+    alone = network_of(net[0])
+    assert alone is not network and list(alone.layers) == [net[0]]
+
+
+def test_a_layer_that_is_perturbed_otherwise_is_planned_anew() -> None:
+    net = two()
+    network = network_of(net)
+    net[0].init_noise(LayerNoise(family="factorised"), 3, 0)
+    assert network_of(net) is not network
+
+
+def test_what_was_said_of_the_rows() -> None:
+    net = two()
+    network = network_of(net)
+    assert network.active is None and network.asked is False
+    with perturbed(net, None):
+        assert network.active is Ask.MEAN_WEIGHTS
+    with network.activate(Ask.EXPLICIT):
+        assert network.active is None
+        with pytest.raises(RuntimeError) as told:
+            net(th.ones(3, 2))
+        with perturbed(net, KEYS):
+            net(th.ones(3, 2))
+    assert str(told.value) == (
+        "a perturbed FlipoutLinear was called in an update without noise, so what it learned from would not be what was "
+        "collected. Call the policy's own methods with the observations of the batch, which carry their noise; ask for mean "
+        "weights with `with sb3_flipout.perturbed(policy, None):`; or leave the module out with "
+        'policy_kwargs=dict(skip=["its.name"]).'
+    )
+
+
+@pytest.mark.parametrize("rows_per_input", [1, 2, 3])
+def test_rows_of_one_input_are_all_there_at_scale_0(rows_per_input: int) -> None:
+    net: nn.Module = perturb(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), learn_sigma=False)
+    noise = RowNoise(th.arange(2 * rows_per_input), 0.0)
+    noise.rows_per_input = rows_per_input
+    x = th.randn(2, 2)
+    with perturbed(net, noise):
+        th.testing.assert_close(net(x), net(x.repeat_interleave(rows_per_input, 0)))
+        assert len(net(x)) == 2 * rows_per_input
 
 
 def test_layers_leave_every_network_they_are_in() -> None:

@@ -1,0 +1,84 @@
+"""What a layer keeps, leaves behind and follows: defaults, copies, types, devices, kept perturbations."""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+import pytest
+import torch as th
+from torch import nn
+
+from sb3_flipout.layers import FlipoutLinear, FlipoutLSTM, FlipoutMultiheadAttention, LayerNoise, perturb, perturbed
+from sb3_flipout.layers.base import drawn_base_key
+from sb3_flipout.layers.interface import network_of
+
+KEYS = th.arange(3)
+
+
+def test_all_weights_are_perturbed_by_default() -> None:
+    layer = FlipoutLSTM(2, 2, noise_on="hidden")
+    assert len(layer.blocks) == 1
+    layer.init_noise(LayerNoise(), 3)
+    assert layer.noise_on == "all" and len(layer.blocks) == 2
+
+
+def test_layers_inside_follow_to_another_type() -> None:
+    layer = FlipoutMultiheadAttention(4, 2)
+    layer._apply(lambda tensor: tensor.double(), recurse=False)
+    assert layer.in_proj_weight.dtype == th.float64 and layer.out_proj.weight.dtype == th.float32
+    layer.double()
+    assert {parameter.dtype for parameter in layer.parameters()} == {th.float64}
+
+
+def test_pickles_hold_nothing_of_the_run() -> None:
+    layer = FlipoutLinear(2, 2)
+    with perturbed(layer, KEYS):
+        layer(th.ones(3, 2))
+    state: dict[str, Any] = layer.__getstate__()
+    assert not {"_base_draws", "_network", "_slot"} & set(state) and {"_base_draws", "_network", "_slot"} <= set(vars(layer))
+
+
+def test_layers_that_keep_their_base_follow_in_copies_too() -> None:
+    layer = FlipoutLinear(2, 2)
+    layer.keep_base()
+    again = pickle.loads(pickle.dumps(layer)).double()
+    assert th.equal(again.weight_base, layer.weight_base.double())
+
+
+def test_a_base_key_is_drawn_where_torch_s_generator_is() -> None:
+    th.manual_seed(3)
+    expected = drawn_base_key()
+    th.manual_seed(3)
+    with th.device("meta"):
+        assert drawn_base_key() == expected
+
+
+@pytest.mark.parametrize("name", ["weight_sigma", "bias_sigma"])
+@pytest.mark.parametrize("way", ["written into", "replaced", "data replaced", "learns"])
+def test_kept_perturbations_follow_every_sigma(name: str, way: str) -> None:
+    net: Any = perturb(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), learn_sigma=False)
+    x = th.randn(3, 2)
+
+    def seen() -> th.Tensor:
+        with perturbed(net, KEYS):
+            return net(x)
+
+    with network_of(net).keeping_deltas():
+        before = seen()
+        assert th.equal(seen(), before)
+        sigma = getattr(net[1], name)
+        if way == "written into":
+            with th.no_grad():
+                sigma.mul_(2)
+        elif way == "replaced":
+            setattr(net[1], name, nn.Parameter(sigma * 2, requires_grad=False))
+        elif way == "data replaced":
+            sigma.data = sigma.data * 2
+        else:
+            sigma.requires_grad_()
+            seen().sum().backward()
+            assert sigma.grad is not None
+            return
+        kept = seen()
+    assert not th.equal(kept, before) and th.equal(kept, seen())
