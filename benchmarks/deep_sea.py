@@ -4,206 +4,31 @@
     python benchmarks/deep_sea.py --tasks sea-20 --arms members boot-dqn --seeds 5
     python benchmarks/deep_sea.py --report
 
-A run is learned when more than 90 of the last 100 training episodes were good, and solved if the mean weights (with members:
-their vote) are good afterwards too. Good: the treasure was reached; in the stochastic variant, where a right move can slip,
-that no action left the diagonal, as in bsuite. Needs `pip install ".[bench,zoo]"`.
+Tasks, arms and what counts as solved are in `deep_sea_runs.py`. Needs `pip install ".[bench,zoo]"`.
 """
 
 from __future__ import annotations
 
 import sys
-import time
 from itertools import product
-from typing import Any, NamedTuple
 
-import boot_dqn
-import gymnasium as gym
 import numpy as np
-import torch as th
-from exploration_training import GoalRecord, Watch
-from runs import Row, execute, left_of, made_with, options, read, versions_of
-from stable_baselines3 import DQN
-from stable_baselines3.common.env_util import make_vec_env
-from stable_baselines3.common.logger import Logger
-
-import sb3_flipout  # noqa: F401  (registers the policies)
-from sb3_flipout.envs import DeepSea
-from sb3_flipout.policies.extractors import OneHotExtractor
-
-CONFIRMING = 100  # seeds from here on had no part in the choice
-MEMBERS, TRANSITIONS, GRADIENT_STEPS, PRIOR, LEARNING_RATE = 20, 64, 2, 0.35, 1e-3
-ROWS = MEMBERS * TRANSITIONS
-
-#: Size, whether it is deterministic, and the cap of episodes.
-TASKS: dict[str, tuple[int, bool, int]] = {
-    **{
-        f"sea-{size}": (size, True, cap)
-        for size, cap in ((6, 1000), (10, 1000), (20, 2000), (30, 3000), (50, 3000), (100, 6000))
-    },
-    **{f"stochastic-{size}": (size, False, 3000) for size in (10, 20)},
-}
-SEEDS = {"sea-30": 5, "sea-50": 5, "sea-100": 3, "stochastic-10": 5, "stochastic-20": 5}  # where it is not ten
-
-_ENSEMBLE: dict[str, Any] = dict(members=MEMBERS, prior_scale=PRIOR, keys_per_transition=MEMBERS)
-_LEARNED = dict(learn_sigma=True, schedule="constant")
-_NOISYNET = dict(**_LEARNED, family="factorised", noise_sharing="shared")
-_GREEDY = dict(exploration_initial_eps=0.0, exploration_final_eps=0.0)
-
-#: Arms of SB3's DQN: changes of its arguments, and policy_kwargs.
-ARMS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "members": (_GREEDY, _ENSEMBLE),
-    "members, one key": (_GREEDY, {**_ENSEMBLE, "keys_per_transition": 1}),
-    "members, 10": ({**_GREEDY, "batch_size": 10 * TRANSITIONS}, {**_ENSEMBLE, "members": 10, "keys_per_transition": 10}),
-    "members, no prior": (_GREEDY, {**_ENSEMBLE, "prior_scale": 0.0}),
-    "members, bootstrap": (_GREEDY, {**_ENSEMBLE, "bootstrap": 0.5}),
-    "members, reward noise": (_GREEDY, {**_ENSEMBLE, "reward_noise": 0.1}),
-    "members, bootstrap and reward noise": (_GREEDY, {**_ENSEMBLE, "bootstrap": 0.5, "reward_noise": 0.1}),
-    "members, optimism": (_GREEDY, _ENSEMBLE),
-    "flipout-step": (_GREEDY, dict(**_LEARNED, resample="step")),
-    "flipout-episode": (_GREEDY, dict(**_LEARNED, resample="episode")),
-    "noisynet-step": (_GREEDY, dict(**_NOISYNET, resample="step")),
-    "noisynet-episode": (_GREEDY, dict(**_NOISYNET, resample="episode")),
-    "epsilon": (dict(exploration_initial_eps=1.0, exploration_final_eps=0.1), {}),
-}
-#: Arms that are written out in boot_dqn.py.
-PLAIN = ("boot-dqn", "index-head")
-OPTIMISM = 0.1  # added to all values at the start; a tenth of the treasure
-
-
-class Run(NamedTuple):
-    """One training run."""
-
-    task: str
-    arm: str
-    seed: int
-
-
-class NeverWrong(gym.Wrapper[Any, Any, Any, Any]):
-    """
-    Say that the goal is reached where no action left the diagonal, on which the treasure is: slips are nobody's fault, and
-    after one of them left is as good as right, or better. So does bsuite count its bad episodes.
-    """
-
-    def reset(self, **kwargs: Any) -> Any:
-        self._right = True
-        return self.env.reset(**kwargs)
-
-    def step(self, action: Any) -> Any:
-        sea: Any = self.env
-        on_diagonal = sea._row == sea._column
-        self._right &= not on_diagonal or int(action) == int(sea.action_mapping[sea._row, sea._column])
-        obs, reward, terminated, truncated, info = self.env.step(action)
-        return obs, reward, terminated, truncated, {**info, "reached_goal": self._right}
-
-
-def sea(run: Run) -> gym.Env[Any, Any]:
-    size, deterministic, _ = TASKS[run.task]
-    made = DeepSea(size, mapping_seed=run.seed, deterministic=deterministic, integer_observations=True)
-    return made if deterministic else NeverWrong(made)
-
-
-def build(run: Run) -> DQN:
-    size, _, cap = TASKS[run.task]
-    changes, noise = ARMS[run.arm]
-    env = make_vec_env(lambda: sea(run), seed=run.seed)
-    network = dict(net_arch=[50], features_extractor_class=OneHotExtractor, features_extractor_kwargs=dict(features_dim=50))
-    settings: dict[str, Any] = dict(
-        learning_rate=LEARNING_RATE,
-        batch_size=ROWS,
-        buffer_size=min(200_000, cap * size),
-        learning_starts=100,
-        train_freq=1,
-        gradient_steps=GRADIENT_STEPS,
-        target_update_interval=4,
-        gamma=0.99,
-    )
-    policy = "MlpPolicy" if run.arm == "epsilon" else "FlipoutMlpPolicy"
-    if run.arm == "epsilon":
-        settings["exploration_fraction"] = min(1.0, 100 / cap)
-    model = DQN(policy, env, **{**settings, **changes}, policy_kwargs={**network, **noise}, seed=run.seed, device="cpu")
-    model.set_logger(Logger(folder=None, output_formats=[]))
-    if run.arm == "members, optimism":
-        with th.no_grad():
-            for net in (model.q_net, model.q_net_target):
-                net.q_net[-1].bias += OPTIMISM
-    return model
-
-
-def train(run: Run) -> Row:
-    th.set_num_threads(1)
-    _, deterministic, cap = TASKS[run.task]
-    cpu = time.process_time()
-    made = _train_plain(run) if run.arm in PLAIN else _train_sb3(run)
-    goals: GoalRecord = made.pop("goals")
-    episodes = 1 if deterministic else 30
-    good = _good_share(run, made.pop("act"), episodes) > 0.9
-    return dict(
-        **run._asdict(),
-        cap=cap,
-        episodes=goals.episodes,
-        first_good=goals.first_success,
-        learned=goals.learned,
-        solved=goals.learned if good else None,
-        cpu_seconds=round(time.process_time() - cpu, 1),
-        **made,
-        **made_with(),
-    )
-
-
-def _train_sb3(run: Run) -> dict[str, Any]:
-    size, _, cap = TASKS[run.task]
-    model, watch = build(run), Watch(cap)
-    model.learn(cap * size, callback=watch)
-    learned = sum(p.numel() for p in model.q_net.parameters() if p.requires_grad)
-    buffer: Any = model.replay_buffer
-    arrays = [value for value in vars(buffer).values() if isinstance(value, np.ndarray)]
-    return dict(
-        goals=watch.goals,
-        act=lambda obs: int(np.asarray(model.predict(np.array([obs]), deterministic=True)[0])[0]),
-        rows_per_step=model.batch_size * GRADIENT_STEPS,
-        learned_parameters=learned,
-        all_parameters=sum(p.numel() for p in [*model.policy.parameters(), *model.policy.buffers()]),
-        buffer_bytes=sum(array.nbytes for array in arrays),
-        settings=dict(gradient_steps=GRADIENT_STEPS, batch_size=model.batch_size, learning_rate=LEARNING_RATE),
-    )
-
-
-def _train_plain(run: Run) -> dict[str, Any]:
-    size, _, cap = TASKS[run.task]
-    th.manual_seed(run.seed)
-    kind = boot_dqn.Ensemble if run.arm == "boot-dqn" else boot_dqn.IndexHead
-    sizes = (MEMBERS,) if run.arm == "boot-dqn" else ()
-    agent, goals = kind(size * size, 2, *sizes, PRIOR), GoalRecord()
-
-    def finished(good: bool) -> bool:
-        goals.add(good)
-        return goals.learned is not None or goals.episodes >= cap
-
-    work = dict(gradient_steps=GRADIENT_STEPS, learning_rate=LEARNING_RATE)
-    boot_dqn.learn(agent, sea(run), run.seed, cap * size, finished, TRANSITIONS, MEMBERS, **work)
-    return dict(
-        goals=goals,
-        act=lambda obs: int(boot_dqn.vote(agent, th.tensor([int(obs)]), MEMBERS)[0]),
-        rows_per_step=ROWS * GRADIENT_STEPS,
-        learned_parameters=sum(p.numel() for p in agent.parameters() if p.requires_grad),
-        all_parameters=2 * sum(p.numel() for p in agent.parameters()),  # the target network's too
-        buffer_bytes=min(cap * size, 200_000) * 32,
-        settings=dict(batch_size=TRANSITIONS, **work),
-    )
-
-
-def _good_share(run: Run, act: Any, episodes: int) -> float:
-    env, good = sea(run), []
-    for episode in range(episodes):
-        obs, _ = env.reset(seed=10_000 + run.seed if episode == 0 else None)
-        terminated, info = False, {}
-        while not terminated:
-            obs, _, terminated, _, info = env.step(act(obs))
-        good.append(info["reached_goal"])
-    return float(np.mean(good))
-
-
-# ---- page -------------------------------------------------------------------------------------------------------------
+from deep_sea_runs import (
+    ARMS,
+    CONFIRMING,
+    GRADIENT_STEPS,
+    LEARNING_RATE,
+    MEMBERS,
+    PLAIN,
+    PRIOR,
+    ROWS,
+    SEEDS,
+    TASKS,
+    TRANSITIONS,
+    Run,
+    train,
+)
+from runs import Row, execute, left_of, options, read, versions_of
 
 
 def table(rows: list[Row]) -> str:

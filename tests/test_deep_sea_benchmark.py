@@ -14,32 +14,35 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import boot_dqn
 import deep_sea
+import deep_sea_runs
 
 from sb3_flipout.envs import DeepSea
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(deep_sea.TASKS, "tiny", (3, True, 60))
-    monkeypatch.setitem(deep_sea.TASKS, "tiny stochastic", (3, False, 60))
+    monkeypatch.setitem(deep_sea_runs.TASKS, "tiny", (3, True, 60))
+    monkeypatch.setitem(deep_sea_runs.TASKS, "tiny stochastic", (3, False, 60))
 
 
-@pytest.mark.parametrize("arm", [*deep_sea.ARMS, *deep_sea.PLAIN])
+@pytest.mark.parametrize("arm", [*deep_sea_runs.ARMS, *deep_sea_runs.PLAIN])
 def test_every_arm_runs(arm: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    row = deep_sea.train(deep_sea.Run("tiny stochastic" if "reward noise" in arm else "tiny", arm, 3))
+    row = deep_sea_runs.train(deep_sea_runs.Run("tiny stochastic" if "reward noise" in arm else "tiny", arm, 3))
     assert row["episodes"] == 60 and row["learned"] is None  # a hundred episodes are not made
-    assert row["rows_per_step"] == deep_sea.GRADIENT_STEPS * (640 if arm == "members, 10" else deep_sea.ROWS)
+    assert row["rows_per_step"] == deep_sea_runs.GRADIENT_STEPS * (640 if arm == "members, 10" else deep_sea_runs.ROWS)
     assert row["commit"] and 0 < row["learned_parameters"] < row["all_parameters"]
 
 
 def test_arms_differ_in_one_thing() -> None:
-    for arm, (changes, noise) in deep_sea.ARMS.items():
+    for arm, (changes, noise) in deep_sea_runs.ARMS.items():
         if arm.startswith("members"):
-            ours = deep_sea.ARMS["members"]
+            ours = deep_sea_runs.ARMS["members"]
             assert len({*noise.items()} ^ {*ours[1].items()}) <= 4 and changes.keys() <= {*ours[0], "batch_size"}
-    settings = deep_sea.build(deep_sea.Run("tiny", "members", 0))
-    assert settings.policy.noise_settings.members == settings.policy.noise_settings.keys_per_transition == deep_sea.MEMBERS
-    assert settings.batch_size == deep_sea.MEMBERS * deep_sea.TRANSITIONS and settings.target_update_interval == 4
+    settings = deep_sea_runs.build(deep_sea_runs.Run("tiny", "members", 0))
+    assert (
+        settings.policy.noise_settings.members == settings.policy.noise_settings.keys_per_transition == deep_sea_runs.MEMBERS
+    )
+    assert settings.batch_size == deep_sea_runs.MEMBERS * deep_sea_runs.TRANSITIONS and settings.target_update_interval == 4
 
 
 def test_the_ensemble_is_its_networks_and_their_priors() -> None:
@@ -63,7 +66,7 @@ def test_the_index_head_is_linear_in_the_index() -> None:
 
 def test_the_reference_solves_a_small_sea() -> None:
     th.manual_seed(0)
-    agent, goals = boot_dqn.Ensemble(16, 2, 5, 0.35), deep_sea.GoalRecord()
+    agent, goals = boot_dqn.Ensemble(16, 2, 5, 0.35), deep_sea_runs.GoalRecord()
 
     def finished(good: bool) -> bool:
         goals.add(good)
@@ -77,7 +80,7 @@ def test_the_reference_solves_a_small_sea() -> None:
 
 @pytest.mark.parametrize("wrong_on_the_diagonal", [False, True])
 def test_a_good_episode_of_the_stochastic_sea_leaves_the_diagonal_by_slips_alone(wrong_on_the_diagonal: bool) -> None:
-    env: Any = deep_sea.sea(deep_sea.Run("stochastic-10", "members", 4))
+    env: Any = deep_sea_runs.sea(deep_sea_runs.Run("stochastic-10", "members", 4))
     sea, slipped = env.unwrapped, 0
     for seed in range(20):
         env.reset(seed=seed)

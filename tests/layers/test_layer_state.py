@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch as th
+from cases import every_noise
 from torch import nn
 
 from sb3_flipout.layers import FlipoutLinear, FlipoutLSTM, FlipoutMultiheadAttention, LayerNoise, perturb, perturbed
 from sb3_flipout.layers.base import drawn_base_key
 from sb3_flipout.layers.interface import network_of
+from sb3_flipout.noise import FAMILIES
 
 KEYS = th.arange(3)
 
@@ -82,3 +84,19 @@ def test_kept_perturbations_follow_every_sigma(name: str, way: str) -> None:
             return
         kept = seen()
     assert not th.equal(kept, before) and th.equal(kept, seen())
+
+
+@every_noise
+@pytest.mark.parametrize("bias", [True, False])
+def test_base_draws_are_those_of_the_family(noise: dict[str, str], bias: bool) -> None:
+    layer = FlipoutLinear(3, 4, bias, **noise)  # type: ignore[arg-type]
+    _, draws = layer.bases()
+    drawn = layer.noise_config.draws_base
+    assert set(vars(layer)["_base_draws"]) == set(draws)
+    names = ["weight_base", "bias_base"] if bias else ["weight_base"]
+    assert list(draws) == (names if drawn else [])
+    law = FAMILIES[noise["family"]].base
+    if drawn and law == "sign":
+        assert all(set(draw.unique().tolist()) <= {-1.0, 1.0} for draw in draws.values())
+    elif drawn:
+        assert len(draws["weight_base"].unique()) > 4
