@@ -95,8 +95,6 @@ class OneWeightLayer(FlipoutLayer):
         weight = delta * outer if self.mean_is_zero else th.addcmul(self.weight, delta, outer)
         if bias is not None and delta_bias is not None:
             bias = delta_bias * r if self.mean_is_zero else th.addcmul(bias, delta_bias, r)
-        elif bias is not None:
-            bias = bias.expand(len(r), -1)
         x = x.expand(len(s), *x.shape) if view.is_once(x) else x.view(len(s), -1, *x.shape[1:])
         return self._op_per_key(x, weight, bias)
 

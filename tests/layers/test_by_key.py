@@ -12,6 +12,7 @@ from torch import nn
 
 from sb3_flipout.layers import perturbed
 from sb3_flipout.layers.embedding import OneHotLinear
+from sb3_flipout.layers.row_layout import RowLayout
 from sb3_flipout.layers.row_view import RowView
 from sb3_flipout.noise import FAMILIES, RowNoise, RowsByKey
 
@@ -95,6 +96,18 @@ def test_weights_are_made_where_they_are_fewer_than_the_inputs(inputs: int, pays
     by_key, _ = rows_by_key(inputs, 1.0)
     view = RowView(by_key, (th.zeros(K, 4), th.zeros(K, 10)), K * inputs)
     assert layer._weights_pay(th.zeros(inputs if once else K * inputs, 4), view) is pays
+
+
+@pytest.mark.parametrize("why", ["factors of rank one", "rows lie elsewhere", "inputs have no rows", "too few rows"])
+def test_weights_are_not_made_where_they_cannot_be_used(why: str) -> None:
+    layer: Any = build(lambda: nn.Linear(4, 3), dict(family="lowrank") if why == "factors of rank one" else {})
+    by_key, _ = rows_by_key(40, 1.0)
+    view = RowView(by_key, (th.zeros(K, 4), th.zeros(K, 3)), K * 40)
+    x = {"inputs have no rows": th.zeros(40 * K), "too few rows": th.zeros(60, 4)}.get(why, th.zeros(40, 4))
+    if why == "rows lie elsewhere":
+        assert layer._weights_pay(x, view)
+        layer.row_layout = RowLayout(0, "tiled")
+    assert layer._weights_pay(x, view) is False
 
 
 @pytest.mark.parametrize("noise", FLIPOUT, ids=noise_id)
