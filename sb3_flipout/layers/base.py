@@ -201,8 +201,8 @@ class FlipoutLayer(PerturbedWeights):
             return [(next(draws), None if bias is None else next(draws)) for _, bias in means]
         if sharing == "shared":  # factors of one key for all rows: NoisyNet's factorised draw
             vectors = [self._factors(block, th.tensor([base_key], device=like.device)) for block in self.blocks]
-            pairs = zip(vectors, means, self.blocks, strict=True)
-            return [(self._outer(r, s, block)[0], None if bias is None else r[0]) for (s, r), (_, bias), block in pairs]
+            pairs = zip(vectors, means, strict=True)
+            return [(self._outer(r, s)[0], None if bias is None else r[0]) for (s, r), (_, bias) in pairs]
         return [(None, None)] * len(means)
 
     def keep_base(self) -> None:

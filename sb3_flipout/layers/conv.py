@@ -63,13 +63,13 @@ class _Conv(_Channels):
         found: th.Tensor = self._conv_forward(x, weight, bias)
         return found
 
-    def _outer(self, r: th.Tensor, s: th.Tensor, block: Block) -> th.Tensor:
+    def _outer(self, r: th.Tensor, s: th.Tensor) -> th.Tensor:
         # Output channel o belongs to group o // (O / groups) and sees only that group's input channels.
         per_group = s.view(len(s), self.groups, self.in_channels // self.groups)
         per_output = per_group.repeat_interleave(self.out_channels // self.groups, dim=1)
         return (r[:, :, None] * per_output).view(*r.shape, per_output.shape[2], *[1] * len(self.kernel_size))
 
-    def _outer_sum(self, r: th.Tensor, s: th.Tensor, block: Block) -> th.Tensor:
+    def _outer_sum(self, r: th.Tensor, s: th.Tensor) -> th.Tensor:
         of_group = (part.view(len(part), self.groups, -1) for part in (r, s))
         found = th.einsum("ngo,ngi->goi", *of_group)
         return found.reshape(self.out_channels, -1, *[1] * len(self.kernel_size))
@@ -106,13 +106,13 @@ class _ConvTransposed(_Channels, _ConvTransposeNd):
         )
         return found
 
-    def _outer(self, r: th.Tensor, s: th.Tensor, block: Block) -> th.Tensor:
+    def _outer(self, r: th.Tensor, s: th.Tensor) -> th.Tensor:
         # Input channel i belongs to group i // (I / groups) and reaches only that group's output channels.
         per_group = r.view(len(r), self.groups, self.out_channels // self.groups)
         per_input = per_group.repeat_interleave(self.in_channels // self.groups, dim=1)
         return (s[:, :, None] * per_input).view(*s.shape, per_input.shape[2], *[1] * len(self.kernel_size))
 
-    def _outer_sum(self, r: th.Tensor, s: th.Tensor, block: Block) -> th.Tensor:
+    def _outer_sum(self, r: th.Tensor, s: th.Tensor) -> th.Tensor:
         of_group = (part.view(len(part), self.groups, -1) for part in (r, s))
         found = th.einsum("ngo,ngi->gio", *of_group)
         return found.reshape(self.in_channels, -1, *[1] * len(self.kernel_size))

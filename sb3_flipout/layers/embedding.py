@@ -157,10 +157,10 @@ class FlipoutEmbedding(FlipoutLayer, nn.Embedding):
     def _sizes(self, block: Block) -> tuple[int, int]:
         return self.num_embeddings, self.embedding_dim
 
-    def _outer(self, r: th.Tensor, s: th.Tensor, block: Block) -> th.Tensor:
+    def _outer(self, r: th.Tensor, s: th.Tensor) -> th.Tensor:
         return s[:, :, None] * r[:, None, :]
 
-    def _outer_sum(self, r: th.Tensor, s: th.Tensor, block: Block) -> th.Tensor:
+    def _outer_sum(self, r: th.Tensor, s: th.Tensor) -> th.Tensor:
         return s.T @ r
 
     def fan_in(self, block: Block) -> int:

@@ -54,5 +54,5 @@ class FlipoutLinear(OneWeightLayer, nn.Linear):  # type: ignore[misc]
         return x.sum(dim=-1, keepdim=True)
 
     def _unit_dims(self, factor: th.Tensor, x: th.Tensor) -> th.Tensor:
-        dim = self.row_layout.dim
-        return factor if x.dim() == 2 else factor.view(*[1] * dim, len(factor), *[1] * (x.dim() - 2 - dim), -1)
+        behind = x.dim() - 2 - self.row_layout.dim  # dimensions between the rows and the units
+        return factor if behind == 0 else factor.view(len(factor), *[1] * behind, -1)

@@ -91,7 +91,7 @@ class OneWeightLayer(FlipoutLayer):
         """Each key's rows with the weights that its factors make, which are made once for all of them."""
         s, r = (vector.to(self.weight.dtype) for vector in view.of_keys)
         (delta, delta_bias), bias = self.deltas(), self.bias
-        outer = self._outer(r, s, self.blocks[0])
+        outer = self._outer(r, s)
         weight = delta * outer if self.mean_is_zero else th.addcmul(self.weight, delta, outer)
         if bias is not None and delta_bias is not None:
             bias = delta_bias * r if self.mean_is_zero else th.addcmul(bias, delta_bias, r)

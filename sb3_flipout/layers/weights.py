@@ -129,7 +129,7 @@ class PerturbedWeights(nn.Module, ABC):
             return self.deltas(self._row_draw(keys, first, weight.shape), bias_eps, block)
         delta_weight, delta_bias = self.deltas(block=block)
         s, r = self._factors(block, keys)
-        return delta_weight * self._outer(r, s, block), None if delta_bias is None else delta_bias * r
+        return delta_weight * self._outer(r, s), None if delta_bias is None else delta_bias * r
 
     def summed_deltas(self, keys: th.Tensor, shares: th.Tensor, block: Block | None = None) -> Pair:
         """
@@ -151,7 +151,7 @@ class PerturbedWeights(nn.Module, ABC):
             weight, bias = self.deltas(block=block)
             s, r = self._factors(block, keys)
             r = r * shares[:, None]
-            return weight * self._outer_sum(r, s, block), None if bias is None else bias * r.sum(0)
+            return weight * self._outer_sum(r, s), None if bias is None else bias * r.sum(0)
         weight, bias = th.zeros_like(mean), None if mean_bias is None else th.zeros_like(mean_bias)
         rows = max(1, _LARGEST_DRAW // mean.numel())  # every row draws a whole matrix: not all of them at once
         for first in range(0, len(keys), rows):
@@ -161,7 +161,7 @@ class PerturbedWeights(nn.Module, ABC):
             bias = None if bias is None or bias_part is None else bias + share @ bias_part
         return weight, bias
 
-    def _outer_sum(self, r: th.Tensor, s: th.Tensor, block: Block) -> th.Tensor:
+    def _outer_sum(self, r: th.Tensor, s: th.Tensor) -> th.Tensor:
         """The sum of :meth:`_outer` over rows."""
         return r.T @ s
 
@@ -217,6 +217,6 @@ class PerturbedWeights(nn.Module, ABC):
         weight = block.means(self)[0]
         return weight.shape[1], weight.shape[0]
 
-    def _outer(self, r: th.Tensor, s: th.Tensor, block: Block) -> th.Tensor:
+    def _outer(self, r: th.Tensor, s: th.Tensor) -> th.Tensor:
         """What each row multiplies the base perturbation by: (N, out) and (N, in) -> (N, *weight.shape)."""
         return r[:, :, None] * s[:, None, :]

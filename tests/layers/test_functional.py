@@ -64,6 +64,18 @@ def test_sums_have_the_type_of_the_inputs(block: int, monkeypatch: pytest.Monkey
     th.testing.assert_close(found.float(), expected, rtol=0.05, atol=0.1)
 
 
+@pytest.mark.parametrize("dtype", [th.bfloat16, th.float32])
+def test_factors_in_full_precision_do_not_change_the_type(dtype: th.dtype) -> None:
+    x, weight, bias = th.randn(10, 4, dtype=dtype), th.randn(3, 4, dtype=dtype), th.randn(3, dtype=dtype)
+    deltas = th.randn(3, 4, dtype=dtype), th.randn(3, dtype=dtype)
+    s, r = th.randn(10, 4).sign(), th.randn(10, 3).sign()
+    found = functional.flipout(nn.functional.linear, x, (weight, bias), deltas, s, r)
+    assert found.dtype == dtype
+    of_noise = nn.functional.linear(x.float() * s, deltas[0].float(), deltas[1].float()) * r
+    expected = nn.functional.linear(x.float(), weight.float(), bias.float()) + of_noise
+    th.testing.assert_close(found.float(), expected, rtol=0.05, atol=0.1)
+
+
 def _no_row_weights(*_: Any) -> Any:
     pytest.fail("the weights of each row are written down, where factors are enough")
 

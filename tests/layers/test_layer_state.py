@@ -13,6 +13,7 @@ from torch import nn
 from sb3_flipout.layers import FlipoutLinear, FlipoutLSTM, FlipoutMultiheadAttention, LayerNoise, perturb, perturbed
 from sb3_flipout.layers.base import drawn_base_key
 from sb3_flipout.layers.interface import network_of
+from sb3_flipout.layers.row_layout import RowLayout
 from sb3_flipout.noise import FAMILIES
 
 KEYS = th.arange(3)
@@ -100,3 +101,20 @@ def test_base_draws_are_those_of_the_family(noise: dict[str, str], bias: bool) -
         assert all(set(draw.unique().tolist()) <= {-1.0, 1.0} for draw in draws.values())
     elif drawn:
         assert len(draws["weight_base"].unique()) > 4
+
+
+def test_rows_in_a_dimension_that_inputs_have_not_are_refused() -> None:
+    layer = FlipoutLinear(2, 2)
+    layer.row_layout = RowLayout(2)
+    with perturbed(layer, KEYS), pytest.raises(ValueError, match=r"got an input of shape \(3, 2\) and keys for 3 rows"):
+        layer(th.ones(3, 2))
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2])
+def test_rows_in_another_dimension(dim: int) -> None:
+    layer = FlipoutLinear(2, 4)
+    x = th.randn(3, 5, 6, 2)
+    with perturbed(layer, KEYS):
+        expected = layer(x)
+        layer.row_layout = RowLayout(dim)
+        th.testing.assert_close(layer(x.movedim(0, dim)), expected.movedim(0, dim))

@@ -14,6 +14,7 @@ from torch.func import functional_call
 from weights_of_rows import weights_of_row
 
 from sb3_flipout.layers import FlipoutLayer, perturb, perturbed
+from sb3_flipout.layers.embedding import OneHotLinear
 from sb3_flipout.layers.recurrent import FlipoutGRUCell
 from sb3_flipout.layers.row_layout import RowLayout
 
@@ -93,6 +94,8 @@ def test_an_output_size_is_torch_s_without_noise() -> None:
         (nn.ConvTranspose2d(4, 6, (2, 3), groups=2), 12),
         (nn.ConvTranspose2d(4, 6, (4, 4), stride=2), 16),
         (nn.ConvTranspose2d(1, 6, 1, stride=3), 1),
+        (nn.Embedding(5, 3), 1),
+        (OneHotLinear(5, 3), 5),
         (nn.ConvTranspose1d(3, 6, 5, stride=2), 8),  # 7.5: half of the outputs meet two taps, the others three
     ],
 )
