@@ -12,6 +12,7 @@ from torch import nn
 
 from sb3_flipout.layers import effective_weight, perturb, perturbed
 from sb3_flipout.layers.attention import FlipoutMultiheadAttention
+from sb3_flipout.layers.row_layout import RowLayout
 
 N, L, S, E, HEADS = 3, 4, 5, 6, 2
 KEYS, SCALES = th.tensor([7, -3, 2**40]), th.tensor([1.0, 0.5, 2.0], dtype=th.float64)
@@ -142,6 +143,38 @@ def test_dropout_is_drawn_while_training_only() -> None:
     assert 0.2 < float(zeros) < 0.8
 
 
+@pytest.mark.parametrize("order", ["interleaved", "tiled"])
+@pytest.mark.parametrize("form", ["batch_first", "own sizes"])
+@every_noise
+def test_sequences_that_are_folded_into_the_batch(form: str, noise: dict[str, Any], order: Any) -> None:
+    """Two sequences of each row: those that lie behind one another are as those of two passes."""
+    layer, options = build(FORMS[form], noise), dict(FORMS[form], batch_first=True)
+    layer.batch_first = True
+    first, second = inputs(options), inputs(options)
+    joined = [
+        th.stack(pair, 1).flatten(0, 1) if order == "interleaved" else th.cat(pair) for pair in zip(first, second, strict=True)
+    ]
+    layer.row_layout = RowLayout(0, order)
+    with perturbed(layer, KEYS, SCALES), th.no_grad():
+        found = layer(*joined)[0]
+    parts = found.view(N, 2, L, E).unbind(1) if order == "interleaved" else found.view(2, N, L, E).unbind(0)
+    for part, given in zip(parts, (first, second), strict=True):
+        th.testing.assert_close(part, row_by_row(layer, options, given, (None, None))[0], rtol=0, atol=1e-12)
+
+
+def test_the_queries_are_what_rows_are_counted_by() -> None:
+    layer = build(dict(batch_first=True), {})
+    queries, keys = th.zeros(2, L, E, dtype=th.float64), th.zeros(N, S, E, dtype=th.float64)
+    with perturbed(layer, KEYS), pytest.raises(ValueError, match=r"got queries of shape \(2, 4, 6\)"):
+        layer(queries, keys, keys)
+
+
+def test_a_hint_without_a_mask_is_torch_s_error_without_noise() -> None:
+    layer, (query, _, _) = build({}, {}), inputs({})
+    with pytest.raises(RuntimeError, match="is_causal"):
+        layer(query, query, query, need_weights=False, is_causal=True)
+
+
 @pytest.mark.parametrize("shape", [(2, L, E), (L, E), (1, 2, 3, E)])
 def test_another_number_of_sequences_than_rows_is_refused(shape: tuple[int, ...]) -> None:
     layer = build(dict(batch_first=True), {})
@@ -169,6 +202,15 @@ def test_nested_queries_are_refused() -> None:
 def test_what_cannot_be_served(option: str | None, why: str | None) -> None:
     plain = nn.MultiheadAttention(E, HEADS, **({} if option is None else {option: True}))
     assert FlipoutMultiheadAttention.why_not(plain) == why
+
+
+def test_without_noise_an_encoder_hears_its_keywords() -> None:
+    th.manual_seed(0)
+    net = perturb(nn.Sequential(nn.TransformerEncoderLayer(E, HEADS, 8, batch_first=True))).eval()
+    x = th.randn(N, S, E)
+    padded, other = net[0](x, src_key_padding_mask=PADDING), x.clone()
+    other[PADDING] = 9.0
+    th.testing.assert_close(net[0](other, src_key_padding_mask=PADDING)[~PADDING], padded[~PADDING])
 
 
 class Encoder(nn.Module):

@@ -28,6 +28,7 @@ from sb3_flipout.layers.attention import ChildrenBypassed
 from sb3_flipout.layers.config import LayerNoise
 from sb3_flipout.layers.convert import Wanted, checked_patterns, is_skipped, names_to_skip, perturb_named
 from sb3_flipout.layers.derived import empty_derived, own_matrices, plain_class, why_plain
+from sb3_flipout.layers.recurrent import FlipoutGRU, FlipoutLSTM
 
 KEYS = th.arange(3)
 
@@ -286,6 +287,14 @@ def test_subclasses_of_every_class_are_served(base: type[nn.Module]) -> None:
             lambda: nn.Embedding(5, 3, scale_grad_by_freq=True),
         ),
         (lambda **noise: FlipoutMultiheadAttention(4, 2, 0.5, **noise), lambda: nn.MultiheadAttention(4, 2, 0.5)),
+        (
+            lambda **noise: FlipoutLSTM(4, 2, 2, dropout=0.5, batch_first=True, **noise),
+            lambda: nn.LSTM(4, 2, 2, dropout=0.5, batch_first=True),
+        ),
+        (
+            lambda **noise: FlipoutGRU(4, 2, 2, False, True, 0.25, **noise),
+            lambda: nn.GRU(4, 2, 2, False, True, 0.25),
+        ),
         (lambda **noise: FlipoutMultiheadAttention(4, 2, kdim=3, **noise), lambda: nn.MultiheadAttention(4, 2, kdim=3)),
     ],
 )
@@ -298,7 +307,7 @@ def test_constructors_take_what_torch_s_take_and_noise(made: Any, plain: Any) ->
     assert all(th.equal(value, state[name]) for name, value in expected.state_dict().items())
     config = LayerNoise(sigma_init=0.25, family="multiplicative", noise_sharing="shared")
     assert [one.noise_config for one in flipout_layers([layer])] == [config] * len(flipout_layers([layer]))
-    for name in ("padding_idx", "dropout", "kdim", "scale_grad_by_freq"):
+    for name in ("padding_idx", "dropout", "kdim", "scale_grad_by_freq", "batch_first", "num_layers", "bias"):
         assert getattr(layer, name, None) == getattr(expected, name, None)
     if isinstance(layer, FlipoutMultiheadAttention):
         assert type(layer.out_proj) is FlipoutLinear

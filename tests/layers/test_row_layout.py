@@ -151,3 +151,8 @@ def test_several_layers_and_one_call_that_a_layer_missed() -> None:
             layers["other"](x)
 
     assert find_layouts(layers, sometimes, observations, changed, lambda layer, x: 0) == {}
+
+
+def test_a_layer_that_few_rows_do_not_reach_tells_nothing_more() -> None:
+    net = Net(lambda layer, x: layer(x) if len(x) == PROBED_ROWS else x)
+    assert layout_of(net) == FIRST
