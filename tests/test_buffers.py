@@ -15,7 +15,7 @@ from stable_baselines3.common.buffers import RolloutBuffer
 
 from sb3_flipout.buffers import KeyedBufferMixin, keyed, store_noise
 from sb3_flipout.hooks._models import set_up
-from sb3_flipout.noise import RowNoise, fold_in, noise_of
+from sb3_flipout.noise import RowNoise, fold_in, noise_of, with_noise
 
 N_STEPS, N_ENVS, HIDDEN = 13, 3, 4
 BOX = spaces.Box(-np.inf, np.inf, (2,))
@@ -166,3 +166,38 @@ def test_copies_and_pickles_keep_the_class_of_the_buffer(kind):
     buffer = kind(4, spaces.Box(-1, 1, (2,)), spaces.Discrete(2), n_envs=1)
     for twin in (copy.deepcopy(buffer), pickle.loads(pickle.dumps(buffer))):
         assert type(twin) is kind and twin.buffer_size == 4
+
+
+def test_the_log_probability_may_come_by_name():
+    buffer = keyed(RolloutBuffer)(1, spaces.Box(-1, 1, (2,)), spaces.Discrete(2), "cpu", n_envs=2)
+    step = [np.zeros((2, 2)), np.zeros((2, 1)), np.zeros(2), np.zeros(2), th.zeros(2)]
+    log_prob = with_noise(th.zeros(2), RowNoise(th.tensor([3, 4])))
+    for given, named in ((step, dict(log_prob=log_prob)), ([*step, log_prob], {})):
+        buffer.reset()
+        buffer.add(*given, **named)
+        assert buffer.noise_keys.tolist() == [[3, 4]]
+
+
+@pytest.mark.parametrize(("args", "named"), [(("env",), {}), ((), {"env": "env"})])
+def test_what_comes_with_the_places_is_handed_on(args, named, monkeypatch):
+    found = []
+    stock = RolloutBuffer._get_samples
+
+    def noted(self, batch_inds, *args, **kwargs):
+        found.append((args, kwargs))
+        return stock(self, batch_inds)
+
+    monkeypatch.setattr(RolloutBuffer, "_get_samples", noted)
+    buffer = keyed(RolloutBuffer)(1, spaces.Box(-1, 1, (2,)), spaces.Discrete(2), "cpu", n_envs=2)
+    buffer.add(
+        np.zeros((2, 2)),
+        np.zeros((2, 1)),
+        np.zeros(2),
+        np.zeros(2),
+        th.zeros(2),
+        with_noise(th.zeros(2), RowNoise(th.arange(2))),
+    )
+    next(buffer.get(2))
+    found.clear()
+    buffer._get_samples(np.array([1, 0]), *args, **named)
+    assert found == [(args, named)]

@@ -44,7 +44,7 @@ class KeyedTensor(th.Tensor):
         name = getattr(func, "__name__", "")
         if overwrites(name, args) and isinstance(args[0], KeyedTensor):
             args[0].__dict__.update({"row_noise": None, _LOST_BY: name})
-        if name in ("__get__", "__set__", "__repr__") or not isinstance(result, (th.Tensor, tuple, list)):
+        if name == "__get__" or not isinstance(result, (th.Tensor, tuple, list)):  # a property, `T` for example; or no tensor
             return result
         if isinstance(result, (tuple, list)) and not any(isinstance(part, th.Tensor) for part in result):
             return result  # numbers, as `tolist` gives them

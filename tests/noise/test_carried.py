@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from sb3_flipout.noise import NoiseOwner, RowNoise, noise_of, with_noise
 from sb3_flipout.noise.carried import lost_by, without_noise
+from sb3_flipout.noise.row_operations import _come_first
 
 N = 6
 KEYS, SCALE, OWNER = th.arange(N) * 31 - 100, th.linspace(-1, 2, N), NoiseOwner()
@@ -372,3 +373,42 @@ def test_padding_and_dropout_behind_the_rows_keep_the_noise():
 def test_plain_dictionaries_are_stripped_too():
     keyed = with_noise(th.rand(4, 3), RowNoise(th.arange(4)))
     assert all(type(part) is th.Tensor for part in without_noise({"a": keyed, "b": th.rand(4)}).values())
+
+
+@pytest.mark.parametrize("name", ["T", "mT", "data", "real", "H"])
+def test_properties_carry_no_noise(name: str) -> None:
+    made = getattr(with_noise(th.randn(N, N), NOISE), name)
+    assert type(made) is th.Tensor and noise_of(made) is None
+
+
+def test_padding_that_is_named_is_understood() -> None:
+    padded = F.pad(keyed(), pad=(1, 1))
+    assert noise_of(padded) is not None and noise_of(F.pad(keyed(), pad=(0, 0, 0, 0, 1, 0))) is None
+
+
+ONE = th.zeros(7, dtype=th.int64)
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        (slice(None), ONE),
+        (slice(None), ONE, ONE),
+        (slice(None), ONE, slice(None), ONE),
+        (slice(None), ONE, None, ONE),
+        (slice(None), slice(None), ONE),
+        (slice(None), slice(None), ONE, ONE),
+        (slice(None), None, ONE),
+        (Ellipsis, ONE, ONE),
+        (slice(None), 0, ONE),
+        (slice(None), ONE, 0, ONE),
+        (slice(None),),
+        (Ellipsis,),
+        (slice(None), slice(None), slice(None)),
+        (slice(None), 0),
+    ],
+    ids=lambda index: ", ".join("tensor" if part is ONE else str(part) for part in index),
+)
+def test_tensors_that_stand_apart_come_first(index: tuple[Any, ...]) -> None:
+    """As torch does it, which is seen by the size 7 of what they select."""
+    assert _come_first(index) is (th.zeros(2, 3, 4, 5, 3)[index].shape[0] == len(ONE))
