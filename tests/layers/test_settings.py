@@ -28,7 +28,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"sigma_init": math.nan}, ValueError, "got nan"),
     ({"sigma_init": math.inf}, ValueError, "got inf"),
     ({"sigma_init": True}, TypeError, "sigma_init must be a number >= 0, got True of type bool. .*None for the default"),
-    ({"sigma_init": -1}, ValueError, r"got -1\. Use 0\.0 for no perturbation, None for the default\.$"),
+    ({"sigma_init": -1}, ValueError, "got -1. Use 0.0 for no perturbation, None for the default.$"),
     ({"learn_sigma": "no"}, TypeError, "^learn_sigma must be True or False, got 'no' of type str; pass learn_sigma=True or"),
     ({"sigma_init": "0.5"}, TypeError, "got '0.5' of type str"),
     ({"sigma_init": th.tensor(0.5)}, TypeError, "got .* of type Tensor"),
