@@ -34,7 +34,6 @@ LAYER_CHOICES: dict[str, dict[type[nn.Module], str]] = {
 class _Candidate(NamedTuple):
     """A plain layer that is to be perturbed."""
 
-    name: str
     layer: nn.Module
     noise_on: str
 
@@ -126,7 +125,7 @@ def perturb_named(
 
 def _convert(wanted: Sequence[_Candidate], config: LayerNoise, base_key: int, present: Sequence[FlipoutLayer]) -> None:
     following = 1 + max((layer.noise_index or 0 for layer in present), default=-1)
-    for number, (_, plain, noise_on) in enumerate(wanted, start=following):
+    for number, (plain, noise_on) in enumerate(wanted, start=following):
         flipout = perturbed_class(plain)
         assert flipout is not None, "only layers that have one are candidates"
         plain.__class__ = flipout
@@ -162,7 +161,7 @@ def _sorted_out(names: Mapping[str, nn.Module], wanted: Wanted) -> tuple[list[_C
         if reason is not None:
             left[name] = f"{type(layer).__name__} {reason}"
         elif noise_on is not None:
-            chosen.append(_Candidate(name, layer, noise_on))
+            chosen.append(_Candidate(layer, noise_on))
             if isinstance(layer, nn.MultiheadAttention):
                 uncalled.discard(id(layer.out_proj))
     return chosen, left

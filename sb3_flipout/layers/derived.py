@@ -132,7 +132,6 @@ def _derived_parent(kind: type[nn.Module]) -> type[nn.Module]:
     if kind not in _DERIVED_PARENTS:
         members = {
             "DERIVED_FROM": (_empty_parent, kind),
-            "__module__": __name__,
             "__doc__": f"{kind.__name__} that calls its children while their noise is active.",
             "__reduce_ex__": _reduce_parent,
         }

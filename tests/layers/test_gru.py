@@ -81,6 +81,9 @@ def test_packed_sequences(form: dict[str, Any], lengths: tuple[int, ...], sort: 
     outputs, states = row_by_row(layer, form, sequences, before, range(N))
     with perturbed(layer, KEYS, SCALES), th.no_grad():
         packed, after = layer(pack_sequence(sequences, enforce_sorted=sort), before)
+    given = pack_sequence(sequences, enforce_sorted=sort)
+    for order, kept in ((packed.sorted_indices, given.sorted_indices), (packed.unsorted_indices, given.unsorted_indices)):
+        assert (order is None) == (kept is None) and (kept is None or th.equal(order, kept))
     padded, found = pad_packed_sequence(packed, batch_first=first)
     assert found.tolist() == list(lengths)
     for row, output in enumerate(outputs):

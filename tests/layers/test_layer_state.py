@@ -12,6 +12,7 @@ from torch import nn
 
 from sb3_flipout.layers import FlipoutLinear, FlipoutLSTM, FlipoutMultiheadAttention, LayerNoise, perturb, perturbed
 from sb3_flipout.layers.base import drawn_base_key
+from sb3_flipout.layers.block import Block
 from sb3_flipout.layers.interface import network_of
 from sb3_flipout.layers.row_layout import RowLayout
 from sb3_flipout.noise import FAMILIES
@@ -85,6 +86,57 @@ def test_kept_perturbations_follow_every_sigma(name: str, way: str) -> None:
             return
         kept = seen()
     assert not th.equal(kept, before) and th.equal(kept, seen())
+
+
+SILENT: dict[str, Any] = {
+    "gru": (lambda: nn.GRU(4, 5, 2), lambda: (th.randn(6, 3, 4),)),
+    "lstm": (lambda: nn.LSTM(4, 5, 2), lambda: (th.randn(6, 3, 4),)),
+    "cell": (lambda: nn.GRUCell(4, 5), lambda: (th.randn(3, 4),)),
+    "attention": (lambda: nn.MultiheadAttention(4, 2), lambda: (th.randn(6, 3, 4),) * 3),
+    "transposed": (lambda: nn.ConvTranspose1d(4, 5, 3), lambda: (th.randn(3, 4, 6),)),
+}
+
+
+@pytest.mark.parametrize("kind", SILENT)
+def test_rows_that_draw_for_themselves_and_are_not_heard_get_torch_s_own_operations(kind: str) -> None:
+    """Bit for bit: row by row, sums would be rounded in another order."""
+    made, inputs = SILENT[kind]
+    layer: Any = perturb(made(), noise_sharing="independent", sigma_init=0.0, learn_sigma=False)
+    given = inputs()
+    plain = layer(*given)
+    with perturbed(layer, KEYS):
+        noisy = layer(*given)
+    pairs = [(noisy, plain)] if isinstance(plain, th.Tensor) else [(noisy[0], plain[0])]
+    assert all(th.equal(one, other) for one, other in pairs)
+    learned: Any = perturb(made(), noise_sharing="independent", sigma_init=0.5, learn_sigma=False)
+    with perturbed(learned, KEYS):
+        noisy = learned(*given)
+    first = noisy if isinstance(noisy, th.Tensor) else noisy[0]
+    plain = learned(*given)
+    assert not th.allclose(first, plain if isinstance(plain, th.Tensor) else plain[0])
+
+
+def test_a_block_s_names() -> None:
+    block = Block()
+    assert (block.weight, block.bias, block.number) == ("weight", "bias", 0)
+    assert block.noise_names() == ["weight_sigma", "bias_sigma", "weight_base", "bias_base"]
+    assert Block("w", None, 2).noise_names() == ["w_sigma", "w_base"]
+
+
+def test_what_is_held_are_the_numbers_themselves() -> None:
+    layer = FlipoutLinear(2, 2, learn_sigma=False)
+    made_of = layer.fixed_delta()
+    assert made_of is not None
+    held = made_of.held()
+    assert [sigma.data_ptr() for sigma in held.sigmas] == [layer.weight_sigma.data_ptr(), layer.bias_sigma.data_ptr()]  # type: ignore[union-attr]
+    layer.weight_sigma.data = layer.weight_sigma.data.clone()  # type: ignore[union-attr]
+    again = layer.fixed_delta()
+    assert again is not None and not again.still(held) and made_of.still(held)
+
+
+def test_what_is_noisy_is_remembered() -> None:
+    layer: Any = perturb(nn.LSTM(2, 2), layers="hidden")
+    assert layer.noise_on == "hidden" and [block.weight for block in layer.blocks] == ["weight_hh_l0"]
 
 
 @every_noise

@@ -166,10 +166,30 @@ def test_a_copy_has_seen_nothing() -> None:
     network.visited = set()
     with perturbed(net, KEYS), network.keeping_deltas():
         net(th.ones(3, 2))
-        copied = network_of(copy.deepcopy(net))
+        copied = copy.deepcopy(Names(net)).perturbed_network
         assert network.asked and network.visited == {0, 1} and network.active is not None
     assert (copied.visited, copied.asked, copied.active, copied._kept) == (None, False, None, None)
-    assert network_of(copied.layers[0]) is copied and [layer._slot for layer in copied.layers] == [0, 1]
+    assert network_of(copied.layers[0]) is copied is not network and [layer._slot for layer in copied.layers] == [0, 1]
+
+
+TYPES = [(th.float64, th.float32), (th.float32, th.float64), (th.bfloat16, th.float32), (th.float64, th.float64)]
+
+
+@pytest.mark.parametrize("types", TYPES, ids=str)
+@pytest.mark.parametrize("family", ["factorised", "gaussian"])
+def test_networks_of_several_types(types: tuple[th.dtype, ...], family: Any) -> None:
+    """Each layer has its factors as precisely as its type can tell."""
+    net: Any = perturb(nn.Sequential(*(nn.Linear(4, 3).to(dtype) for dtype in types)), family=family)
+    x = th.randn(3, 4, dtype=th.float64)
+    with perturbed(net, KEYS, 0.3):
+        for layer, dtype in zip(net, types, strict=True):
+            rows = [nn.functional.linear(x[i].to(dtype), *effective_weight(layer, i, 0.3)) for i in range(3)]
+            found = layer(x.to(dtype))
+            assert found.dtype == dtype
+            eps = th.finfo(dtype).eps
+            # scales are of single precision in every network
+            th.testing.assert_close(found, th.stack(rows), rtol=max(20 * eps, 1e-7), atol=max(20 * eps, 1e-7))
+            assert {vector.dtype for vector in layer.row_view().vectors} == {dtype}
 
 
 @pytest.mark.parametrize("dtype", [th.int32, th.int64])

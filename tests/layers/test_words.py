@@ -28,6 +28,7 @@ from sb3_flipout.layers.convert import checked_patterns, warn_of_plain
 from sb3_flipout.layers.embedding import OneHotLinear
 from sb3_flipout.layers.functional import delta
 from sb3_flipout.layers.recurrent import FlipoutGRUCell
+from sb3_flipout.layers.row_layout import RowLayout
 from sb3_flipout.noise import RowNoise
 
 KEYS = th.arange(3)
@@ -43,6 +44,11 @@ def under_noise(layer: nn.Module, x: th.Tensor, *args: Any) -> Callable[[], Any]
             return layer(x, *args)
 
     return call
+
+
+def folded(layer: Any) -> Any:
+    layer.row_layout = RowLayout(0, "interleaved")
+    return layer
 
 
 def twice(first: dict[str, Any], second: dict[str, Any], made: Callable[[], nn.Module]) -> Callable[[], Any]:
@@ -96,6 +102,17 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     ),
     "rows of sequences": (
         under_noise(FlipoutLSTM(2, 2), th.zeros(5, 4, 2)),
+        ValueError,
+        "FlipoutLSTM got 4 sequences of 5 steps and keys for 3 rows; give one key per sequence (4), held over its steps, or "
+        "one per sequence and step (20).",
+    ),
+    "sequences of sequences": (
+        under_noise(FlipoutLSTM(2, 2), th.zeros(5, 3, 2, 2)),
+        ValueError,
+        "input must have 2 or 3 dimensions, got shape (5, 3, 2, 2).",
+    ),
+    "folded sequences": (
+        under_noise(folded(FlipoutLSTM(2, 2)), th.zeros(5, 4, 2)),
         ValueError,
         "FlipoutLSTM got 4 sequences of 5 steps and keys for 3 rows; give one key per sequence (4), held over its steps, or "
         "one per sequence and step (20).",
