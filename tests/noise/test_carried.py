@@ -394,6 +394,8 @@ ONE = th.zeros(7, dtype=th.int64)
     [
         (slice(None), ONE),
         (slice(None), ONE, ONE),
+        (slice(None), ONE, slice(None)),
+        (slice(None), ONE, ONE, slice(None), ONE),
         (slice(None), ONE, slice(None), ONE),
         (slice(None), ONE, None, ONE),
         (slice(None), slice(None), ONE),
