@@ -125,7 +125,8 @@ class PerturbedNetwork:
             place = recomputation.place()
         if only is None:
             return _Seen(what, views, place)
-        before = self._now.views or (None,) * len(self.layers)
+        now = self._now if place is None else recomputation.seen(self, self._now, self._now.place)
+        before = now.views or (None,) * len(self.layers)
         chosen = [layer in only for layer in self.layers]
         views = views or (None,) * len(self.layers)
         return _Seen(what, tuple(new if hit else old for hit, new, old in zip(chosen, views, before, strict=True)), place)

@@ -237,6 +237,37 @@ def test_a_reentrant_checkpoint_raises() -> None:
     )
 
 
+def test_two_networks_in_one_checkpoint() -> None:
+    """Each sees again what it saw."""
+    first, second = (perturb(Net(recomputed=False), base_key=base) for base in (3, 4))
+    twins = [perturb(Net(recomputed=False), base_key=base) for base in (3, 4)]
+    with perturbed(first, KEYS), perturbed(second, OTHERS):
+        loss = checkpoint(lambda x: second(first(x)), inputs().requires_grad_(), use_reentrant=False).square().sum()
+    loss.backward()
+    with perturbed(twins[0], KEYS), perturbed(twins[1], OTHERS):
+        twins[1](twins[0](inputs().requires_grad_())).square().sum().backward()
+    assert_same_gradients(twins[0], first)
+    assert_same_gradients(twins[1], second)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_part_that_the_block_itself_perturbs(place: str) -> None:
+    """The other parts see again what they saw, whatever is said of the rows when the backward pass runs."""
+    net, twin = (perturb(Net(recomputed=False), base_key=3) for _ in range(2))
+
+    def forward(of: Net, x: th.Tensor) -> th.Tensor:
+        with perturbed(of.blocks[1], OTHERS):
+            return of(x)
+
+    with perturbed(net, KEYS):
+        loss = checkpoint(lambda x: forward(net, x), inputs().requires_grad_(), use_reentrant=False).square().sum()
+    with PLACES[place](net):
+        loss.backward()
+    with perturbed(twin, KEYS):
+        forward(twin, inputs().requires_grad_()).square().sum().backward()
+    assert_same_gradients(twin, net)
+
+
 class Again(th.autograd.Function):
     """Computes a network again in its backward pass, and says itself what the rows see there."""
 
