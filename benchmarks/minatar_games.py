@@ -1,10 +1,10 @@
 """MinAtar's five games: DQN by weight noise against epsilon-greedy and NoisyNet, all settings fixed beforehand.
 
-    python benchmarks/minatar.py --jobs 2              # seeds 100 to 104
-    python benchmarks/minatar.py --report
+    python benchmarks/minatar_games.py --jobs 2              # seeds 100 to 104
+    python benchmarks/minatar_games.py --report
 
 The arms are those of `exploration_tasks.py`, where the settings of the games are, too. 300,000 steps; score: mean return of
-the mean weights (with members: of their vote) over 30 episodes at the end. Needs `pip install ".[bench]"`.
+the mean weights (with members: of their vote) over 30 episodes at the end. Needs `pip install ".[bench,minatar]"`. (A file called minatar.py would hide the package of that name.)
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def over_games(rows: list[Row]) -> str:
 def report(rows: list[Row]) -> str:
     return f"""# MinAtar's five games
 
-Made by `python benchmarks/minatar.py --report` from [the runs](minatar.jsonl) ({versions_of(rows)}).
+Made by `python benchmarks/minatar_games.py --report` from [the runs](minatar.jsonl) ({versions_of(rows)}).
 
 DQN, 300,000 steps, settings of Young and Tian 2019 but for Adam and a gradient step every fourth step; chosen for none of
 these games, and on none of these seeds. Runs of Breakout by `epsilon` and `flipout-falling` were made before runs noted their
