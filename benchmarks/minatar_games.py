@@ -4,7 +4,8 @@
     python benchmarks/minatar_games.py --report
 
 The arms are those of `exploration_tasks.py`, where the settings of the games are, too. 300,000 steps; score: mean return of
-the mean weights (with members: of their vote) over 30 episodes at the end. Needs `pip install ".[bench,minatar]"`. (A file called minatar.py would hide the package of that name.)
+the mean weights (with members: of their vote) over 30 episodes at the end. Needs `pip install ".[bench,minatar]"`. A file
+called minatar.py would hide the package of that name.
 """
 
 from __future__ import annotations
