@@ -148,9 +148,10 @@ def test_a_file_of_one_s_own_is_taken(model: PPO, tmp_path: Path) -> None:
 
 
 def filled(kind: type[ReplayBuffer], size: int, action_type: Any = np.int64) -> Any:
-    space = spaces.Box(-1, 1, (3,), np.float32)
+    space, actions = spaces.Box(-1, 1, (3,), np.float32), spaces.Discrete(2)
+    actions.dtype = np.dtype(action_type)  # which newer versions of gymnasium take as an argument
     # SB3 divides the size by the number of environments
-    return kind(size * ENVS, space, spaces.Discrete(2, dtype=action_type), device="cpu", n_envs=ENVS)
+    return kind(size * ENVS, space, actions, device="cpu", n_envs=ENVS)
 
 
 def step(buffer: ReplayBuffer, at: int, **by_name: Any) -> None:
