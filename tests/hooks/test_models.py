@@ -35,7 +35,7 @@ def compiled(policy: Any) -> Any:
     return SimpleNamespace(_orig_mod=policy)
 
 
-def test_a_compiled_policy_is_itself(ppo: PPO) -> None:
+def test_a_policy_that_torch_has_wrapped_is_itself(ppo: PPO) -> None:
     assert _models.policy_of(ppo) is ppo.policy
     assert _models.policy_of(SimpleNamespace(policy=compiled(ppo.policy))) is ppo.policy
 

@@ -181,10 +181,10 @@ TYPES = [(th.float64, th.float32), (th.float32, th.float64), (th.bfloat16, th.fl
 def test_networks_of_several_types(types: tuple[th.dtype, ...], family: Any) -> None:
     """Each layer has its factors as precisely as its type can tell."""
     net: Any = perturb(nn.Sequential(*(nn.Linear(4, 3).to(dtype) for dtype in types)), family=family)
-    x = th.randn(3, 4, dtype=th.float64)
-    with perturbed(net, KEYS, 0.25):
+    x, scale = th.randn(3, 4, dtype=th.float64), float(th.tensor(0.3))  # as precise as scales are
+    with perturbed(net, KEYS, scale):
         for layer, dtype in zip(net, types, strict=True):
-            rows = [nn.functional.linear(x[i].to(dtype), *effective_weight(layer, i, 0.25)) for i in range(3)]
+            rows = [nn.functional.linear(x[i].to(dtype), *effective_weight(layer, i, scale)) for i in range(3)]
             found = layer(x.to(dtype))
             assert found.dtype == dtype
             eps = th.finfo(dtype).eps
