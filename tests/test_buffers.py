@@ -196,7 +196,7 @@ def test_what_comes_with_the_places_is_handed_on(kind, args, named, monkeypatch)
         return stock(self, batch_inds)
 
     monkeypatch.setattr(RolloutBuffer, "_get_samples", noted)
-    buffer = keyed(RolloutBuffer)(1, spaces.Box(-1, 1, (2,)), spaces.Discrete(2), "cpu", n_envs=2)
+    buffer = keyed(kind)(1, spaces.Box(-1, 1, (2,)), spaces.Discrete(2), "cpu", n_envs=2)
     buffer.add(
         np.zeros((2, 2)),
         np.zeros((2, 1)),
