@@ -209,14 +209,3 @@ def test_what_comes_with_the_places_is_handed_on(kind, args, named, monkeypatch)
     found.clear()
     samples = buffer._get_samples(np.array([1, 0]), *args, **named)
     assert found == [(args, named)] and noise_of(samples.observations).keys.tolist() == [1, 0]
-
-
-def test_a_log_probability_without_noise_is_refused():
-    buffer = keyed(RolloutBuffer)(1, spaces.Box(-1, 1, (2,)), spaces.Discrete(2), "cpu", n_envs=2)
-    with pytest.raises(ValueError) as told:
-        buffer.add(np.zeros((2, 2)), np.zeros((2, 1)), np.zeros(2), np.zeros(2), th.zeros(2), th.zeros(2))
-    assert str(told.value) == (
-        "the rollout buffer got a transition whose log_prob carries no noise keys, so the update could not replay it. Hand it "
-        "the very log-probabilities that policy(obs) gave: operations on them lose the keys. Collect neither inside "
-        "perturbed(policy, None) nor with a policy replaced since."
-    )
