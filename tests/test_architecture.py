@@ -1,6 +1,8 @@
 """The rules of the house that a machine can check: the import contract, sizes, and documented parameters."""
 
 import ast
+import importlib.metadata
+import re
 import sys
 from collections.abc import Iterator
 from itertools import pairwise
@@ -345,3 +347,16 @@ class D:
 def test_gaps_in_the_documentation_are_noticed() -> None:
     assert undocumented(ast.parse(DOCUMENTED)) == []
     assert undocumented(ast.parse(BARE)) == ["f: y", "g", "C: a", "C.m", "D: a"]
+
+
+#: Packages that are installed under another name than they are imported by, of those that the project names.
+IMPORTED_AS = {"opencv-python-headless": "cv2", "pink-noise-rl": "pink", "gymnasium-robotics": "gymnasium_robotics"}
+
+
+@pytest.mark.parametrize("folder", ["benchmarks", "examples"])
+def test_no_script_hides_a_package(folder: str) -> None:
+    """A script's own folder comes first where Python looks: benchmarks/minatar.py hid MinAtar from itself."""
+    needed = {re.split(r"[^\w-]", one)[0].lower() for one in importlib.metadata.requires("sb3_flipout") or []}
+    imported = {IMPORTED_AS.get(name, name).replace("-", "_") for name in needed} | sys.stdlib_module_names
+    assert "minatar" in imported
+    assert not {path.stem for path in (ROOT.parent / folder).glob("*.py")} & imported
