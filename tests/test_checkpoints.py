@@ -440,3 +440,14 @@ def test_no_kill_costs_more_than_one_interval(name: str, tmp_path: Path) -> None
 
 if __name__ == "__main__":
     main(sys.argv[1], Path(sys.argv[2]))
+
+
+def test_what_nobody_released_is_closed_when_the_process_ends(tmp_path: Path) -> None:
+    """After a training that raised the lock is held on; Python would complain of the open file."""
+    code = (
+        "from pathlib import Path; from sb3_flipout.checkpoints.files import hold\n"
+        "class Holder: holding = True\n"
+        f"hold(Path({str(tmp_path)!r}), Holder())"
+    )
+    ended = subprocess.run([sys.executable, "-W", "always", "-c", code], capture_output=True, text=True)
+    assert ended.returncode == 0 and "ResourceWarning" not in ended.stderr, ended.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import errno
 import json
 import os
@@ -169,3 +170,10 @@ def release(holder: Any) -> None:
         if of() is holder:
             del _HELD[name]
             file.close()
+
+
+@atexit.register
+def _close() -> None:
+    """Close what holders have left open that nobody released: trainings that raised."""
+    while _HELD:
+        _HELD.popitem()[1][0].close()
