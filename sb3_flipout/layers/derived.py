@@ -80,9 +80,14 @@ def perturbed_class(layer: nn.Module) -> type[FlipoutLayer] | None:
     return None if known is None else _derived(kind, PERTURBED_CLASSES[known])
 
 
+def _nearest_known(kind: type[nn.Module]) -> type[nn.Module] | None:
+    """The known class that a class is or is derived from; of several the nearest."""
+    return next((base for base in kind.__mro__ if base in PERTURBED_CLASSES), None)
+
+
 def _known_base(kind: type[nn.Module]) -> type[nn.Module] | None:
     """The known class whose use of weights a subclass has left alone."""
-    base = next((base for base in kind.__mro__ if base in PERTURBED_CLASSES), None)
+    base = _nearest_known(kind)
     if base is None or issubclass(kind, FlipoutLayer):
         return None
     same = all(getattr(kind, way, None) is getattr(base, way, None) for way in _WAYS_TO_USE_WEIGHTS)
@@ -176,7 +181,7 @@ def why_plain(layer: nn.Module) -> str | None:
     """
     flipout = perturbed_class(layer)
     if flipout is None:
-        known = next((base for base in type(layer).__mro__ if base in PERTURBED_CLASSES), None)
+        known = _nearest_known(type(layer))
         return "has no perturbed version" if known is None else f"uses its weights in its own way, not as {known.__name__}"
     if any(th.nn.parameter.is_lazy(parameter) for parameter in layer.parameters(recurse=False)):
         return "has no weights yet; run the network once before it is perturbed"
