@@ -18,8 +18,9 @@ from sb3_flipout.layers.config import LayerNoise
 from sb3_flipout.layers.row_layout import FIRST, RowLayout
 from sb3_flipout.layers.row_view import Network, RowView
 from sb3_flipout.layers.weights import PerturbedWeights
-from sb3_flipout.noise.bases import base_draws
+from sb3_flipout.noise.bases import base_draws, factor_draws
 from sb3_flipout.noise.keys import fold
+from sb3_flipout.noise.signs import LayerVectors
 
 _DELTAS = PerturbedWeights.deltas
 
@@ -200,9 +201,11 @@ class FlipoutLayer(PerturbedWeights):
             draws = iter(base_draws(law, fold(base_key, self.noise_index or 0), shapes, like))
             return [(next(draws), None if bias is None else next(draws)) for _, bias in means]
         if sharing == "shared":  # factors of one key for all rows: NoisyNet's factorised draw
-            vectors = [self._factors(block, th.tensor([base_key], device=like.device)) for block in self.blocks]
-            pairs = zip(vectors, means, strict=True)
-            return [(self._outer(r, s)[0], None if bias is None else r[0]) for (s, r), (_, bias) in pairs]
+            sizes = tuple([size for block in self.blocks for size in self._sizes(block)])
+            vectors = LayerVectors(self.noise_index or 0, self.noise_config.spec.factor, sizes, scaled=False)
+            drawn = factor_draws(vectors, base_key, like)
+            pairs = zip(drawn[::2], drawn[1::2], means, strict=True)
+            return [(self._outer(r, s)[0], None if bias is None else r[0]) for s, r, (_, bias) in pairs]
         return [(None, None)] * len(means)
 
     def keep_base(self) -> None:

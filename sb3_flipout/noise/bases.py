@@ -18,8 +18,8 @@ from typing import Literal
 import torch as th
 
 from sb3_flipout.noise.compiling import eager
-from sb3_flipout.noise.keys import fold_in
-from sb3_flipout.noise.signs import factors, word_count
+from sb3_flipout.noise.keys import fold_in, signed
+from sb3_flipout.noise.signs import FactorPlan, LayerVectors, factors, word_count
 from sb3_flipout.noise.tables import FactorKind, build_outside_modes
 
 BaseLaw = Literal["normal", "sign"]
@@ -31,6 +31,9 @@ _WORDS_AT_ONCE = 1 << 16  # of the table while it is made, so that making it tak
 # By (law, size, dtype, device). Each is made on the CPU first, so that all devices have the same numbers. Nothing outside this
 # file gets hold of a table: layers get views that are no parameters and no buffers, so that nobody writes into them.
 _TABLES: dict[tuple[BaseLaw, int, th.dtype, th.device], th.Tensor] = {}
+
+# Where the factors of one layer lie, by (layer, device). The same layer draws anew in each step, of the same plan.
+_PLANS: dict[tuple[LayerVectors, th.device], FactorPlan] = {}
 
 
 def table_size(n: int) -> int:
@@ -62,6 +65,25 @@ def base_draws(law: BaseLaw, key: int, shapes: Sequence[th.Size], like: th.Tenso
     start, table = key % (size - n + 1), _table(law, size, like.dtype, like.device)
     starts = accumulate(lengths, initial=start)
     return [table.narrow(0, at, of_it).view(shape) for at, of_it, shape in zip(starts, lengths, shapes, strict=False)]
+
+
+@eager
+def factor_draws(layer: LayerVectors, key: int, like: th.Tensor) -> list[th.Tensor]:
+    """
+    Draw the factors of one key that all rows share: NoisyNet's factorised draw (Fortunato et al. 2018, eq. (10)).
+
+    :param layer: The layer's factor vectors
+    :param key: Key of the draw, any integer (taken modulo 2^64)
+    :param like: Tensor whose floating-point type and device the draws get
+    :return: One tensor per vector, shape (1, units)
+    """
+    name = (layer, like.device)
+    if name not in _PLANS:
+        with build_outside_modes():
+            _PLANS[name] = FactorPlan([layer])
+    plan = _PLANS[name]
+    drawn = plan.expand(th.tensor([signed(key)], device=like.device), None, like.dtype).split_with_sizes(plan.sizes, dim=1)
+    return [drawn[piece] for piece in plan.pieces[0]]
 
 
 def _table(law: BaseLaw, size: int, dtype: th.dtype, device: th.device) -> th.Tensor:

@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 import torch as th
-from cases import KEYS, every_noise, image, inputs, make, small_net
+from cases import KEYS, every_geometry, every_noise, image, inputs, make, small_net
+from lstm_cases import every_option, make_lstm
 from torch import nn
 
 from sb3_flipout.layers import (
@@ -19,6 +20,7 @@ from sb3_flipout.layers import (
     redraw,
 )
 from sb3_flipout.noise import RowNoise, fold
+from sb3_flipout.noise.signs import factors_at
 
 
 @pytest.fixture
@@ -28,7 +30,9 @@ def net() -> nn.Sequential:
 
 
 def bases(net: nn.Module) -> list[th.Tensor]:
-    return [layer.bases()[1]["weight_base"].clone() for layer in net.modules() if isinstance(layer, FlipoutLayer)]
+    return [
+        layer.bases()[1].get("weight_base", th.empty(0)).clone() for layer in net.modules() if isinstance(layer, FlipoutLayer)
+    ]
 
 
 def test_redraw_follows_from_the_present_key(net: nn.Sequential) -> None:
@@ -45,14 +49,46 @@ def test_redraw_follows_from_the_present_key(net: nn.Sequential) -> None:
     assert all(th.equal(a, b) for a, b in zip(seen[1], bases(twin), strict=True))
 
 
+@every_noise
 @pytest.mark.parametrize("base_key", [0, 1, -1, 2**63, 2**64 + 5, -(2**70)])
-def test_a_given_base_key_is_reproducible(net: nn.Sequential, base_key: int) -> None:
+def test_a_given_base_key_is_reproducible(noise: dict[str, str], base_key: int) -> None:
+    net = perturb(small_net(), base_key=3, **noise)
     redraw(net, base_key)
     first = bases(net)
     redraw(net)
     redraw(net, base_key)
     assert all(th.equal(a, b) for a, b in zip(first, bases(net), strict=True))
     assert {layer.base_key for layer in net.modules() if isinstance(layer, FlipoutLayer)} == {base_key}
+
+
+SHARED = dict(family="factorised", noise_sharing="shared")
+
+
+@every_geometry
+@pytest.mark.parametrize("number", [0, 3])
+def test_a_factorised_draw_is_the_outer_product_of_its_hashed_vectors(geometry: tuple[str, str], number: int) -> None:
+    """Against the vectors hashed one by one, each element by itself."""
+    layer = make(geometry, number, **SHARED)
+    for base_key in (11, -(2**63), 2**64 + 11):
+        redraw(layer, base_key)
+        assert_outer_products(layer, 11 if base_key > 11 else base_key, number)
+
+
+@every_option
+def test_each_block_of_a_factorised_draw_has_vectors_of_its_own(options: dict[str, Any]) -> None:
+    assert_outer_products(make_lstm(**options, **SHARED), 11, 3)
+
+
+def assert_outer_products(layer: FlipoutLayer, key: int, number: int) -> None:
+    for block in layer.blocks:
+        sizes = layer._sizes(block)
+        s, r = (
+            factors_at(th.full((n,), key), th.arange(n), number, 2 * block.number + vector, "sqrt_normal", th.float64)
+            for vector, n in enumerate(sizes)
+        )
+        weight, bias = layer.base_of(block)
+        assert th.equal(weight, layer._outer(r[None], s[None])[0])
+        assert bias is None or th.equal(bias, r)
 
 
 @pytest.mark.parametrize("base_key", [True, 1.0, "1", th.tensor(1)])
