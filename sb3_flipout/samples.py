@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from typing import Any
 
@@ -29,9 +30,9 @@ def repeat_rows(samples: Any, times: int) -> Any:
     """
     Repeat each row of a batch, one copy after the other: row n comes from row n // times.
 
-    :param samples: Tensor, or a dictionary, named tuple or dataclass of tensors; what is none stays
+    :param samples: Tensor, or a dictionary, named tuple, dataclass or batch of tensors; what is none stays
     :param times: How often
-    :return: The same with ``times`` as many rows
+    :return: The same with ``times`` as many rows; what was given is left as it was
     """
     if isinstance(samples, th.Tensor):
         return samples.repeat_interleave(times, dim=0)
@@ -41,6 +42,8 @@ def repeat_rows(samples: Any, times: int) -> Any:
         names = list(samples._asdict())
     elif dataclasses.is_dataclass(samples) and not isinstance(samples, type):
         names = [field.name for field in dataclasses.fields(samples)]
+    elif hasattr(samples, "observations") and hasattr(samples, "__dict__"):  # a batch of a user's own
+        names, samples = list(vars(samples)), copy.copy(samples)
     else:
         return samples
     return with_parts(samples, **{name: repeat_rows(getattr(samples, name), times) for name in names})

@@ -41,7 +41,7 @@ RINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "finite",
             "noise",
             "policies.base",
-            "policies.sampled",
+            "policies.observations",
             "policies.state",
             "buffers",
             "replay_buffers",

@@ -11,7 +11,7 @@ import torch as th
 from sb3_flipout.checks import warn_user
 from sb3_flipout.noise import Stream, fold
 from sb3_flipout.policies.base import FlipoutPolicyMixin
-from sb3_flipout.policies.sampled import SampledBatch
+from sb3_flipout.policies.observations import n_rows
 from sb3_flipout.replay_buffers import number_transitions, numbers_of
 from sb3_flipout.samples import repeat_rows, with_parts
 
@@ -85,7 +85,7 @@ def batches_for_members(algorithm: Any, policy: FlipoutPolicyMixin) -> Iterator[
     def for_members(batch_size: int, *args: Any, **kwargs: Any) -> Any:
         _check_divides(batch_size, times)  # `train` can be called with another one
         given = sample(batch_size // times, *args, **kwargs)
-        samples = repeat_rows(given, times) if times > 1 else given
+        samples = _repeated(given, times) if times > 1 else given
         return _noted(policy, samples, None if bootstrap is None else _numbers(given).repeat_interleave(times))
 
     buffer.sample = for_members
@@ -97,6 +97,20 @@ def batches_for_members(algorithm: Any, policy: FlipoutPolicyMixin) -> Iterator[
             del buffer.sample  # the class's own is under it
         else:
             buffer.sample = own
+
+
+def _repeated(given: Any, times: int) -> Any:
+    """Each transition for its members; a batch that cannot be told how to repeat would be learned from as another."""
+    samples = repeat_rows(given, times)
+    for name in ("observations", "next_observations", "actions", "rewards", "dones"):
+        before, after = (getattr(batch, name, None) for batch in (given, samples))
+        if before is None or after is None or n_rows(after) != times * n_rows(before):
+            raise TypeError(
+                f"keys_per_transition={times} repeats each transition of a batch, and {name} of what the replay buffer gives "
+                f"({type(given).__name__}) cannot be repeated. Give tensors in a named tuple, a dataclass, or an object that "
+                "holds them as attributes, as ReplayBufferSamples of stable_baselines3 does; or leave keys_per_transition out."
+            )
+    return samples
 
 
 def _numbers(samples: Any) -> th.Tensor:
@@ -114,7 +128,7 @@ def _noted(policy: Any, samples: Any, numbers: th.Tensor | None) -> Any:
     learning = _learning(policy)
     if numbers is not None:
         samples = with_parts(samples, rewards=learning.noise_on_rewards(samples.rewards, numbers))
-    learning.batches.append(SampledBatch(samples, numbers))
+    learning.note(samples, numbers)
     return samples
 
 

@@ -104,10 +104,11 @@ class LearningValueNetwork(LearnsUnderNoise, BasePolicy):
 
     def _noise_for(self, obs: PyTorchObs, learning: LearningNoise, role: Role) -> RowNoise | None:
         """Where copies of an observation are told apart by their members alone, networks get it once."""
-        times = learning.rows_per_input(obs)
+        batch = learning.batch_of(obs)
+        times = learning.rows_per_input(obs, batch)
         if times > 1 and times == learning.settings.members:
-            return learning.rows_by_member(role, n_rows(obs), self.device)
-        noise = super()._noise_for(obs, learning, role)
+            return learning.rows_by_member(role, n_rows(obs), self.device, batch)
+        noise = learning.rows(role, n_rows(obs), self.device, batch)
         if noise is not None:
             noise.rows_per_input = times
         return noise

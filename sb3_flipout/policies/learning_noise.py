@@ -39,7 +39,7 @@ class LearningNoise:
         self.scale = 1.0
         self.keys_per_transition: int = getattr(settings, "keys_per_transition", 1)  # a setting of value-based policies
         self.bootstrap = Bootstrap(getattr(settings, "bootstrap", 1.0), getattr(settings, "reward_noise", 0.0))
-        self.batches: list[SampledBatch] = []  # of the gradient step that goes on
+        self.batches: list[SampledBatch] = []  # that somebody may still learn from
         self.inputs_once = False  # whether networks may get a repeated observation once; found out when they are built
         # Whether gradient steps need bases of their own: not with members, whose base is frozen, and not where the factors
         # alone are the noise.
@@ -52,7 +52,6 @@ class LearningNoise:
         :param _: What torch hands to hooks
         """
         self.step += 1
-        self.batches.clear()
 
     def noise_of(self, role: Role) -> str:
         """
@@ -68,44 +67,49 @@ class LearningNoise:
     def _role(self, role: Role) -> Role:
         return Role.ONLINE if self.settings.target_noise == "same" else role
 
-    def rows(self, role: Role, n: int, device: th.device) -> RowNoise | None:
+    def rows(self, role: Role, n: int, device: th.device, batch: SampledBatch | None = None) -> RowNoise | None:
         """
-        Draw the noise of a batch in the present gradient step.
+        Draw the noise of a batch: that of the gradient step in which it was sampled, so that its members stay the same.
 
         :param role: Online or target network
         :param n: Rows of the batch
         :param device: Device of the network
+        :param batch: The batch; ``None`` if it is none that was noted: then the present gradient step counts
         :return: Row noise; ``None`` for mean weights
         """
         if self.noise_of(role) == "mean":
             return None
         if self.keys_per_transition > 1:
-            return RowNoise(self._stratified(role, n, device), self.scale)
+            return RowNoise(self._stratified(role, n, device, batch), self.scale)
         rows = th.arange(n, device=device)
-        keys = fold_in(fold(self.seed, Stream.LEARNING_KEYS, self.step, self._role(role)), rows)
+        keys = fold_in(fold(self.seed, Stream.LEARNING_KEYS, self._step_of(batch), self._role(role)), rows)
         return RowNoise(restrict(keys, self.settings.members), self.scale)
 
-    def rows_by_member(self, role: Role, n: int, device: th.device) -> RowsByKey | None:
+    def rows_by_member(self, role: Role, n: int, device: th.device, batch: SampledBatch | None = None) -> RowsByKey | None:
         """
         Sort the noise of :meth:`rows` by member, where every transition is learned under all of them.
 
         :param role: Online or target network
         :param n: Rows of the batch
         :param device: Device of the network
+        :param batch: The batch, as for :meth:`rows`
         :return: Row noise; ``None`` for mean weights
         """
         if self.noise_of(role) == "mean":
             return None
         members, of_each = self.keys_per_transition, n // self.keys_per_transition
         transition = th.arange(of_each, device=device).repeat_interleave(members)
-        order = self._stratified(role, n, device) * of_each + transition
+        order = self._stratified(role, n, device, batch) * of_each + transition
         return RowsByKey(th.arange(members, device=device), self.scale, order)
 
-    def _stratified(self, role: Role, n: int, device: th.device) -> th.Tensor:
+    def _step_of(self, batch: SampledBatch | None) -> int:
+        return self.step if batch is None else batch.step
+
+    def _stratified(self, role: Role, n: int, device: th.device, batch: SampledBatch | None = None) -> th.Tensor:
         """Members of repeated transitions: of transition i the M that follow a hashed first one, in a circle of all K."""
         times, members = self.keys_per_transition, self.settings.members
         transition = th.arange(-(-n // times), device=device)
-        first = fold_in(fold(self.seed, Stream.FIRST_MEMBERS, self.step, self._role(role)), transition)
+        first = fold_in(fold(self.seed, Stream.FIRST_MEMBERS, self._step_of(batch), self._role(role)), transition)
         return restrict(restrict(first, members)[:, None] + th.arange(times, device=device), members).flatten()[:n]
 
     def noise_on_rewards(self, rewards: th.Tensor, numbers: th.Tensor) -> th.Tensor:
@@ -119,24 +123,35 @@ class LearningNoise:
         noise = self.rows(Role.ONLINE, len(numbers), numbers.device)
         return rewards if noise is None else self.bootstrap.noise_on(rewards, numbers, noise.keys)
 
-    def rows_per_input(self, obs: Any) -> int:
+    def rows_per_input(self, obs: Any, batch: SampledBatch | None) -> int:
         """
         Count the neighbouring rows that have the same observation, as far as networks may get it once.
 
         :param obs: Observations
+        :param batch: The batch that they are of
         :return: Number of rows
         """
-        once = self.inputs_once and any(batch.is_repeated(obs) for batch in self.batches)
+        once = self.inputs_once and batch is not None and batch.is_repeated(obs)
         return self.keys_per_transition if once else 1
+
+    def note(self, samples: Any, numbers: th.Tensor | None) -> None:
+        """
+        Note a batch that the replay buffer gives in the present gradient step, and let go of those that are gone.
+
+        :param samples: The batch, as networks will be asked about it
+        :param numbers: Number of the transition of each row, shape (N,); ``None`` where nobody needs them
+        """
+        self.batches = [batch for batch in self.batches if not batch.is_gone]
+        self.batches.append(SampledBatch(samples, self.step, numbers))
 
     def batch_of(self, obs: Any) -> SampledBatch | None:
         """
-        Find the batch whose observations a network is asked about.
+        Find the batch whose observations, or next observations, a network is asked about.
 
         :param obs: Observations
         :return: The batch; ``None`` if they are those of none
         """
-        return next((batch for batch in self.batches if batch.observations is obs), None)
+        return next((batch for batch in reversed(self.batches) if batch.is_of(obs)), None)
 
     def base_key(self, role: Role) -> int:
         """

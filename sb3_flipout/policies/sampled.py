@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch as th
@@ -12,31 +13,50 @@ from sb3_flipout.noise.transitions import in_bootstrap, reward_draws
 class SampledBatch:
     """
     A batch that the replay buffer has given: known again by its very tensors, since nothing else tells of which transitions
-    observations are.
+    observations are. They are held weakly: a batch that nobody learns from any more is gone.
 
     :param samples: What the buffer gave, each transition repeated for its members
+    :param step: Gradient step in which it was given; it says which member each row is learned under, whenever that happens
     :param numbers: Number of the transition of each row, shape (N,); ``None`` where nobody needs them
     """
 
-    def __init__(self, samples: Any, numbers: th.Tensor | None = None) -> None:
-        self.observations, self.next_observations = samples.observations, samples.next_observations
+    def __init__(self, samples: Any, step: int, numbers: th.Tensor | None = None) -> None:
+        self.step = step
         self.numbers = numbers
-        parts = [*_parts(samples.observations), *_parts(samples.next_observations)]
-        self._versions = {id(part): part._version for part in parts}  # what is written into since is another observation
+        of_both = [_parts(obs) for obs in (samples.observations, samples.next_observations)]
+        self._given = [{name: weakref.ref(part) for name, part in parts.items()} for parts in of_both]
+        self._versions = {id(part): part._version for parts in of_both for part in parts.values()}
 
-    def is_repeated(self, obs: Any) -> bool:
+    @property
+    def is_gone(self) -> bool:
+        """Whether nobody holds its observations any more, so that no network will be asked about them."""
+        return all(part() is None for parts in self._given for part in parts.values())
+
+    def is_of(self, obs: Any) -> bool:
         """
-        Tell whether observations are this batch's, as they were given: copy next to copy.
+        Tell whether observations, or next ones, are this batch's.
 
         :param obs: Observations
         :return: Whether they are
         """
-        mine = obs is self.observations or obs is self.next_observations
-        return mine and all(self._versions.get(id(part)) == part._version for part in _parts(obs))
+        parts = _parts(obs)
+        return any(
+            parts.keys() == given.keys() and all(given[name]() is part for name, part in parts.items())
+            for given in self._given
+        )
+
+    def is_repeated(self, obs: Any) -> bool:
+        """
+        Tell whether observations are this batch's as they were given, copy next to copy: nobody has written into them since.
+
+        :param obs: Observations
+        :return: Whether they are
+        """
+        return self.is_of(obs) and all(self._versions[id(part)] == part._version for part in _parts(obs).values())
 
 
-def _parts(obs: Any) -> list[th.Tensor]:
-    return list(obs.values()) if isinstance(obs, dict) else [obs]
+def _parts(obs: Any) -> dict[Any, th.Tensor]:
+    return obs if isinstance(obs, dict) else {None: obs}
 
 
 class Bootstrap:

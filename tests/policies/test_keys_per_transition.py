@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -126,6 +127,67 @@ def test_rows_are_repeated_in_whatever_holds_them() -> None:
 
     samples = repeat_rows(Samples(th.tensor([[1], [2]])), 3)
     assert samples.observations.flatten().tolist() == [1, 1, 1, 2, 2, 2] and samples.weights is None
+
+
+@dataclass
+class OfData:
+    observations: th.Tensor
+    actions: th.Tensor
+    next_observations: th.Tensor
+    dones: th.Tensor
+    rewards: th.Tensor
+    discounts: Any = None
+
+
+class WithProperty:
+    """A batch that keeps its observations under another name."""
+
+    def __init__(self, observations: th.Tensor, **parts: Any) -> None:
+        self.kept = observations
+        vars(self).update(parts)
+
+    @property
+    def observations(self) -> th.Tensor:
+        return self.kept
+
+
+class InSlots:
+    __slots__ = ("actions", "discounts", "dones", "next_observations", "observations", "rewards")
+
+    def __init__(self, **parts: Any) -> None:
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+
+def giving(kind: Any) -> type[ReplayBuffer]:
+    class Own(ReplayBuffer):
+        def sample(self, *args: Any, **kwargs: Any) -> Any:
+            return kind(**super().sample(*args, **kwargs)._asdict())
+
+    return Own
+
+
+@pytest.mark.parametrize("kind", [OfData, SimpleNamespace, WithProperty])
+def test_batches_of_any_kind_are_learned_from_as_stocks(kind: Any) -> None:
+    stock, own = (
+        build(keys_per_transition=K, batch_size=5 * K, replay_buffer_class=buffer).learn(30)
+        for buffer in (ReplayBuffer, giving(kind))
+    )
+    pairs = zip(stock.policy.parameters(), own.policy.parameters(), strict=True)
+    assert all(th.equal(mine, its) for mine, its in pairs)
+
+
+@pytest.mark.parametrize("kind", [InSlots, dict])
+def test_batches_that_cannot_be_repeated_are_refused(kind: Any) -> None:
+    model = build(keys_per_transition=K, batch_size=5 * K, replay_buffer_class=giving(kind))
+    message = rf"keys_per_transition=5 repeats .* observations of what the replay buffer gives \({kind.__name__}\)"
+    with pytest.raises(TypeError, match=message):
+        model.learn(30)
+
+
+def test_a_batch_that_somebody_keeps_is_not_changed() -> None:
+    kept = SimpleNamespace(observations=th.tensor([[1], [2]]))
+    assert len(repeat_rows(kept, 2).observations) == 4 and len(kept.observations) == 2
 
 
 def test_a_subclass_that_overrides_train_repeats_once() -> None:
