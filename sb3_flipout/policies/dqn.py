@@ -29,7 +29,7 @@ from sb3_flipout.policies.learning_settings import TargetNoise, ValueSettings
 from sb3_flipout.policies.observations import n_rows
 from sb3_flipout.policies.off_policy import OffPolicyMixin
 from sb3_flipout.policies.prior import Prior
-from sb3_flipout.policies.rows import takes_inputs_once
+from sb3_flipout.policies.rows import layouts_in, takes_inputs_once
 from sb3_flipout.policies.settings import Perturb
 
 
@@ -175,7 +175,8 @@ class ValueMixin(OffPolicyMixin):
         if self.noise_settings.prior_scale == 0:
             return
         with th.random.fork_rng(devices=[]):
-            self.prior = Prior(self._make_value_net(), fold(self._noise_seed, Stream.PRIOR))
+            network, twin = self._make_value_net(), self._make_value_net()
+            self.prior = Prior(network, fold(self._noise_seed, Stream.PRIOR), layouts_in(twin, self))
         for net in (self.online, self.target):
             net.prior = (self.prior, float(self.noise_settings.prior_scale))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch as th
@@ -11,6 +12,7 @@ from sb3_flipout.layers import attach
 from sb3_flipout.layers.config import layer_noise
 from sb3_flipout.layers.convert import Wanted, perturb_named
 from sb3_flipout.layers.interface import flipout_layers
+from sb3_flipout.layers.row_layout import RowLayout
 from sb3_flipout.noise import RowNoise
 
 # The layers of the prior are numbered from here, apart from those of the learned network: the same keys give them other signs.
@@ -28,20 +30,28 @@ class Prior(nn.Module):
     and Matas 2016): beta is in standard deviations of the members' values. Before that gradient step it is not divided.
     The noise scale multiplies what comes out, once, and not the weights of each layer: a scale of 0 gives mean weights.
 
-    Which functions these are is as much a part of the ensemble as its weights, so all of it is in the ``state_dict``.
+    Which functions these are is as much a part of the ensemble as its weights, so all of it is in the ``state_dict``. Each stays
+    the same whenever it is asked: dropout drops nothing in it, and batch normalisation looks at no batch.
 
     :param network: Value network of plain layers, which becomes the prior
     :param base_key: Key of its base perturbation
+    :param layouts: Where rows lie in what layers get, by their names in the network, as far as it is known; ``None`` for those
+        in which no row can have weights of its own: they stay as they are, the same for all members
     """
 
     unit: th.Tensor  # the root mean square, one number; NaN until it is measured
 
-    def __init__(self, network: nn.Module, base_key: int) -> None:
+    def __init__(self, network: nn.Module, base_key: int, layouts: Mapping[str, RowLayout | None] | None = None) -> None:
         super().__init__()
+        layouts = layouts or {}
         self.network = network
         # Nobody is told of layers that stay plain: of the network that learns they have been told, by names that `skip` knows.
         config = layer_noise(dict(family="gaussian", sigma_init=1.0, learn_sigma=False))
-        perturb_named(dict(network.named_modules()), config, Wanted("all", (), True), lambda: base_key)
+        left_plain = tuple([name for name, layout in layouts.items() if layout is None])
+        perturb_named(dict(network.named_modules()), config, Wanted("all", left_plain, True), lambda: base_key)
+        for name, layout in layouts.items():
+            if layout is not None:
+                network.get_submodule(name).row_layout = layout  # type: ignore[assignment]
         layers = flipout_layers([network])
         for layer in layers:
             layer.noise_index = FIRST_NUMBER + (layer.noise_index or 0)
@@ -56,7 +66,17 @@ class Prior(nn.Module):
             layer.keep_base()
         self.register_buffer("unit", th.tensor(float("nan"), device=layers[0].like.device, dtype=layers[0].like.dtype))
         self.requires_grad_(False)
+        self.train()
         self._known = False  # whether `unit` is, so that no device has to be asked for it again
+
+    def train(self, mode: bool = True) -> Prior:
+        """
+        Stay in evaluation mode.
+
+        :param mode: What is asked for
+        :return: Itself
+        """
+        return super().train(False)
 
     def measure(self, obs: Any, noise: RowNoise) -> None:
         """

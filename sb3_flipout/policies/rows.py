@@ -12,7 +12,9 @@ from stable_baselines3.common.policies import BasePolicy
 from torch import nn
 
 from sb3_flipout.layers import FlipoutLayer, PerturbedNetwork
-from sb3_flipout.layers.row_layout import PROBED_ROWS, find_layouts
+from sb3_flipout.layers.config import layer_noise
+from sb3_flipout.layers.convert import Wanted, perturb_named
+from sb3_flipout.layers.row_layout import PROBED_ROWS, RowLayout, find_layouts
 from sb3_flipout.noise import RowNoise, RowsByKey
 from sb3_flipout.policies.observations import looked_at
 
@@ -47,6 +49,24 @@ def give_layouts(layers: Mapping[str, FlipoutLayer], run: Callable[[Any], Any], 
             )
         layers[name].row_layout = layout
     return bool(found)
+
+
+def layouts_in(network: nn.Module, policy: BasePolicy) -> dict[str, RowLayout | None]:
+    """
+    Find out where rows lie in the inputs of all layers of a plain network that can be perturbed.
+
+    :param network: Plain network, which is perturbed for it
+    :param policy: The policy that it is of, in which nothing changes
+    :return: Layout by the layer's name, nothing where all is as usual; ``None`` for layers in which no row can have weights of
+        its own, since rows are mixed in what they get, or nobody calls them
+    """
+    perturb_named(dict(network.named_modules()), layer_noise({}), Wanted("all", (), True), lambda: 0)
+    layers = {name: layer for name, layer in network.named_modules() if isinstance(layer, FlipoutLayer)}
+    if _is_stock(policy, layers):
+        return {}
+    with looked_at(policy, network):
+        found = _found(layers, network, policy)
+    return {name: found.get(name) for name in layers} if found else {}
 
 
 def takes_inputs_once(net: Callable[[Any], th.Tensor], network: PerturbedNetwork, policy: BasePolicy, times: int) -> bool:

@@ -11,7 +11,8 @@ from gymnasium import spaces
 from helpers import vector_env
 from sb3_contrib import QRDQN
 from stable_baselines3 import DQN
-from stable_baselines3.common.torch_layers import FlattenExtractor
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, FlattenExtractor
+from torch import nn
 
 from sb3_flipout.envs import DeepSea
 from sb3_flipout.layers import FlipoutLayer
@@ -195,3 +196,77 @@ def test_the_prior_says_nothing_of_layers_that_stay_plain(recwarn):
     recwarn.clear()
     build(deep_sea(), **extractor, skip=["q_net.features_extractor.position"])
     assert not [one for one in recwarn if "stay plain" in str(one.message)]
+
+
+class Own(BaseFeaturesExtractor):
+    """Of a user: what the cases below need."""
+
+    def __init__(self, observation_space, kind):
+        super().__init__(observation_space, 8)
+        self.kind, size = kind, observation_space.shape[0]
+        self.inner = nn.Linear(2 if kind == "folds" else size, 8)
+        self.norm = nn.BatchNorm1d(8) if kind == "norm" else nn.Identity()
+        self.drop = nn.Dropout(0.5) if kind == "drops" else nn.Identity()
+        self.table = nn.Linear(8, 8)
+        self.read = nn.Linear(8, 8)  # nobody calls it
+
+    def forward(self, x):
+        if self.kind == "folds":  # pairs of numbers, pair after pair
+            return self.inner(x.reshape(-1, 2)).view(len(x), -1, 8).relu().mean(1)
+        found = self.drop(self.norm(self.inner(x)).relu())
+        if self.kind == "table":  # what it gets is of no row
+            found = found * self.table(th.eye(8)).mean(0)
+        return nn.functional.linear(found, self.read.weight) if self.kind == "reads" else found
+
+
+class Four(gym.ObservationWrapper[Any, Any, Any]):
+    """A corridor's observations, four numbers that differ."""
+
+    observation_space = spaces.Box(-1, 1, (4,), np.float32)
+
+    def observation(self, observation):
+        cell = int(np.argmax(observation))
+        return np.array([np.sin(cell), np.cos(cell), np.sin(2 * cell), np.cos(3 * cell)], dtype=np.float32)
+
+
+def own(kind, **noise):
+    return build(Four(DeepSea(6)), features_extractor_class=Own, features_extractor_kwargs=dict(kind=kind), **noise)
+
+
+def prior_of(model, obs):
+    """Of each member, in batches of every size."""
+    return [values_of(model, obs), th.cat([values_of(model, obs[n : n + 1]) for n in range(len(obs))], dim=1)]
+
+
+@pytest.mark.parametrize("kind", ["plain", "folds", "norm", "drops", "reads"])
+def test_the_prior_of_a_users_network_is_one_function_per_member(kind):
+    """The same in training and evaluation, alone and in a batch, and another for each member."""
+    model = own(kind, skip=["*read", "*table"])
+    obs = np.random.default_rng(0).uniform(-1, 1, (5, 4)).astype(np.float32)
+    found = []
+    for mode in (True, False):
+        model.policy.set_training_mode(mode)
+        model.policy.train(mode)
+        found += prior_of(model, obs)
+    for other in found[1:]:
+        th.testing.assert_close(other, found[0], rtol=1e-5, atol=1e-5)
+    spread = found[0].std(dim=0)
+    assert (spread > 0.01).all() and all(not th.allclose(found[0][:, n], found[0][:, n + 1]) for n in range(4))
+    model.learn(80)
+    assert not model.policy.prior.training
+
+
+def test_what_gets_nothing_of_a_row_is_the_same_in_all_priors():
+    """It is left out of the noise, as the error of the network that learns asks for; the prior leaves it out by itself."""
+    with pytest.raises(ValueError, match=r"table .* Leave the module out"):
+        own("table")
+    model = own("table", skip=["*table", "*read"])
+    extractor = model.policy.prior.network.features_extractor
+    assert isinstance(extractor.inner, FlipoutLayer) and not isinstance(extractor.table, FlipoutLayer)
+    model.learn(80)
+
+
+def test_the_prior_of_stock_networks_has_all_layers():
+    model = build(deep_sea())
+    layers = [layer for layer in model.policy.prior.modules() if isinstance(layer, nn.Linear)]
+    assert len(layers) == 3 and all(isinstance(layer, FlipoutLayer) for layer in layers)
