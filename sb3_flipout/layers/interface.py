@@ -152,7 +152,8 @@ def redraw(module: nn.Module, base_key: int | None = None) -> None:
     """
     Draw a new base perturbation for every perturbed layer of a network.
 
-    Policies redraw by themselves, as their settings say; what is drawn here by hand is not saved with them.
+    Policies redraw by themselves, as their settings say; what is drawn here by hand is not saved with them. With ``members``
+    it is: there the base is a part of the weights, and a new one makes other members of all that has been learned.
 
     :param module: Network with perturbed layers, or one such layer
     :param base_key: Key of the base, any integer; by default the one that follows from each layer's present key

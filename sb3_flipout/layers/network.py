@@ -67,6 +67,8 @@ class PerturbedNetwork:
         self.visited: set[int] | None = None
         #: Whether rows were given noise meanwhile.
         self.asked = False
+        #: Whether layers were called meanwhile of which nobody had said what their rows see.
+        self.unsaid = False
         self._now = _NOTHING
         self._kept: dict[int, tuple[FixedDelta, Pair]] | None = None
 
@@ -100,8 +102,10 @@ class PerturbedNetwork:
                 'policy_kwargs=dict(skip=["its.name"]).'
             )
         view = None if now.views is None else now.views[slot]
-        if self.visited is not None and (view is not None or (now.views is None and isinstance(now.what, RowNoise))):
-            self.visited.add(slot)
+        if self.visited is not None:
+            if view is not None or (now.views is None and isinstance(now.what, RowNoise)):
+                self.visited.add(slot)
+            self.unsaid = self.unsaid or now.what is Ask.NOTHING
         return view
 
     def activate(self, what: RowNoise | Ask | None, only: Sequence[FlipoutLayer] | None = None) -> Activation:
@@ -236,7 +240,7 @@ class PerturbedNetwork:
         :param state: What :meth:`__getstate__` gave
         """
         self.__dict__.update(state)
-        self.visited, self.asked, self._now, self._kept = None, False, _NOTHING, None
+        self.visited, self.asked, self.unsaid, self._now, self._kept = None, False, False, _NOTHING, None
         for slot, layer in enumerate(self.layers):
             layer.join(self, slot)
 

@@ -143,7 +143,7 @@ class FlipoutRecurrentMultiInputPolicy(RecurrentMixin, RecurrentMultiInputActorC
 class FlipoutQRDQNPolicy(ValueMixin, qrdqn.QRDQNPolicy):
     """``"FlipoutMlpPolicy"`` of QRDQN; arguments as in :class:`~sb3_flipout.policies.dqn.ValueMixin`."""
 
-    online_name = "quantile_net"
+    online_name, targets = "quantile_net", (("quantile_net_target", "quantile_net"),)
 
 
 class FlipoutQRDQNCnnPolicy(FlipoutQRDQNPolicy, qrdqn.CnnPolicy):

@@ -132,7 +132,7 @@ class ValueMixin(OffPolicyMixin):
         self.target.load_state_dict(self.online.state_dict())  # as SB3 does; `init` may have drawn
         self.perturbed_network = self.online.perturbed_network
         self._find_layouts(self.perturbed_network, self.online)
-        for layer, model in zip(self.target.perturbed_network.layers, self.perturbed_network.layers, strict=True):
+        for layer, model in self._paired_layers(f"{self.online_name}_target", self.online_name):
             layer.row_layout = model.row_layout
         self._add_prior()
         times = self.noise_settings.keys_per_transition
@@ -256,7 +256,7 @@ class ValueMixin(OffPolicyMixin):
 class FlipoutDQNPolicy(ValueMixin, DQNPolicy):
     """``"FlipoutMlpPolicy"`` of DQN; arguments as in :class:`ValueMixin`."""
 
-    online_name = "q_net"
+    online_name, targets = "q_net", (("q_net_target", "q_net"),)
 
 
 class FlipoutDQNCnnPolicy(FlipoutDQNPolicy, CnnPolicy):

@@ -32,6 +32,7 @@ class VisitGuard:
         self.done = False
         self.compiled = False  # whether a part of the policy is: what it calls cannot be noted
         self.reached = True  # whether layers were called when the policy was made, as far as is known
+        self.told = False  # whether it has been said that the mean weights act
 
     def __reduce__(self) -> Any:
         return VisitGuard, ()
@@ -49,11 +50,19 @@ class VisitGuard:
         if self.done or self.collected or self.compiled:
             yield
             return
-        network.visited, network.asked = set(), False
+        network.visited, network.asked, network.unsaid = set(), False, False
         try:
             yield
         finally:
             self.collected, network.visited = network.visited or None, None
+        if network.unsaid and not network.asked and not self.told:
+            self.told = True
+            warn_user(
+                "perturbed layers were called to choose actions, and nobody has said which noise their rows see, so the mean "
+                f"weights act and nothing explores. Ask {type(policy).__name__} itself, or one of its networks as a whole, "
+                "about one row per environment: these know the noise of the step. For mean weights, say so: "
+                "`with sb3_flipout.perturbed(policy, None):`."
+            )
         if network.asked and not self.collected and not self.reached:
             names = ", ".join(name for name, layer in policy.named_modules() if layer in network.layers)
             raise ValueError(

@@ -7,7 +7,7 @@ the user's, with the noise of the step around it.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch as th
@@ -26,8 +26,12 @@ class LearnsUnderNoise(BaseModel):
     """
     Mixin of a network that sees the noise of the gradient step while SB3 trains.
 
-    What somebody has said about the rows stays: the policy when it acts, or a ``perturbed`` block.
+    What somebody has said about the rows stays: the policy when it acts, or a ``perturbed`` block. Where an algorithm of the
+    user's own chooses actions by asking the network itself (masked actions, say), a network that acts sees the noise of the
+    collection step, if it is asked about as many rows as there are environments.
     """
+
+    acts: bool = False  # whether actions come from it
 
     role: Role = Role.ONLINE
     learning: LearningNoise | None = None
@@ -49,15 +53,20 @@ class LearnsUnderNoise(BaseModel):
     @contextmanager
     def step_noise(self, obs: PyTorchObs, role: Role | None = None) -> Iterator[None]:
         """
-        Activate the noise of the present gradient step, where SB3 trains and nobody has said what the rows see.
+        Activate the noise of the present gradient step, or that of the collection step, where nobody has said what rows see.
 
         :param obs: Observations, of which the rows count
         :param role: Role in this pass; by default that of the network
         :return: Context manager
         """
         learning, network = self.learning, self.perturbed_network
-        if learning is None or not learning.active or network.active is not None:
+        if learning is None or network.active is not None:
             yield
+            return
+        if not learning.active:
+            acting = self._noise_of_acting(obs, learning)
+            with nullcontext() if acting is None else network.activate(acting):
+                yield
             return
         role = self.role if role is None else role
         noise = self._noise_for(obs, learning, role) if self.is_perturbed else None
@@ -66,12 +75,19 @@ class LearnsUnderNoise(BaseModel):
         with network.activate(noise):
             yield
 
+    def _noise_of_acting(self, obs: PyTorchObs, learning: LearningNoise) -> RowNoise | None:
+        noise = learning.acting
+        acts = noise is not None and self.acts and self.role == Role.ONLINE and n_rows(obs) == len(noise)
+        return noise if acts else None
+
     def _noise_for(self, obs: PyTorchObs, learning: LearningNoise, role: Role) -> RowNoise | None:
         return learning.rows(role, n_rows(obs), self.device)
 
 
 class LearningValueNetwork(LearnsUnderNoise, BasePolicy):
     """Mixin of a value network that learns under noise, and adds its members' prior."""
+
+    acts = True
 
     # Held as a function's argument would be, so that the prior is no part of this network's parameters: it is neither
     # trained nor copied by polyak.
@@ -142,6 +158,8 @@ class LearningCritic(LearnsUnderNoise):
 
 class _LearningActor(LearnsUnderNoise, BasePolicy):
     """What actors share: where SB3 asks for actions without gradients, they are part of a target."""
+
+    acts = True
 
     def _actor_role(self) -> Role:
         return self.role if th.is_grad_enabled() else Role.TARGET

@@ -31,6 +31,9 @@ class LearningNoise:
     :param settings: Settings of the policy
     """
 
+    #: What the environments' rows see in the collection step that goes on.
+    acting: RowNoise | None = None
+
     def __init__(self, seed: int, settings: LearningSettings) -> None:
         self.seed = seed
         self.settings = settings
@@ -164,8 +167,8 @@ class LearningNoise:
 
     def __getstate__(self) -> dict[str, Any]:
         """
-        Keep in copies what is saved of it: a copy is not in the middle of an update.
+        Keep in copies what is saved of it: a copy is not in the middle of an update or of a collection step.
 
         :return: Attributes
         """
-        return {**self.__dict__, "active": False, "batches": []}
+        return {**self.__dict__, "active": False, "acting": None, "batches": []}

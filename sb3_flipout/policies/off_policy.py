@@ -8,15 +8,15 @@ one key per environment, held as ``resample`` says, under the acting base. Learn
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import Any
+from typing import Any, ClassVar
 
 import torch as th
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 
-from sb3_flipout.layers import Ask, PerturbedNetwork
+from sb3_flipout.layers import Ask, FlipoutLayer, PerturbedNetwork
 from sb3_flipout.noise import RowNoise
 from sb3_flipout.policies.arguments import arguments_of, settings_from
 from sb3_flipout.policies.base import FlipoutPolicyMixin
@@ -30,6 +30,8 @@ class OffPolicyMixin(FlipoutPolicyMixin):
     """Mixin that gives an off-policy policy its two streams of noise; what kinds of policy add stands in their own files."""
 
     noise_settings: LearningSettings
+    #: Names of the target networks, with the network that each follows by polyak averaging.
+    targets: ClassVar[tuple[tuple[str, str], ...]]
 
     def _init_off_policy(
         self,
@@ -46,8 +48,8 @@ class OffPolicyMixin(FlipoutPolicyMixin):
         super().__init__(*spaces, lr_schedule, *args, **kwargs)
         self._init_noise(settings)
         self.learning = LearningNoise(self._noise_seed, settings)
-        self._acting_noise: RowNoise | None = None
         self._acting_base_key = self._base_key(0)
+        self._aligned: list[tuple[th.Tensor, int]] = []  # base draws of members, as they were when targets had the same
         self._make_noisy(lr_schedule)
 
     @abstractmethod
@@ -88,12 +90,17 @@ class OffPolicyMixin(FlipoutPolicyMixin):
         step = self._keys.step
         noise = self._collection_noise(n_envs)
         self._move_acting_base(step, noise)
-        self._acting_noise = noise
+        self.learning.acting = noise
         try:
             with self.guard.collection(self, self.perturbed_network):
                 yield
         finally:
-            self._acting_noise = None
+            self.learning.acting = None
+
+    @property
+    def _acting_noise(self) -> RowNoise | None:
+        """What the environments' rows see in the collection step that goes on."""
+        return self.learning.acting
 
     def _move_acting_base(self, step: int, noise: RowNoise) -> None:
         settings = self.noise_settings
@@ -116,6 +123,7 @@ class OffPolicyMixin(FlipoutPolicyMixin):
 
         :return: Context manager; the acting base is as before when it is left
         """
+        self._align_members()
         acting_bases = self.perturbed_network.bases() if self.learning.base_moves else None
         said = self.perturbed_network.active is not None
         # Hung on here, not once for all: copies of an optimizer, and another one put in its place, have no hooks.
@@ -138,6 +146,30 @@ class OffPolicyMixin(FlipoutPolicyMixin):
             self.learning.active = self.marks.updates = False
             if acting_bases is not None:
                 self.perturbed_network.bind(acting_bases)
+
+    def _align_members(self) -> None:
+        """
+        Give target networks the members of those that they follow.
+
+        Base draws are what tells members apart, and SB3 syncs parameters alone: whoever loads weights into one network by
+        hand, or redraws it, has changed the members of that one only.
+        """
+        if self.noise_settings.members is None:
+            return
+        pairs = [pair for target, followed in self.targets for pair in self._paired_layers(target, followed)]
+        draws = _base_draws(pairs)
+        if len(draws) == len(self._aligned) and all(
+            draw is known and draw._version == version for draw, (known, version) in zip(draws, self._aligned, strict=True)
+        ):
+            return
+        for layer, model in pairs:
+            layer.bind(model.bases())
+        self._aligned = [(draw, draw._version) for draw in _base_draws(pairs)]
+
+    def _paired_layers(self, target: str, followed: str) -> list[tuple[FlipoutLayer, FlipoutLayer]]:
+        """Perturbed layers of a target network, each with the one that it follows."""
+        pairs = zip(getattr(self, target).modules(), getattr(self, followed).modules(), strict=True)
+        return [(mine, its) for mine, its in pairs if isinstance(mine, FlipoutLayer) and isinstance(its, FlipoutLayer)]
 
     def _acts(self, observation: PyTorchObs, deterministic: bool) -> AbstractContextManager[None]:
         """Activate the noise of a prediction, unless somebody has said what the rows see."""
@@ -175,10 +207,6 @@ class OffPolicyMixin(FlipoutPolicyMixin):
             for network in self._perturbed_networks():
                 network.redraw(self._acting_base_key)
 
-    def __getstate__(self) -> dict[str, Any]:
-        """
-        Keep in copies nothing of a step that goes on.
 
-        :return: Attributes
-        """
-        return {**self.__dict__, "_acting_noise": None}
+def _base_draws(pairs: Sequence[tuple[FlipoutLayer, FlipoutLayer]]) -> list[th.Tensor]:
+    return [draw for pair in pairs for layer in pair for draw in layer.bases()[1].values()]

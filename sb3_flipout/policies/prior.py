@@ -30,8 +30,8 @@ class Prior(nn.Module):
     and Matas 2016): beta is in standard deviations of the members' values. Before that gradient step it is not divided.
     The noise scale multiplies what comes out, once, and not the weights of each layer: a scale of 0 gives mean weights.
 
-    Which functions these are is as much a part of the ensemble as its weights, so all of it is in the ``state_dict``. Each stays
-    the same whenever it is asked: dropout drops nothing in it, and batch normalisation looks at no batch.
+    Which functions these are is as much a part of the ensemble as its weights, so all of it is in the ``state_dict``. A prior
+    is the same whenever it is asked: dropout drops nothing in it, and batch normalisation looks at no batch.
 
     :param network: Value network of plain layers, which becomes the prior
     :param base_key: Key of its base perturbation

@@ -85,7 +85,6 @@ class ActorMixin(OffPolicyMixin):
     noise_settings: ActorSettings
     #: What the actor becomes.
     actor_mixin: ClassVar[type[LearnsUnderNoise]] = LearningStochasticActor
-    #: Names of the target networks, with the network that each follows by polyak averaging.
     targets: ClassVar[tuple[tuple[str, str], ...]] = (("critic_target", "critic"),)
     #: Whose step ends a gradient step: the last one that SB3 makes in it, so that each loss has the noise of one step.
     last_to_step: ClassVar[str] = "actor"
@@ -141,10 +140,9 @@ class ActorMixin(OffPolicyMixin):
         self._perturb_targets(perturbs_critics)
         self._keep_members()
         self._find_layouts(self.perturbed_network, lambda obs: self.outputs_of(self, obs))
-        for name, followed in self.targets:
-            for layer, model in zip(getattr(self, name).modules(), getattr(self, followed).modules(), strict=True):
-                if isinstance(layer, FlipoutLayer) and isinstance(model, FlipoutLayer):
-                    layer.row_layout = model.row_layout
+        for target, followed in self.targets:
+            for layer, model in self._paired_layers(target, followed):
+                layer.row_layout = model.row_layout
         for net in online:
             net.optimizer = self._make_optimizer(_with_sigma(net, net.optimizer), lr_schedule)
 
