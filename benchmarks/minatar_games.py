@@ -45,18 +45,20 @@ def table(rows: list[Row]) -> str:
 
 
 def losses(rows: list[Row]) -> str:
-    """Games on which an arm of ours is behind the better of the others, on the seeds that both have."""
+    """Games on which an arm of ours is behind one of the others, on the seeds that both have."""
     found, lines = scores(rows), []
     for game, arm, other in product(GAMES, OURS, OTHERS):
         ours, theirs = found.get(game, {}).get(arm, {}), found.get(game, {}).get(other, {})
         seeds = sorted(ours.keys() & theirs.keys())
         pair = [np.array([one[seed] for seed in seeds]) for one in (ours, theirs)]
-        if len(seeds) > 1 and pair[0].mean() < pair[1].mean():
-            low, high = difference_interval(*pair)
-            lines.append(
-                f"- {game}: {arm} {pair[0].mean():.2f} against {pair[1].mean():.2f} of {other}, {len(seeds)} seeds, 95 % "
-                f"interval of the difference [{low:.2f}, {high:.2f}]"
-            )
+        if not seeds or pair[0].mean() >= pair[1].mean():
+            continue
+        told = f"- {game}: {arm} {pair[0].mean():.2f} against {pair[1].mean():.2f} of {other}"
+        if len(seeds) == 1:
+            lines.append(f"{told}, one seed, which tells little")
+            continue
+        low, high = difference_interval(*pair)
+        lines.append(f"{told}, {len(seeds)} seeds, 95 % interval of the difference [{low:.2f}, {high:.2f}]")
     return "\n".join(lines) or "None so far."
 
 

@@ -11,7 +11,8 @@ those of rl_zoo3 ("zoo") or SB3's defaults, and the same for all its arms:
 - stock, fused Adam: the same with optimizer_kwargs=dict(eps=1e-5, fused=True), and "stock, fused" with dict(fused=True).
   Flipout policies ask for torch's fused Adam; this arm says what part that plays (the default one walks over the parameters
   in Python). A2C's RMSpropTFLike has no such implementation.
-- flipout: "FlipoutMlpPolicy" as it is: the noise falls to 0 over the first 30 % of the steps, and costs little from there on
+- flipout: "FlipoutMlpPolicy" as it is: with PPO and A2C the noise falls to 0 over the first 30 % of the steps, and costs
+  little from there on; with SAC and TD3 it is constant, so what is measured there is the next arm, twice
 - flipout, constant: the same with schedule="constant", noise at all times; flipout, heads: the last layer alone, constant
 - gSDE: "MlpPolicy" with use_sde=True, sde_sample_freq=4, SB3's own state-dependent exploration (continuous actions)
 
