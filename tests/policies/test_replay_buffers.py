@@ -54,9 +54,9 @@ def test_learns_under_fresh_noise(algorithm: type[BaseAlgorithm], buffer: str, n
     drawn: list[tuple[int, int, th.Tensor]] = []
     rows = model.policy.learning.rows
 
-    def record(role: int, n: int, device: th.device) -> Any:
-        drawn.append((model.policy.learning.step, role, rows(role, n, device).keys))
-        return rows(role, n, device)
+    def record(role: int, n: int, device: th.device, *batch: Any) -> Any:
+        drawn.append((model.policy.learning.step, role, rows(role, n, device, *batch).keys))
+        return rows(role, n, device, *batch)
 
     model.policy.learning.rows = record
     model.learn(150)  # more than the buffer holds
