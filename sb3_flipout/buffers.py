@@ -15,6 +15,7 @@ import torch as th
 from stable_baselines3.common.buffers import RolloutBuffer
 
 from sb3_flipout.noise import NoiseOwner, RowNoise, noise_of, with_noise
+from sb3_flipout.noise.rows import SEVERAL_BASES
 from sb3_flipout.samples import with_parts
 
 
@@ -25,18 +26,21 @@ class KeyedBufferMixin(RolloutBuffer):
     noise_scales: np.ndarray  # (n_steps, n_envs) float32
     _noise: RowNoise | None
     _owner: NoiseOwner | None = None  # whose noise it is
+    _base: int | str | None = None  # the base under which it acted
 
     def reset(self) -> None:
-        """Empty the buffer."""
-        self.reset_noise()
+        """Empty the buffer; a user's class can keep what it has, and add to it."""
         super().reset()
+        self._noise = None
+        if self.pos == 0:
+            self.reset_noise()
 
     def reset_noise(self) -> None:
         """Empty the part of the buffer that holds the noise."""
         shape = (self.buffer_size, self.n_envs)
         self.noise_keys = np.zeros(shape, dtype=np.int64)
         self.noise_scales = np.zeros(shape, dtype=np.float32)
-        self._noise = None
+        self._noise = self._base = None
 
     def add(self, *args: Any, **kwargs: Any) -> None:
         """
@@ -54,9 +58,11 @@ class KeyedBufferMixin(RolloutBuffer):
                 "inside perturbed(policy, None) nor with a policy replaced since."
             )
         self._owner, position = noise.owner, self.pos
-        self.noise_keys[position] = noise.keys.cpu().numpy()
-        self.noise_scales[position] = noise.scale.cpu().numpy()
+        self._base = noise.base if self._base in (None, noise.base) else SEVERAL_BASES
         super().add(*args, **kwargs)
+        # A user's class may store a step more than once, mirrored for example: all of it has been made under this noise.
+        self.noise_keys[position : self.pos] = noise.keys.cpu().numpy()
+        self.noise_scales[position : self.pos] = noise.scale.cpu().numpy()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """
@@ -75,6 +81,7 @@ class KeyedBufferMixin(RolloutBuffer):
         if self._noise is None:
             keys, scales = (_padded(self.swap_and_flatten(array)[:, 0]) for array in (self.noise_keys, self.noise_scales))
             self._noise = RowNoise(keys.to(self.device), scales.to(self.device), self._owner)
+            self._noise.base = self._base
         return self._noise
 
     def row_noise(self, batch_inds: np.ndarray) -> RowNoise:
@@ -90,6 +97,12 @@ class KeyedBufferMixin(RolloutBuffer):
         return self._rollout_noise()[batch_inds + 1 if pad is None else pad(batch_inds + 1)]
 
     def _get_samples(self, batch_inds: np.ndarray, *args: Any, **kwargs: Any) -> Any:
+        if len(self.log_probs) != self.noise_keys.size:
+            raise ValueError(
+                f"the rollout buffer gives samples out of {len(self.log_probs)} rows, and holds the noise of "
+                f"{self.noise_keys.size}, so it cannot be told which noise a row has acted under. Where a get of your own "
+                "leaves rows out, let it take all of them into its arrays, and choose among the places for _get_samples."
+            )
         samples = super()._get_samples(batch_inds, *args, **kwargs)
         if noise_of(samples.observations) is not None:  # hung on by the places that a user's class asked for
             return samples

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from sb3_flipout.diagnostics.statistics import QUANTILES, thinned
 from sb3_flipout.layers import FlipoutLayer
-from sb3_flipout.layers.functional import fan_in
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -87,9 +86,9 @@ def _relative(layers: Mapping[str, FlipoutLayer]) -> bool:
 def _boxes(name: str, layer: FlipoutLayer) -> Iterator[dict[str, Any]]:
     """Quantiles of each weight of a layer that has sigma."""
     for block in layer.blocks:
-        weight, sigma = block.means(layer)[0], block.sigmas(layer)[0]
+        sigma = block.sigmas(layer)[0]
         if sigma is not None:
-            unit = 1.0 if layer.noise_config.spec.relative else math.sqrt(fan_in(weight))
+            unit = 1.0 if layer.noise_config.spec.relative else math.sqrt(layer.fan_in(block))
             values = thinned(sigma.detach().flatten().abs() * unit).float().cpu()
             numbers = values.quantile(values.new_tensor(QUANTILES)).tolist()
             label = name if len(layer.blocks) == 1 else f"{name}.{block.weight}"

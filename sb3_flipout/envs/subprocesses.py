@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import shutil
 import tempfile
 import traceback
@@ -83,10 +84,8 @@ class GuardedSubprocVecEnv(SubprocVecEnv):
         if told:
             return RuntimeError(f"environment {place} of {len(self._guarded)} raised, in its process:\n{told}")
         how = f"was killed by signal {-code}" if code is not None and code < 0 else f"ended with exit code {code}"
-        return RuntimeError(
-            f"the process of environment {place} of {len(self._guarded)} {how}, and said nothing. Signal 9 is often the "
-            "operating system's, for want of memory: use fewer environments."
-        )
+        memory = " It is often the operating system's, for want of memory: use fewer environments." if code == -9 else ""
+        return RuntimeError(f"the process of environment {place} of {len(self._guarded)} {how}, and said nothing.{memory}")
 
     def late(self, place: int) -> TimeoutError:
         """
@@ -165,7 +164,9 @@ def _make(env_fn: _MakeEnv, note: Path) -> gym.Env[Any, Any]:
 
 
 class _Noting(gym.Wrapper[Any, Any, Any, Any]):
-    """Writes down what the environment raises: its process cannot say it."""
+    """Writes down what the environment raises, since its process cannot say it; for all else it is not there."""
+
+    _OWN = ("env", "_note", "_action_space", "_observation_space", "_metadata", "_cached_spec")
 
     def __init__(self, env: gym.Env[Any, Any], note: Path) -> None:
         super().__init__(env)
@@ -183,3 +184,18 @@ class _Noting(gym.Wrapper[Any, Any, Any, Any]):
 
     def reset(self, **kwargs: Any) -> Any:
         return self._noting(self.env.reset, **kwargs)
+
+    def render(self) -> Any:
+        return self._noting(self.env.render)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """``set_attr`` is about the environment."""
+        if name in self._OWN:
+            super().__setattr__(name, value)
+        else:
+            self._noting(setattr, self.env, name, value)
+
+    def get_wrapper_attr(self, name: str) -> Any:
+        """What ``get_attr`` and ``env_method`` ask for; a method that raises is written down, too."""
+        found = super().get_wrapper_attr(name)
+        return functools.partial(self._noting, found) if inspect.ismethod(found) else found

@@ -39,6 +39,7 @@ _SIZES = (
 )
 _UNIT = "prior.unit"  # NaN until it is measured
 _TYPES = (th.float32, th.float64, th.float16, th.bfloat16, th.int64, th.int32, th.uint8, th.bool)
+_SMALL = 4096  # a size that harms no machine
 _MEMBERS = 10_000
 
 #: The policies that a description can name.
@@ -134,7 +135,7 @@ def _imported(folder: Path) -> BasePolicy:
     if not isinstance(arguments.get("members") or 2, int) or (arguments.get("members") or 2) > _MEMBERS:
         raise ValueError(f"{folder / DESCRIPTION} has {arguments['members']} members; {_MEMBERS} are the most that are taken.")
     noise = value_of(told["noise"], "the noise state")
-    largest = max(4096, *(value.numel() for value in tensors.values()))
+    largest = max(_SMALL, *(value.numel() for value in tensors.values()))
     try:
         with _Budget(2 * largest, 20 * len(tensors) + 200):
             policy: Any = kind(**arguments, lr_schedule=BasePolicy._dummy_schedule)
@@ -233,11 +234,14 @@ class _Budget(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _check_sizes(arguments: Mapping[str, Any], tensors: Mapping[str, th.Tensor], path: Path) -> None:
-    """Networks that were larger than their tensors are not built: they might not fit into memory."""
+    """
+    Networks that were larger than their tensors are not built: they might not fit into memory. Small numbers are let through,
+    since some are of parts that a policy does not have (``cnn_output_dim`` without images).
+    """
     largest = max((size for value in tensors.values() for size in value.shape), default=0)
     for name in _SIZES:
         for number in _integers(arguments.get(name)):
-            if number > max(largest, 1):
+            if number > max(largest, _SMALL):
                 raise ValueError(f"{path} says {name} has {number}, where no tensor is wider than {largest}.")
 
 

@@ -104,6 +104,8 @@ def store_transition(
     reward: np.ndarray,
     dones: np.ndarray,
     infos: list[dict[str, Any]],
+    *args: Any,
+    **kwargs: Any,
 ) -> None:
     """Look at a step of the environments before it goes into the replay buffer."""
     if dones.any() or not (is_finite(reward) and is_finite(new_obs)):
@@ -113,7 +115,7 @@ def store_transition(
             told = told or _found(algorithm, policy, infos[place].get("terminal_observation"), None, of=int(place))
         if told is not None and not _ends_quietly(policy, told):
             return
-    original(algorithm, replay_buffer, buffer_action, new_obs, reward, dones, infos)
+    original(algorithm, replay_buffer, buffer_action, new_obs, reward, dones, infos, *args, **kwargs)
 
 
 def _found(

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList
 
 from sb3_flipout.buffers import KeyedBufferMixin, store_noise
@@ -130,8 +131,9 @@ def _warn_of_fallen_noise(algorithm: Any) -> None:
 def collect_rollout(original: Method, algorithm: Any, *args: Any, **kwargs: Any) -> Any:
     """Tell that a rollout starts: only here do base and rollout-long keys change, never between rollout and update."""
     policy = policy_of(algorithm)
-    if not isinstance(algorithm.rollout_buffer, KeyedBufferMixin):  # one that was put there by hand
-        store_noise(algorithm.rollout_buffer)
+    for buffer in (algorithm.rollout_buffer, *args, *kwargs.values()):  # one that was put there by hand, or is handed over
+        if isinstance(buffer, RolloutBuffer) and not isinstance(buffer, KeyedBufferMixin):
+            store_noise(buffer)
     _follow_schedule(algorithm)
     policy.meet_observations(algorithm._last_obs)
     policy.begin_rollout()
@@ -175,17 +177,19 @@ def _after_collection(algorithm: Any, finished: Any) -> Any:
     return finished
 
 
-def sample_action(original: Method, algorithm: Any, learning_starts: int, action_noise: Any = None, n_envs: int = 1) -> Any:
+def sample_action(original: Method, algorithm: Any, *args: Any, **kwargs: Any) -> Any:
     """Mark the collection step: its prediction acts in the training environments, every other one is evaluation."""
     policy = policy_of(algorithm)
     _follow_schedule(algorithm)
-    with policy.collecting(n_envs):
-        return original(algorithm, learning_starts, action_noise, n_envs)
+    # SB3's arguments are learning_starts, action_noise=None, n_envs=1; a class of the user's own may add some.
+    with policy.collecting(kwargs.get("n_envs", args[2] if len(args) > 2 else 1)):
+        return original(algorithm, *args, **kwargs)
 
 
 def train(original: Method, algorithm: Any, *args: Any, **kwargs: Any) -> Any:
     """Mark the update."""
     policy = policy_of(algorithm)
+    policy.marks.differentiates_all = hasattr(algorithm, "_compute_actor_grad")
     with numbers.explained(algorithm, policy), policy.updating(), batches_for_members(algorithm, policy):
         return original(algorithm, *args, **kwargs)
 

@@ -18,7 +18,7 @@ from sb3_flipout.layers.config import LayerNoise
 from sb3_flipout.layers.row_layout import FIRST, RowLayout
 from sb3_flipout.layers.row_view import Network, RowView
 from sb3_flipout.layers.weights import PerturbedWeights
-from sb3_flipout.noise.bases import base_draws, factor_draws
+from sb3_flipout.noise.bases import base_draws, drawn_base_key, factor_draws
 from sb3_flipout.noise.keys import fold
 from sb3_flipout.noise.signs import LayerVectors
 
@@ -186,6 +186,9 @@ class FlipoutLayer(PerturbedWeights):
 
         :param base_key: Key of the base, any integer
         """
+        if th.is_inference_mode_enabled():  # what is drawn while a policy is evaluated serves training, too
+            with th.inference_mode(False):
+                return self.redraw(base_key)
         draws: dict[str, th.Tensor] = {}
         for block, pair in zip(self.blocks, self._draw_bases(base_key), strict=True):
             names = (block.weight_base, block.bias_base)
@@ -238,12 +241,19 @@ class FlipoutLayer(PerturbedWeights):
             self.register_buffer(name, draw.clone())
 
     def _apply(self, fn: Callable[[th.Tensor], th.Tensor], recurse: bool = True) -> Any:
-        """Follow the weights to another device or type: draws are slices of tables, one for each of both."""
         result = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._follow_weights()
+        return result
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._follow_weights()  # `assign=True` puts others in their place
+
+    def _follow_weights(self) -> None:
+        """Follow the weights to another device or type: draws are slices of tables, one for each of both."""
         draw, like = next(iter(self._base_draws.values()), None), self.like
         if draw is not None and (draw.dtype, draw.device) != (like.dtype, like.device):
             self.redraw(self.base_key)
-        return result
 
     def __getstate__(self) -> dict[str, Any]:
         """
@@ -288,12 +298,3 @@ class FlipoutLayer(PerturbedWeights):
         """
         config, on = self.noise_config, "" if self.noise_on == "all" else f", noise_on={self.noise_on!r}"
         return f"{super().extra_repr()}, family={config.family!r}, noise_sharing={config.noise_sharing!r}{on}"
-
-
-def drawn_base_key() -> int:
-    """
-    Draw a base key from torch's generator, so that it follows ``torch.manual_seed`` as weights do.
-
-    :return: Key
-    """
-    return int(th.randint(2**62, (), device="cpu"))

@@ -11,12 +11,13 @@ from torch.nn.utils import parametrize
 from typing_extensions import Unpack
 
 from sb3_flipout.checks import check_choice, check_flag, check_integer, check_strings, did_you_mean, warn_user
-from sb3_flipout.layers.base import FlipoutLayer, drawn_base_key
+from sb3_flipout.layers.base import FlipoutLayer
 from sb3_flipout.layers.config import LayerNoise, NoiseKwargs, layer_noise
 from sb3_flipout.layers.derived import PERTURBED_CLASSES, guarded_parent, own_matrices, perturbed_class, plain_class, why_plain
 from sb3_flipout.layers.embedding import OneHotLinear
 from sb3_flipout.layers.interface import without
 from sb3_flipout.layers.weights import PerturbedWeights
+from sb3_flipout.noise.bases import drawn_base_key
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -274,16 +275,20 @@ def restore(module: M) -> M:
 
     :param module: Network, or a single layer
     :return: The same network
+    :raises ValueError: If layers have been parametrised since they were perturbed; then nothing is changed
     """
-    layers = [layer for layer in module.modules() if isinstance(layer, FlipoutLayer)]
-    without(layers)
-    for layer in layers:
-        names = {name for block in layer.blocks for name in block.noise_names()}
-        plain = plain_class(layer)
-        assert plain is not None, "every perturbed layer was plain once"
+    layers = {layer: plain_class(layer) for layer in module.modules() if isinstance(layer, FlipoutLayer)}
+    if None in layers.values():
+        names = [name or "the layer" for name, layer in module.named_modules() if layers.get(layer, layer) is None]
+        raise ValueError(
+            f"{', '.join(names)} has been parametrised since it was perturbed; call remove_parametrizations first."
+        )
+    without(list(layers))
+    for layer, plain in layers.items():
+        noise = {name for block in layer.blocks for name in block.noise_names()}
         layer.__class__ = plain  # type: ignore[assignment]
         for book in (layer._parameters, layer._buffers):
-            for name in names:
+            for name in noise:
                 book.pop(name, None)
         # What the mixin says it has, and nothing that the plain class says too.
         for name in (*PerturbedWeights.__annotations__, *FlipoutLayer.__annotations__):

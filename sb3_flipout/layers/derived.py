@@ -183,6 +183,8 @@ def why_plain(layer: nn.Module) -> str | None:
     if flipout is None:
         known = _nearest_known(type(layer))
         return "has no perturbed version" if known is None else f"uses its weights in its own way, not as {known.__name__}"
+    if any(way in vars(layer) for way in _WAYS_TO_USE_WEIGHTS):
+        return "has a forward of its own on the instance, which would be called in place of the perturbed one"
     if any(th.nn.parameter.is_lazy(parameter) for parameter in layer.parameters(recurse=False)):
         return "has no weights yet; run the network once before it is perturbed"
     if _normalises_by_iteration(layer):

@@ -118,7 +118,8 @@ _BLOCK = 1 << 18
 
 def _summed_products(x: th.Tensor, s: th.Tensor, summed: Callable[[th.Tensor], th.Tensor]) -> th.Tensor:
     rows = max(1, _BLOCK * len(x) // max(1, x.numel()))
-    if len(x) <= rows or len(s) != len(x) or th.compiler.is_compiling():
+    # Where rows lie in another dimension than the first, factors have fewer dimensions than inputs, whatever their sizes.
+    if len(x) <= rows or s.dim() != x.dim() or len(s) != len(x) or th.compiler.is_compiling():
         return summed((x * s).to(x.dtype))
     return th.cat([summed((x[n : n + rows] * s[n : n + rows]).to(x.dtype)) for n in range(0, len(x), rows)])
 
@@ -228,7 +229,7 @@ def gru_step(from_input: th.Tensor, from_hidden: th.Tensor, h: th.Tensor) -> th.
     reset = (input_r + hidden_r).sigmoid()
     update = (input_z + hidden_z).sigmoid()
     new = th.addcmul(input_n, reset, hidden_n).tanh()
-    return th.lerp(new, h, update)
+    return th.lerp(new.to(h.dtype), h, update.to(h.dtype))  # under autocast the gates are of another type
 
 
 def lstm(

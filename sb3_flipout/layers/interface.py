@@ -39,7 +39,14 @@ def attach(layers: Sequence[FlipoutLayer], of_policy: bool = False) -> Perturbed
     :param layers: Perturbed layers
     :param of_policy: Whether it is the network of a policy, whose layers no other network may take
     :return: Their network
+    :raises ValueError: If layers are of a network whose rows see something now: they would not see it any more
     """
+    if any(isinstance(layer.network, PerturbedNetwork) and layer.network.is_said for layer in layers):
+        raise ValueError(
+            "perturbed layers that several networks share belong to one of them, whose rows see noise (or mean weights by "
+            "name) at this moment; they would lose it. Make them one network before, by a module that holds all: "
+            "perturbed(torch.nn.ModuleList([first, second]), None). Then name its parts as you like."
+        )
     for layer in _without_number(layers):
         layer.noise_index = 1 + max((other.noise_index for other in layers if other.noise_index is not None), default=-1)
         layer.redraw(layer.base_key)  # the draw depends on the number

@@ -80,6 +80,19 @@ class PerturbedNetwork:
         what = self._now.what
         return None if what in (Ask.NOTHING, Ask.EXPLICIT) else what
 
+    @property
+    def is_said(self) -> bool:
+        """Whether something has been said about the rows: noise, or mean weights by name."""
+        return self._now is not _NOTHING
+
+    def is_whole(self) -> bool:
+        """
+        Tell whether all layers are still of this network, and not of one that they have been made part of since.
+
+        :return: Whether they are
+        """
+        return all([layer.network is self for layer in self.layers])
+
     def view(self, slot: int, layer: PerturbedWeights) -> RowView | None:
         """
         Read what the rows of one layer see.
@@ -260,6 +273,11 @@ class Activation:
 
     def __enter__(self) -> None:
         network = self._network
+        if not network.of_policy and not network.is_whole():  # nobody takes layers of a policy's
+            raise ValueError(
+                "what was to be perturbed has become part of another network since: its layers were named together with "
+                "others, or beside a network that shares some. Call perturbed(...) again (Population(...), likewise)."
+            )
         self._before.append(network._now)
         network._now = network._seen(self._what, self._only)
 

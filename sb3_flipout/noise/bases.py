@@ -36,6 +36,15 @@ _TABLES: dict[tuple[BaseLaw, int, th.dtype, th.device], th.Tensor] = {}
 _PLANS: dict[tuple[LayerVectors, th.device], FactorPlan] = {}
 
 
+def drawn_base_key() -> int:
+    """
+    Draw a base key from torch's generator, so that it follows ``torch.manual_seed`` as weights do.
+
+    :return: Key
+    """
+    return int(th.randint(2**62, (), device="cpu"))
+
+
 def table_size(n: int) -> int:
     """
     Compute the size of the table from which a draw is sliced: a power of two, at least four times as long.

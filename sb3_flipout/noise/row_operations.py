@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch as th
 
 from sb3_flipout.noise.rows import Index, RowNoise
@@ -115,7 +116,9 @@ def same_noise(a: RowNoise, b: RowNoise | None) -> bool:
         return True
     if b is None or len(a) != len(b):
         return False
-    return bool((a.keys == b.keys).all() and (a.scale == b.scale).all()) and a.owner is b.owner
+    if a.owner is not b.owner or a.base != b.base:
+        return False
+    return bool((a.keys == b.keys).all() and (a.scale == b.scale).all())
 
 
 def _after_cat(args: tuple[Any, ...], kwargs: dict[str, Any], found: list[RowNoise]) -> RowNoise | None:
@@ -140,7 +143,7 @@ def _after_index(data: th.Tensor, index: Index, noise: RowNoise, result: th.Tens
     rows = index[0] if isinstance(index, tuple) and index else index
     if isinstance(rows, th.Tensor) and rows.dim() == 0:
         rows = int(rows) if rows.dtype != th.bool else None
-    if rows is None or isinstance(rows, (int, bool)):  # a single row is no batch any more
+    if rows is None or isinstance(rows, (int, np.integer, np.bool_)):  # a single row is no batch any more
         return None
     if isinstance(index, tuple) and (rows is Ellipsis or isinstance(rows, slice)) and _come_first(index):
         return None

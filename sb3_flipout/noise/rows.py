@@ -6,6 +6,7 @@ It travels with the data: see :mod:`sb3_flipout.noise.carried`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,10 @@ from sb3_flipout.noise.signs import FactorPlan, check_keys
 _SHARED_EXPANSION = 1 << 24
 
 Index = Any  # whatever indexes the first dimension of a tensor: slice, integer array, integer tensor
+
+
+#: Said in place of a base key where rows have acted under several.
+SEVERAL_BASES = "several"
 
 
 class NoiseOwner:
@@ -40,6 +45,8 @@ class RowNoise:
     rows_per_input: int = 1
     #: How many rows, next to each other, have the same key, so that what is made of keys need not be made of each row.
     rows_per_key: int = 1
+    #: Key of the base under which the rows have acted, or that there are several; ``None``: it is the present one.
+    base: int | str | None = None
 
     def __init__(self, keys: th.Tensor, scale: th.Tensor | float | None = None, owner: NoiseOwner | None = None) -> None:
         check_keys(keys)
@@ -92,6 +99,7 @@ class RowNoise:
         child = object.__new__(RowNoise)
         child._keys = child._scale = child._unit = None
         child.owner, child._plain, child.silent, child._factors = self.owner, self._plain, self.silent, {}
+        child.base = self.base
         child._parent = (self, index)
         return child
 
@@ -104,7 +112,9 @@ class RowNoise:
         :return: Noise of these rows at those scales
         """
         if not self._plain:
-            return RowNoise(self.keys, scale, self.owner)
+            found = RowNoise(self.keys, scale, self.owner)
+            found.base = self.base
+            return found
         twin = self[:]
         twin._scale, twin._plain, twin._unit = scale, False, self
         twin.silent = _all_zero(scale) if silent is None else silent
@@ -122,7 +132,8 @@ class RowNoise:
         """
         name = (plan, dtype)
         if name not in self._factors:
-            self._factors[name] = self._expand(plan, dtype)
+            with th.inference_mode(False) if th.is_inference_mode_enabled() else nullcontext():
+                self._factors[name] = self._expand(plan, dtype)  # kept, and training may ask for it next
         return self._factors[name]
 
     def _expand(self, plan: FactorPlan, dtype: th.dtype) -> th.Tensor:
@@ -170,7 +181,10 @@ class RowNoise:
         """
         owners = {id(part.owner): part.owner for part in parts}
         owner = next(iter(owners.values())) if len(owners) == 1 else None
-        return RowNoise(th.cat([part.keys for part in parts]), th.cat([part.scale for part in parts]), owner)
+        found = RowNoise(th.cat([part.keys for part in parts]), th.cat([part.scale for part in parts]), owner)
+        bases = {part.base for part in parts}
+        found.base = bases.pop() if len(bases) == 1 else SEVERAL_BASES
+        return found
 
 
 class RowsByKey(RowNoise):

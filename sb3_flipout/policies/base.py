@@ -17,11 +17,13 @@ from torch import nn
 from sb3_flipout.checks import warn_user
 from sb3_flipout.layers import FlipoutLayer, PerturbedNetwork
 from sb3_flipout.layers.convert import Wanted, checked_patterns, names_to_skip, perturb_named, warn_of_plain
+from sb3_flipout.layers.interface import flipout_layers
 from sb3_flipout.noise import RowNoise, Scales, noise_of
 from sb3_flipout.noise.carried import lost_by
 from sb3_flipout.noise.compiling import eager
 from sb3_flipout.policies.guard import VisitGuard
-from sb3_flipout.policies.observations import n_rows
+from sb3_flipout.policies.observations import looked_at, n_rows
+from sb3_flipout.policies.optimizers import is_of_the_user, join_sigma, sigmas_of
 from sb3_flipout.policies.plain import plain_copy
 from sb3_flipout.policies.rows import give_layouts
 from sb3_flipout.policies.settings import NoiseSettings
@@ -83,15 +85,24 @@ class FlipoutPolicyMixin(NoiseState):
         names = {layer: name for name, layer in self.named_modules() if isinstance(layer, FlipoutLayer)}
         self.guard.reached = give_layouts({names[layer]: layer for layer in network.layers if layer in names}, run, self)
 
-    def _make_optimizer(self, parameters: Iterable[nn.Parameter], lr_schedule: Schedule) -> th.optim.Optimizer:
+    def _make_optimizer(
+        self, parameters: Iterable[nn.Parameter], lr_schedule: Schedule, made: th.optim.Optimizer | None = None
+    ) -> th.optim.Optimizer:
         """
-        Make SB3's optimizer over parameters that include sigma.
+        Make SB3's optimizer over parameters that include sigma; one that the plain policy has made in its own way is kept.
 
         Torch's default optimizers walk over the tensors in Python, so the fused implementation is asked for, where it exists
         and the user has not chosen. It rounds differently from the default one in the last bit, so the default one stays where
         gradient steps must equal stock SB3's: with sigma fixed at 0, and with ``update_noise="mean"``.
         """
-        kwargs = dict(self.optimizer_kwargs)
+        parameters, kwargs = list(parameters), dict(self.optimizer_kwargs)
+        layers = flipout_layers([self])
+        if made is not None:
+            sigmas = {id(sigma) for _, sigma in sigmas_of(layers)}
+            stock = self.optimizer_class([nn.Parameter(th.zeros(1))], lr=lr_schedule(1), **kwargs)  # type: ignore[call-arg]
+            if is_of_the_user(made, stock, [one for one in parameters if id(one) not in sigmas]):
+                join_sigma(made, layers)
+                return made
         chosen = kwargs | getattr(self.optimizer_class, "keywords", {})  # what a functools.partial has chosen
         settings, kind = self.noise_settings, getattr(self.optimizer_class, "func", self.optimizer_class)
         learns_by_mean = getattr(settings, "update_noise", None) == "mean"  # a setting of actors
@@ -210,7 +221,8 @@ class FlipoutPolicyMixin(NoiseState):
             return
         self._sigma_in_units = True
         tensors, _ = self.obs_to_tensor(obs)
-        left = divide_by_inputs(self.perturbed_network.layers, lambda: self.mean_outputs(tensors))
+        with looked_at(self):  # SB3 has not asked for evaluation mode yet
+            left = divide_by_inputs(self.perturbed_network.layers, lambda: self.mean_outputs(tensors))
         for name in ("q_net", "quantile_net", "actor"):  # a target is a copy of what it is the target of
             target = getattr(self, f"{name}_target", None)
             if target is not None:

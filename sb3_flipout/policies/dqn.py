@@ -138,7 +138,7 @@ class ValueMixin(OffPolicyMixin):
         times = self.noise_settings.keys_per_transition
         if times > 1:
             self.learning.inputs_once = takes_inputs_once(self.online, self.perturbed_network, self, times)
-        self.optimizer = self._make_optimizer(self.online.parameters(), lr_schedule)
+        self.optimizer = self._make_optimizer(self.online.parameters(), lr_schedule, self.optimizer)
 
     def _left_out(self) -> tuple[str, ...]:
         """What is left out of one network is left out of the other, which is copied from it."""

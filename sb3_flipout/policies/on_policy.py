@@ -116,7 +116,7 @@ class OnPolicyMixin(OnPolicyPasses):
         self._find_layouts(self.perturbed_network, lambda obs: self.outputs_of(self, obs))
         self._rollouts = 0
         # Made once more, over sigma too. The first one has no state yet, so nothing is lost.
-        self.optimizer = self._make_optimizer(self.parameters(), lr_schedule)
+        self.optimizer = self._make_optimizer(self.parameters(), lr_schedule, self.optimizer)
 
     def _modules_to_perturb(self, perturb: str) -> list[nn.Module]:
         if perturb == "all":
@@ -170,18 +170,18 @@ class OnPolicyMixin(OnPolicyPasses):
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
         """
-        List parameters; during an update only those that learn, since TRPO differentiates by all that it finds here.
+        List parameters; during an update of TRPO only those that learn, since it differentiates by all that it finds here.
 
         :param args: As of ``torch.nn.Module``
         :param kwargs: As of ``torch.nn.Module``
         :return: Names and parameters
         """
         named = super().named_parameters(*args, **kwargs)
-        return (item for item in named if item[1].requires_grad) if self._in_update() else named
+        return (item for item in named if item[1].requires_grad) if self._differentiates_all() else named
 
-    def _in_update(self) -> bool:
+    def _differentiates_all(self) -> bool:
         marks = self.__dict__.get("marks")  # SB3 asks for parameters before there are any
-        return marks is not None and marks.updates
+        return marks is not None and marks.updates and marks.differentiates_all
 
     # ---- save, load, compare ------------------------------------------------------------------------------------
 

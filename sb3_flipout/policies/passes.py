@@ -138,8 +138,36 @@ class OnPolicyPasses(FlipoutPolicyMixin):
         noise = self._own_noise(obs)
         if noise is None and self.marks.updates:
             self._refuse_noiseless(obs)
-        replay = network.activate(noise)
+        replay: AbstractContextManager[None] = network.activate(noise)
+        base = None if noise is None else self._other_base(noise)
+        if base is not None:
+            replay = self._under_base(base, replay)
         return replay if noise is None or self.guard.done or not self.marks.updates else self._noted(replay)
+
+    @eager
+    def _other_base(self, noise: RowNoise) -> int | None:
+        """Key of the base under which rows have acted, where that is not the present one: those of an earlier rollout."""
+        if noise.base is None or noise.base == self.perturbed_network.layers[0].base_key:
+            return None
+        if isinstance(noise.base, int):
+            return noise.base
+        raise ValueError(
+            "a batch has rows of several rollouts, which acted under different base perturbations, so one pass cannot replay "
+            "them all. Learn from the rollouts one after the other, each from a buffer of its own; or keep one base for good: "
+            "policy_kwargs=dict(base_every_rollouts=None)."
+        )
+
+    @contextmanager
+    def _under_base(self, base: int, replay: AbstractContextManager[None]) -> Iterator[None]:
+        """Replay rows of an earlier rollout under its base, which follows from the key, and come back to the present one."""
+        network = self.perturbed_network
+        present = network.bases()
+        network.redraw(base)
+        try:
+            with replay:
+                yield
+        finally:
+            network.bind(present)
 
     @contextmanager
     def _noted(self, replay: AbstractContextManager[None]) -> Iterator[None]:
@@ -151,6 +179,8 @@ class OnPolicyPasses(FlipoutPolicyMixin):
         """Let the log-probabilities of a step carry the noise that it was made under."""
         active = self.perturbed_network.active
         noise = active if isinstance(active, RowNoise) else None
+        if noise is not None:
+            noise.base = self.perturbed_network.layers[0].base_key
         log_prob.row_noise = noise  # type: ignore[attr-defined]
         self.marks.acted_unmarked = noise is not None and not self.marks.collects
 

@@ -144,7 +144,7 @@ class ActorMixin(OffPolicyMixin):
             for layer, model in self._paired_layers(target, followed):
                 layer.row_layout = model.row_layout
         for net in online:
-            net.optimizer = self._make_optimizer(_with_sigma(net, net.optimizer), lr_schedule)
+            net.optimizer = self._make_optimizer(_with_sigma(net, net.optimizer), lr_schedule, net.optimizer)
 
     def _actor_modules(self, actor: Any) -> list[nn.Module]:
         if self.noise_settings.perturb != "heads":

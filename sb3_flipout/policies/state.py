@@ -37,6 +37,7 @@ class RunMarks:
         self.collects = False  # a rollout is being collected
         self.step_due = False  # the algorithm's next collection step has not been made yet
         self.updates = False  # SB3's `train` is running
+        self.differentiates_all = False  # and takes the gradient by every parameter that it finds, as TRPO's does
         self.acted_unmarked = False  # somebody acts under noise whom no algorithm has announced
         self.next_look = 0  # step from which the parameters are looked at again
         self.warned: set[str] = set()

@@ -163,3 +163,50 @@ def test_it_is_made_as_sb3s_are() -> None:
 def test_bad_timeouts_are_refused(timeout: Any, error: type[Exception]) -> None:
     with pytest.raises(error, match="timeout"):
         GuardedSubprocVecEnv([Counting], timeout=timeout)
+
+
+class Levels(gym.Env[Any, Any]):
+    """Its reward is its level, which a curriculum moves."""
+
+    observation_space = spaces.Box(-1, 1, (1,), np.float32)
+    action_space = spaces.Discrete(2)
+    render_mode = "rgb_array"
+    level = 0
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+        super().reset(seed=seed)
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action: Any) -> Any:
+        return np.zeros(1, np.float32), float(self.level), False, False, {}
+
+    def raised(self, by: int) -> int:
+        return self.level + by
+
+    def action_masks(self) -> Any:
+        raise KeyError("no table of masks")
+
+    def render(self) -> Any:
+        raise ArithmeticError("nothing to see")
+
+
+@pytest.mark.parametrize("kind", [SubprocVecEnv, GuardedSubprocVecEnv])
+def test_attributes_are_the_environments(kind: Any) -> None:
+    env = kind([Levels, lambda: gym.wrappers.TimeLimit(Levels(), 9)], start_method="fork")
+    try:
+        env.reset()
+        env.set_attr("level", 7, indices=0)
+        assert env.get_attr("level") == [7, 0] and env.step(np.array([0, 0]))[1].tolist() == [7.0, 0.0]
+        assert env.env_method("raised", 2) == [9, 2]
+        env.set_attr("action_space", spaces.Discrete(5))
+        assert env.get_attr("action_space") == [spaces.Discrete(5)] * 2
+    finally:
+        env.close()
+
+
+@pytest.mark.parametrize(("name", "error"), [("action_masks", "no table of masks"), ("render", "nothing to see")])
+def test_what_a_method_raises_is_told(name: str, error: str) -> None:
+    env = GuardedSubprocVecEnv([Levels], start_method="fork")
+    env.reset()
+    with pytest.raises(RuntimeError, match=error):
+        env.env_method(name)

@@ -234,7 +234,13 @@ def test_the_choice_of_an_action(monkeypatch: pytest.MonkeyPatch) -> None:
     given = _told.sample_action(lambda *args: args, model, 4, "action noise", 2)
     assert given == (model, 4, "action noise", 2)
     assert spied.calls == [("follow_schedule", 0.0), ("collecting", 2)]
-    assert _told.sample_action(lambda *args: args, model, 4)[2:] == (None, 1)
+    assert _told.sample_action(lambda *args, **kwargs: (args, kwargs), model, 4, n_envs=3) == ((model, 4), dict(n_envs=3))
+    assert _told.sample_action(lambda *args: args, model, 4) == (model, 4)
+    assert [call for call in spied.calls if call[0] == "collecting"] == [
+        ("collecting", 2),
+        ("collecting", 3),
+        ("collecting", 1),
+    ]
 
 
 # ---- saving -------------------------------------------------------------------------------------------------------------

@@ -11,11 +11,11 @@ from cases import every_noise
 from torch import nn
 
 from sb3_flipout.layers import FlipoutLinear, FlipoutLSTM, FlipoutMultiheadAttention, LayerNoise, perturb, perturbed
-from sb3_flipout.layers.base import drawn_base_key
 from sb3_flipout.layers.block import Block
 from sb3_flipout.layers.interface import network_of
 from sb3_flipout.layers.row_layout import RowLayout
 from sb3_flipout.noise import FAMILIES
+from sb3_flipout.noise.bases import drawn_base_key
 
 KEYS = th.arange(3)
 
