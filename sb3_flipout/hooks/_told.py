@@ -131,8 +131,9 @@ def _warn_of_fallen_noise(algorithm: Any) -> None:
 def collect_rollout(original: Method, algorithm: Any, *args: Any, **kwargs: Any) -> Any:
     """Tell that a rollout starts: only here do base and rollout-long keys change, never between rollout and update."""
     policy = policy_of(algorithm)
-    for buffer in (algorithm.rollout_buffer, *args, *kwargs.values()):  # one that was put there by hand, or is handed over
-        if isinstance(buffer, RolloutBuffer) and not isinstance(buffer, KeyedBufferMixin):
+    handed_over = [one for one in (*args, *kwargs.values()) if isinstance(one, RolloutBuffer)]
+    for buffer in (algorithm.rollout_buffer, *handed_over):  # put there by hand, or another than the algorithm's
+        if not isinstance(buffer, KeyedBufferMixin):
             store_noise(buffer)
     _follow_schedule(algorithm)
     policy.meet_observations(algorithm._last_obs)
