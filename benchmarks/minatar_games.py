@@ -62,28 +62,30 @@ def losses(rows: list[Row]) -> str:
     return "\n".join(lines) or "None so far."
 
 
-def over_games(rows: list[Row]) -> str:
+def over_games(rows: list[Row], arms: tuple[str, ...]) -> str:
     """Interquartile means over games and seeds, each game's scores divided by the best arm's mean, by rliable."""
     from rliable import library, metrics
 
     found = scores(rows)
-    games = [game for game in GAMES if all(arm in found.get(game, {}) for arm in ARMS)]
-    if not games:
-        return "No game has been run by all arms."
-    seeds = sorted(set.intersection(*(set(found[game][arm]) for game in games for arm in ARMS)))
+    games = [game for game in GAMES if all(arm in found.get(game, {}) for arm in arms)]
+    if len(games) < 2:
+        return f"Not yet: {len(games)} of {len(GAMES)} games have been run by all of them."
+    seeds = sorted(set.intersection(*(set(found[game][arm]) for game in games for arm in arms)))
     if not seeds:
         return "No seed has been run by all arms."
-    best = {game: max(np.mean([found[game][arm][seed] for seed in seeds]) for arm in ARMS) for game in games}
-    values = {arm: np.array([[found[game][arm][seed] / best[game] for game in games] for seed in seeds]) for arm in ARMS}
+    best = {game: max(np.mean([found[game][arm][seed] for seed in seeds]) for arm in arms) for game in games}
+    values = {arm: np.array([[found[game][arm][seed] / best[game] for game in games] for seed in seeds]) for arm in arms}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # rliable asks arch for its older generator
         points, intervals = library.get_interval_estimates(
             values, lambda one: np.array([metrics.aggregate_iqm(one)]), reps=5000, random_state=np.random.RandomState(0)
         )
-    lines = [f"{len(games)} games, {len(seeds)} seeds.", "", "| arm | IQM | 95 % interval |", "|---|---:|---|"]
-    for arm in ARMS:
+    of = f"{', '.join(games)}; seeds {', '.join(map(str, seeds))}."
+    lines = [of, "", "| arm | IQM | 95 % interval |", "|---|---:|---|"]
+    for arm in arms:
         low, high = (float(end[0]) for end in intervals[arm])
-        lines.append(f"| {arm} | {float(points[arm][0]):.3f} | {low:.3f} to {high:.3f} |")
+        interval = f"{low:.3f} to {high:.3f}" if len(seeds) > 1 else "one seed: none"
+        lines.append(f"| {arm} | {float(points[arm][0]):.3f} | {interval} |")
     return "\n".join(lines)
 
 
@@ -107,9 +109,13 @@ over 30 episodes.
 
 ## Over games
 
-Each score is divided by the best arm's mean on the game.
+Each score is divided by the best arm's mean on the game. The defaults against the others:
 
-{over_games(rows)}
+{over_games(rows, (*OTHERS, "flipout-falling"))}
+
+All arms:
+
+{over_games(rows, ARMS)}
 
 ## Losses
 
