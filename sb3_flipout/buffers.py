@@ -8,7 +8,8 @@ costs 12 bytes per transition: an int64 key and a float32 scale.
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from inspect import signature
+from typing import Any, ClassVar
 
 import numpy as np
 import torch as th
@@ -25,6 +26,7 @@ class KeyedBufferMixin(RolloutBuffer):
     noise_keys: np.ndarray  # (n_steps, n_envs) int64
     noise_scales: np.ndarray  # (n_steps, n_envs) float32
     _noise: RowNoise | None
+    LOG_PROB_AT: ClassVar[int] = 5  # the place of log_prob among the arguments of `add`
     _owner: NoiseOwner | None = None  # whose noise it is
     _base: int | str | None = None  # the base under which it acted
 
@@ -50,12 +52,14 @@ class KeyedBufferMixin(RolloutBuffer):
         :param kwargs: The same by name
         :raises ValueError: If the log-probability carries no noise
         """
-        noise = noise_of(args[5] if len(args) > 5 else kwargs["log_prob"])
+        at = self.LOG_PROB_AT
+        noise = noise_of(args[at] if len(args) > at else kwargs["log_prob"])
         if noise is None:
             raise ValueError(
                 "the rollout buffer got a transition whose log_prob carries no noise keys, so the update could not replay it. "
                 "Hand it the very log-probabilities that policy(obs) gave: operations on them lose the keys. Collect neither "
-                "inside perturbed(policy, None) nor with a policy replaced since."
+                "inside perturbed(policy, None) nor with a policy replaced since. A policy of yours that overrides forward "
+                "stands behind the flipout class: class Mine(FlipoutActorCriticPolicy, MyPolicy)."
             )
         self._owner, position = noise.owner, self.pos
         self._base = noise.base if self._base in (None, noise.base) else SEVERAL_BASES
@@ -74,7 +78,7 @@ class KeyedBufferMixin(RolloutBuffer):
         derived_from = vars(type(self)).get("DERIVED_FROM")
         if derived_from is None:  # a class of the user's, who derived it from one of ours
             return super().__reduce_ex__(protocol)
-        return _empty_keyed, (derived_from,), self.__dict__
+        return _empty_keyed, (derived_from,), *super().__reduce_ex__(max(2, protocol))[2:]
 
     def _rollout_noise(self) -> RowNoise:
         """Noise of padding, then of all transitions in the order of the flattened buffer; made once per rollout."""
@@ -145,11 +149,14 @@ def keyed(buffer_class: type[RolloutBuffer]) -> type[RolloutBuffer]:
     if issubclass(buffer_class, KeyedBufferMixin):
         return buffer_class
     # __module__ would be "abc" otherwise, which confuses readers of tracebacks.
-    members = {
+    members: dict[str, Any] = {
         "DERIVED_FROM": buffer_class,
         "__module__": __name__,
         "__doc__": f"{buffer_class.__name__} that stores noise keys.",
     }
+    arguments = list(signature(buffer_class.add).parameters)  # a user's class may take more, costs for example
+    if "log_prob" in arguments:
+        members["LOG_PROB_AT"] = arguments.index("log_prob") - 1
     stock = next(base for base in buffer_class.__mro__ if base.__module__.startswith(("stable_baselines3.", "sb3_contrib.")))
     behind = () if stock is buffer_class else (type(f"Keyed{stock.__name__}", (_SamplesByPlace, stock), {}),)
     return type(f"Keyed{buffer_class.__name__}", (KeyedBufferMixin, buffer_class, *behind), members)

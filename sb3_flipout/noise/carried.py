@@ -19,6 +19,10 @@ from sb3_flipout.noise.rows import RowNoise
 
 _LOST_BY = "noise_lost_by"
 
+# What is about the tensor itself, and not about its numbers: a plain view of it would be another leaf of autograd's graph.
+_HOOKS = ("register_hook", "register_post_accumulate_grad_hook")
+_OF_THE_TENSOR = frozenset(("__get__", "__set__", "requires_grad_", "retain_grad", "backward", "grad", *_HOOKS))
+
 
 class KeyedTensor(th.Tensor):
     """Observations that carry the noise of their rows."""
@@ -38,13 +42,16 @@ class KeyedTensor(th.Tensor):
         :param kwargs: Its arguments by name
         :return: Its result
         """
-        kwargs = kwargs or {}
+        kwargs, name = kwargs or {}, getattr(func, "__name__", "")
+        if name in _OF_THE_TENSOR:
+            with th._C.DisableTorchFunctionSubclass():
+                found = func(*args, **kwargs)
+            return _plain(found) if name == "__get__" else found  # `real` of a real tensor is the tensor itself
         with th._C.DisableTorchFunctionSubclass():
             result = func(*map(_plain, args), **{name: _plain(value) for name, value in kwargs.items()})
-        name = getattr(func, "__name__", "")
         if overwrites(name, args) and isinstance(args[0], KeyedTensor):
             args[0].__dict__.update({"row_noise": None, _LOST_BY: name})
-        if name == "__get__" or not isinstance(result, (th.Tensor, tuple, list)):  # a property, `T` for example; or no tensor
+        if not isinstance(result, (th.Tensor, tuple, list)):
             return result
         if isinstance(result, (tuple, list)) and not any(isinstance(part, th.Tensor) for part in result):
             return result  # numbers, as `tolist` gives them

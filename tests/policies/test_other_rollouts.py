@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import pickle
+import threading
 import warnings
 from typing import Any
 
@@ -17,7 +19,8 @@ from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.utils import polyak_update
 
 from sb3_flipout.buffers import keyed
-from sb3_flipout.noise import RowNoise
+from sb3_flipout.noise import RowNoise, with_noise
+from sb3_flipout.noise.carried import without_noise
 
 STEPS, N_ENVS = 16, 2
 KINDS = {
@@ -185,3 +188,95 @@ def test_an_update_finds_all_parameters(algorithm: Any) -> None:
     assert found == [everything] if algorithm is not TRPO else found[0] < everything
     if algorithm is not TRPO:
         assert all(th.equal(a, b) for a, b in zip(model.policy.parameters(), teacher.parameters(), strict=True))
+
+
+class Costs(RolloutBuffer):
+    """Takes costs beside rewards, and holds a lock."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.lock, self.costs = threading.Lock(), []
+        super().__init__(*args, **kwargs)
+
+    def add(self, obs: Any, action: Any, reward: Any, cost: Any, episode_start: Any, value: Any, log_prob: Any) -> None:  # type: ignore[override]
+        self.costs.append(cost)
+        super().add(obs, action, reward, episode_start, value, log_prob)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, lock=threading.Lock())
+
+
+def test_a_buffer_with_arguments_and_a_state_of_its_own() -> None:
+    model = build(rollout_buffer_class=Costs)
+    obs = model.policy.obs_to_tensor(model.env.reset())[0]
+    model.policy.begin_rollout()
+    with th.no_grad(), model.policy.collecting(N_ENVS):
+        for step in range(STEPS):
+            actions, values, log_prob = model.policy(obs)
+            zeros = np.zeros(N_ENVS)
+            model.rollout_buffer.add(obs.numpy(), actions.numpy()[:, None], zeros, step, zeros, values, log_prob)
+            model.policy.marks.step_due = True
+    model.rollout_buffer.compute_returns_and_advantage(values, zeros)
+    for buffer in (copy.deepcopy(model.rollout_buffer), pickle.loads(pickle.dumps(model.rollout_buffer))):
+        assert buffer.costs == list(range(STEPS)) and buffer.lock is not model.rollout_buffer.lock
+    assert gap(model, model.rollout_buffer) < 1e-4
+
+
+# ---- gradients by observations --------------------------------------------------------------------------------------
+
+
+def by_attribute(model: Any, obs: Any, value: Any) -> th.Tensor:
+    obs.requires_grad = True
+    value(obs).sum().backward()
+    return obs.grad
+
+
+def in_place(model: Any, obs: Any, value: Any) -> th.Tensor:
+    assert obs.requires_grad_(True) is obs and obs.is_leaf
+    value(obs).sum().backward()
+    return obs.grad
+
+
+def of_a_copy(model: Any, obs: Any, value: Any) -> th.Tensor:
+    leaf = obs.clone().detach().requires_grad_(True)
+    (found,) = th.autograd.grad(value(leaf).sum(), leaf)
+    return found
+
+
+def by_hook(model: Any, obs: Any, value: Any) -> th.Tensor:
+    seen: list[th.Tensor] = []
+    obs.requires_grad_(True)
+    middle = obs * 1.0
+    middle.register_hook(seen.append)
+    middle.retain_grad()
+    value(middle).sum().backward()
+    assert th.equal(middle.grad, seen[0])
+    return seen[0]
+
+
+@pytest.mark.parametrize("way", [by_attribute, in_place, of_a_copy, by_hook])
+def test_an_update_can_differentiate_by_observations(way: Any) -> None:
+    """As adversarial training and gradient penalties do; against the same pass under the noise said by hand."""
+    model = build()
+    collect(model, model.rollout_buffer)
+
+    def value(obs: th.Tensor) -> th.Tensor:
+        return model.policy.evaluate_actions(obs, actions)[1]
+
+    with model.policy.updating():
+        batch = next(model.rollout_buffer.get(STEPS))
+        actions, noise = batch.actions.long().flatten(), batch.observations.row_noise
+        found = way(model, batch.observations, value)
+    leaf = without_noise(batch.observations).detach().clone().requires_grad_(True)
+    with model.policy.perturbed_network.activate(noise):
+        (expected,) = th.autograd.grad(value(leaf).sum(), leaf)
+    th.testing.assert_close(th.as_tensor(found).as_subclass(th.Tensor), expected, rtol=1e-5, atol=1e-6)
+    assert float(expected.abs().max()) > 0
+
+
+def test_what_is_set_on_observations_is_set() -> None:
+    rows = with_noise(th.rand(3, 2), RowNoise(th.arange(3)))
+    rows.data = th.zeros(3, 2)
+    assert float(rows.sum()) == 0 and rows.T.shape == (2, 3) and not rows.requires_grad
