@@ -27,6 +27,7 @@ class KeyedBufferMixin(RolloutBuffer):
     noise_scales: np.ndarray  # (n_steps, n_envs) float32
     _noise: RowNoise | None
     LOG_PROB_AT: ClassVar[int] = 5  # the place of log_prob among the arguments of `add`
+    MAKES_SAMPLES: ClassVar[bool] = False  # whether the samples are made by a class of the user's
     _owner: NoiseOwner | None = None  # whose noise it is
     _base: int | str | None = None  # the base under which it acted
 
@@ -110,7 +111,21 @@ class KeyedBufferMixin(RolloutBuffer):
         samples = super()._get_samples(batch_inds, *args, **kwargs)
         if noise_of(samples.observations) is not None:  # hung on by the places that a user's class asked for
             return samples
+        if self.MAKES_SAMPLES:
+            self._check_places(samples, batch_inds)
         return with_parts(samples, observations=with_noise(samples.observations, self.row_noise(batch_inds)))
+
+    def _check_places(self, samples: Any, batch_inds: np.ndarray) -> None:
+        """Look whether a user's class has taken the rows that it was asked for: by their log-probabilities."""
+        asked, found = self.log_probs.flatten()[batch_inds], getattr(samples, "old_log_prob", None)
+        if isinstance(found, th.Tensor) and found.numel() == len(asked):
+            given = found.detach().flatten().cpu().numpy()
+            if not np.array_equal(given, asked.astype(given.dtype), equal_nan=True):
+                raise ValueError(
+                    "the _get_samples of the rollout buffer gives other rows than the places that it was asked for, so it "
+                    "cannot be told which noise they acted under. Hang it on there, "
+                    "with_noise(observations, self.row_noise(places))."
+                )
 
 
 def _padded(rows: np.ndarray) -> th.Tensor:
@@ -158,6 +173,7 @@ def keyed(buffer_class: type[RolloutBuffer]) -> type[RolloutBuffer]:
     if "log_prob" in arguments:
         members["LOG_PROB_AT"] = arguments.index("log_prob") - 1
     stock = next(base for base in buffer_class.__mro__ if base.__module__.startswith(("stable_baselines3.", "sb3_contrib.")))
+    members["MAKES_SAMPLES"] = buffer_class._get_samples is not stock._get_samples  # type: ignore[attr-defined]
     behind = () if stock is buffer_class else (type(f"Keyed{stock.__name__}", (_SamplesByPlace, stock), {}),)
     return type(f"Keyed{buffer_class.__name__}", (KeyedBufferMixin, buffer_class, *behind), members)
 

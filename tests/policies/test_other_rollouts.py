@@ -16,6 +16,7 @@ from stable_baselines3 import A2C, PPO
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.logger import Logger
+from stable_baselines3.common.type_aliases import RolloutBufferSamples
 from stable_baselines3.common.utils import polyak_update
 
 from sb3_flipout.buffers import keyed
@@ -155,6 +156,42 @@ def test_a_step_that_is_stored_twice_has_its_noise_twice() -> None:
     model = build(n_steps=2 * STEPS, rollout_buffer_class=Mirrored)
     assert gap(model, collect(model, model.rollout_buffer)) < 1e-4
     assert (model.rollout_buffer.noise_keys != 0).all()
+
+
+def samples_of(buffer: Any, places: np.ndarray) -> RolloutBufferSamples:
+    names = ("observations", "actions", "values", "log_probs", "advantages", "returns")
+    found = [buffer.to_torch(getattr(buffer, name)[places]) for name in names]
+    return RolloutBufferSamples(found[0], found[1], *(part.flatten() for part in found[2:]))
+
+
+class AsAsked(RolloutBuffer):
+    def _get_samples(self, batch_inds: np.ndarray, env: Any = None) -> Any:
+        return samples_of(self, batch_inds)
+
+
+class Sorted(RolloutBuffer):
+    def _get_samples(self, batch_inds: np.ndarray, env: Any = None) -> Any:
+        return samples_of(self, np.sort(batch_inds))
+
+
+class SortedWithNoise(RolloutBuffer):
+    def _get_samples(self, batch_inds: np.ndarray, env: Any = None) -> Any:
+        places = np.sort(batch_inds)
+        samples = samples_of(self, places)
+        return samples._replace(observations=with_noise(samples.observations, self.row_noise(places)))  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("made", [AsAsked, SortedWithNoise])
+def test_samples_that_a_user_makes_have_their_noise(made: Any) -> None:
+    model = build(rollout_buffer_class=made)
+    assert gap(model, collect(model, model.rollout_buffer)) < 1e-4
+
+
+def test_samples_of_other_rows_without_their_noise_are_refused() -> None:
+    model = build(rollout_buffer_class=Sorted)
+    collect(model, model.rollout_buffer)
+    with pytest.raises(ValueError, match=r"gives other rows than the places that it was asked for"):
+        gap(model, model.rollout_buffer)
 
 
 def test_arrays_that_do_not_fit_the_noise_are_refused() -> None:
