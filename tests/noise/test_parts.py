@@ -208,7 +208,8 @@ def test_a_transition_without_keys_is_refused_in_full_words() -> None:
     assert str(told.value) == (
         "the rollout buffer got a transition whose log_prob carries no noise keys, so the update could not replay it. Hand it "
         "the very log-probabilities that policy(obs) gave: operations on them lose the keys. Collect neither inside "
-        "perturbed(policy, None) nor with a policy replaced since."
+        "perturbed(policy, None) nor with a policy replaced since. A policy of yours that overrides forward stands behind the "
+        "flipout class: class Mine(FlipoutActorCriticPolicy, MyPolicy)."
     )
 
 
