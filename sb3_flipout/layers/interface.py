@@ -85,7 +85,8 @@ def network_of(module: nn.Module) -> PerturbedNetwork:
 
     :param module: Module; one that names its network as ``perturbed_network``, as policies do, is believed
     :return: Network, whose layers may be more than those of the module
-    :raises ValueError: If the module holds the networks of several policies
+    :raises ValueError: If the module holds the networks of several policies, or layers of another network that sees something
+        now
     """
     module = getattr(module, "_orig_mod", module)  # a compiled module forwards to the one it wraps
     named = getattr(module, "perturbed_network", None)
@@ -127,7 +128,8 @@ def perturbed(module: nn.Module, keys: th.Tensor | RowNoise | None, scale: th.Te
     :param scale: Noise scales c, shape (N,) or one number; 1 if not given
     :return: Context manager; leaving it restores what was active before
     :raises TypeError: If ``keys`` is not an int64 tensor
-    :raises ValueError: If ``keys`` or ``scale`` has a wrong shape or device, or the network has no perturbed layer
+    :raises ValueError: If ``keys`` or ``scale`` has a wrong shape or device, the network has no perturbed layer, or another
+        network that sees something now shares layers with it; when entered, if the layers have been named otherwise since
     """
     network = network_of(module)
     only = _part(network, module)

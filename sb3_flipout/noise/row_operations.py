@@ -143,7 +143,7 @@ def _after_index(data: th.Tensor, index: Index, noise: RowNoise, result: th.Tens
     rows = index[0] if isinstance(index, tuple) and index else index
     if isinstance(rows, th.Tensor) and rows.dim() == 0:
         rows = int(rows) if rows.dtype != th.bool else None
-    if rows is None or isinstance(rows, (int, np.integer, np.bool_)):  # a single row is no batch any more
+    if rows is None or isinstance(rows, (int, np.integer)):  # a single row is no batch any more
         return None
     if isinstance(index, tuple) and (rows is Ellipsis or isinstance(rows, slice)) and _come_first(index):
         return None

@@ -25,7 +25,7 @@ class Role(IntEnum):
 
 class LearningNoise:
     """
-    The noise of gradient steps, shared by a policy and its networks.
+    The noise of gradient steps, shared by a policy and its networks; and what these see in the collection step that goes on.
 
     :param seed: Seed of the policy's noise
     :param settings: Settings of the policy

@@ -66,7 +66,7 @@ class Prior(nn.Module):
             layer.keep_base()
         self.register_buffer("unit", th.tensor(float("nan"), device=layers[0].like.device, dtype=layers[0].like.dtype))
         self.requires_grad_(False)
-        self.train()
+        self.eval()
         self._known = False  # whether `unit` is, so that no device has to be asked for it again
 
     def train(self, mode: bool = True) -> Prior:

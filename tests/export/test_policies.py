@@ -25,6 +25,7 @@ from torch import nn
 import sb3_flipout
 from sb3_flipout import export_policy, import_policy
 from sb3_flipout.export.describe import described, value_of
+from sb3_flipout.policies import FlipoutMultiInputActorCriticPolicy
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -314,3 +315,13 @@ def test_a_space_that_could_not_be_read_back_is_not_written() -> None:
 def test_whoever_may_read_the_description_may_read_the_tensors(exported: Path) -> None:
     description, tensors = (exported / name for name in ("policy.json", "policy.safetensors"))
     assert tensors.stat().st_mode == description.stat().st_mode
+
+
+def test_sizes_of_parts_that_a_policy_does_not_have_are_let_through(tmp_path: Path) -> None:
+    """What is exported is imported: without images, no tensor is as wide as ``cnn_output_dim``."""
+    space = spaces.Dict(a=spaces.Box(-1, 1, (3,)), b=spaces.Discrete(4))
+    kwargs = dict(features_extractor_kwargs=dict(cnn_output_dim=512))
+    policy = FlipoutMultiInputActorCriticPolicy(space, spaces.Discrete(2), lambda _: 1e-3, **kwargs)
+    again = import_policy(export_policy(policy, tmp_path), "cpu")
+    weights = policy.state_dict()
+    assert all(th.equal(value, weights[name]) for name, value in again.state_dict().items())

@@ -22,6 +22,7 @@ from stable_baselines3.common.utils import polyak_update
 from sb3_flipout.buffers import keyed
 from sb3_flipout.noise import RowNoise, with_noise
 from sb3_flipout.noise.carried import without_noise
+from sb3_flipout.noise.row_operations import same_noise
 
 STEPS, N_ENVS = 16, 2
 KINDS = {
@@ -128,6 +129,10 @@ def test_joined_noise_knows_whether_it_is_of_one_base() -> None:
     a.base, b.base, c.base = 5, 5, 6
     assert RowNoise.cat([a, b]).base == 5 and RowNoise.cat([a, c]).base == "several"
     assert a[:1].base == 5 and a.at_scale(th.ones(2)).base == 5 and RowNoise(th.arange(2)).base is None
+    scaled = RowNoise(th.arange(2), 0.5)
+    scaled.base = 7
+    assert scaled.at_scale(th.ones(2)).base == 7
+    assert same_noise(a, b) and not same_noise(a, c)
 
 
 # ---- buffers of users -----------------------------------------------------------------------------------------------

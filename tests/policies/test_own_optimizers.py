@@ -39,6 +39,18 @@ class Momentum(DQNPolicy):
         self.optimizer = th.optim.SGD(self.q_net.parameters(), lr=lr_schedule(1), momentum=0.9)
 
 
+class WeightDecay(ActorCriticPolicy):
+    """SB3's class over all parameters, with an option that `optimizer_kwargs` does not have."""
+
+    def _build(self, lr_schedule: Any) -> None:
+        super()._build(lr_schedule)
+        self.optimizer = th.optim.Adam(self.parameters(), lr=lr_schedule(1), eps=1e-5, weight_decay=0.2)
+
+
+class FlipoutWeightDecay(FlipoutActorCriticPolicy, WeightDecay):
+    pass
+
+
 class Decay(SACPolicy):
     def _build(self, lr_schedule: Any) -> None:
         super()._build(lr_schedule)
@@ -98,6 +110,11 @@ def test_what_the_optimizer_was_not_given_does_not_move() -> None:
     moved = {name for name, p in model.policy.named_parameters() if not th.equal(p, before[name])}
     heads = {name for name in before if name.split(".")[0] in ("action_net", "value_net")}
     assert moved == heads and {"action_net.weight_sigma", "value_net.weight"} <= heads
+
+
+def test_options_stay_where_class_and_parameters_are_stocks() -> None:
+    model = build(PPO, FlipoutWeightDecay)
+    assert sizes(model.policy.optimizer) == [(len(list(build(PPO, "MlpPolicy").policy.parameters())), 0.2)]
 
 
 @pytest.mark.parametrize("members", [None, 4])
