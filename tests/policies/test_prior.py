@@ -242,6 +242,7 @@ def prior_of(model, obs):
 def test_the_prior_of_a_users_network_is_one_function_per_member(kind):
     """The same in training and evaluation, alone and in a batch, and another for each member."""
     model = own(kind, skip=["*read", "*table"])
+    assert not any(module.training for module in model.policy.prior.modules())
     obs = np.random.default_rng(0).uniform(-1, 1, (5, 4)).astype(np.float32)
     found = []
     for mode in (True, False):
