@@ -70,6 +70,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def same_in_every_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """Seed what a test leaves unseeded, so that it sees the same numbers alone, in the suite, and tomorrow."""
+    th.set_flush_denormal(False)  # a benchmark sets it
     random.seed(0)
     np.random.seed(0)
     th.manual_seed(0)

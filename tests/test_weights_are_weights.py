@@ -53,7 +53,8 @@ def process_tables() -> dict[Any, bytes]:
     """What belongs to the process, bit by bit."""
     known = {("base", *name): table for name, table in bases._TABLES.items()}
     known |= {("factors", *name): table for name, (table, _) in tables._TABLES.items()}
-    return {name: table.contiguous().flatten().view(th.uint8).numpy().tobytes() for name, table in known.items()}
+    there = {name: table for name, table in known.items() if table.device.type != "meta"}
+    return {name: table.contiguous().flatten().view(th.uint8).numpy().tobytes() for name, table in there.items()}
 
 
 def logits(policy: Any, obs: th.Tensor, keys: th.Tensor | None) -> th.Tensor:

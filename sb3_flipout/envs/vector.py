@@ -10,6 +10,8 @@ import numpy as np
 from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvObs, VecEnvStepReturn
 
+from sb3_flipout.checks import warn_user
+
 _MODES = ("NextStep", "SameStep", "Disabled")
 
 
@@ -57,6 +59,7 @@ class GymnasiumVecEnv(VecEnv):
             )
         self.env = env
         self._actions: Any = None
+        self._for_all: set[str] = set()  # methods of which it has been said that they are called for all
         self._ended: dict[int, tuple[Any, bool]] = {}  # NEXT_STEP: last observation, and whether it was a time limit
         super().__init__(env.num_envs, env.single_observation_space, env.single_action_space)
 
@@ -156,10 +159,10 @@ class GymnasiumVecEnv(VecEnv):
         :param indices: Which environments
         :return: One value per environment
         """
-        whole: Any = self.env
-        if not hasattr(whole, "get_attr"):
-            return [getattr(whole, attr_name) for _ in self._get_indices(indices)]
-        values = whole.get_attr(attr_name)
+        several = self._having("get_attr")
+        if several is None:
+            return [getattr(self._having(attr_name) or self.env, attr_name) for _ in self._get_indices(indices)]
+        values = several.get_attr(attr_name)
         return [values[i] for i in self._get_indices(indices)]
 
     def set_attr(self, attr_name: str, value: Any, indices: VecEnvIndices = None) -> None:
@@ -170,17 +173,16 @@ class GymnasiumVecEnv(VecEnv):
         :param indices: Which environments; all of them, where they are one
         :raises ValueError: If some are named of environments that are one
         """
-        whole: Any = self.env
-        chosen = list(self._get_indices(indices))
-        if hasattr(whole, "set_attr") and hasattr(whole, "get_attr"):
-            values = list(whole.get_attr(attr_name)) if len(chosen) < self.num_envs else [value] * self.num_envs
-            whole.set_attr(attr_name, [value if i in chosen else values[i] for i in range(self.num_envs)])
+        several, chosen = self._having("get_attr", "set_attr"), list(self._get_indices(indices))
+        if several is not None:
+            values = list(several.get_attr(attr_name)) if len(chosen) < self.num_envs else [value] * self.num_envs
+            several.set_attr(attr_name, [value if i in chosen else values[i] for i in range(self.num_envs)])
         elif len(chosen) == self.num_envs:
-            setattr(whole, attr_name, value)
+            setattr(self._having(attr_name) or self.env, attr_name, value)
         else:
             raise ValueError(
-                f"indices={indices!r} names {len(chosen)} of {self.num_envs} environments, and {type(whole).__name__} has one "
-                f"{attr_name} for all of them. Leave indices out."
+                f"indices={indices!r} names {len(chosen)} of {self.num_envs} environments, and {type(self.env).__name__} has "
+                f"one {attr_name} for all of them. Leave indices out."
             )
 
     def env_method(self, method_name: str, *args: Any, indices: VecEnvIndices = None, **kwargs: Any) -> list[Any]:
@@ -188,16 +190,35 @@ class GymnasiumVecEnv(VecEnv):
 
         :param method_name: Name
         :param args: Arguments
-        :param indices: Which environments' results are wanted
+        :param indices: Which environments. Gymnasium's ``AsyncVectorEnv``, and environments that are one, call it for all,
+            and this then chooses among the results, which is said once per method
         :param kwargs: Arguments by name
         :return: One result per environment
         """
-        whole: Any = self.env
-        if hasattr(whole, "call"):
-            results: Sequence[Any] = whole.call(method_name, *args, **kwargs)
-            return [results[i] for i in self._get_indices(indices)]
-        result = getattr(whole, method_name)(*args, **kwargs)
-        return [result for _ in self._get_indices(indices)]
+        several, chosen = self._having("call"), list(self._get_indices(indices))
+        each = getattr(several, "envs", None)  # of a SyncVectorEnv
+        if each is not None:
+            return [each[i].get_wrapper_attr(method_name)(*args, **kwargs) for i in chosen]
+        if len(chosen) < self.num_envs and method_name not in self._for_all:
+            self._for_all.add(method_name)
+            warn_user(
+                f"{type(self.env).__name__} calls {method_name} for all {self.num_envs} environments; indices={indices!r} "
+                "chooses among the results. If it changes anything, it does so in all of them."
+            )
+        if several is None:
+            results = [getattr(self._having(method_name) or self.env, method_name)(*args, **kwargs)] * self.num_envs
+        else:
+            results = several.call(method_name, *args, **kwargs)
+        return [results[i] for i in chosen]
+
+    def _having(self, *names: str) -> Any:
+        """Look for the outermost of the vector environment and what it wraps that has these; wrappers pass nothing on."""
+        found: Any = self.env
+        while not all(hasattr(found, name) for name in names):
+            if not isinstance(found, gym.vector.VectorWrapper):
+                return None
+            found = found.env
+        return found
 
     def env_is_wrapped(
         self, wrapper_class: type[gym.Wrapper[Any, Any, Any, Any]], indices: VecEnvIndices = None

@@ -96,12 +96,13 @@ class FlipoutMultiheadAttention(FlipoutLayer, nn.MultiheadAttention):
         :raises ValueError: If noise is active for another number of rows, or inputs have no batch dimension
         """
         view = self.row_view()
-        if view is None:
+        rows = self._rows(view)
+        if rows is None:
             return super().forward(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )
         inputs = [x if self.batch_first else x.transpose(0, 1) for x in (query, key, value)]
-        self._check_rows(inputs[0], len(view.noise))
+        self._check_rows(inputs[0], rows)
         heads = [_heads_apart(projected, self.num_heads) for projected in self._projections(inputs, view)]
         mask = self._mask(key_padding_mask, attn_mask, heads[0])
         attended, weights = self._attend(heads, mask, need_weights, average_attn_weights)
@@ -109,6 +110,12 @@ class FlipoutMultiheadAttention(FlipoutLayer, nn.MultiheadAttention):
             self.out_proj.row_layout = RowLayout(0, self.row_layout.order)
         output = self.out_proj(attended.transpose(1, 2).flatten(2))
         return output if self.batch_first else output.transpose(0, 1), weights
+
+    def _rows(self, view: RowView | None) -> int | None:
+        """Rows that see noise in any projection: torch reads the weights of the last one, and never calls it."""
+        if view is None and isinstance(self.out_proj, FlipoutLayer):
+            view = self.out_proj.row_view()
+        return None if view is None else len(view.noise)
 
     def _check_rows(self, x: th.Tensor, rows: int) -> None:
         if x.dim() != 3 or x.is_nested or not self.row_layout.fits(x.shape[0], rows):
@@ -118,7 +125,7 @@ class FlipoutMultiheadAttention(FlipoutLayer, nn.MultiheadAttention):
                 "network folds something else into the batch, leave the module out with skip=."
             )
 
-    def _projections(self, inputs: list[th.Tensor], view: RowView) -> list[th.Tensor]:
+    def _projections(self, inputs: list[th.Tensor], view: RowView | None) -> list[th.Tensor]:
         """Queries, keys and values of each row, each (N, L, E)."""
         e = self.embed_dim
         biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.split(e)  # type: ignore[no-untyped-call]
@@ -126,14 +133,14 @@ class FlipoutMultiheadAttention(FlipoutLayer, nn.MultiheadAttention):
             parts = [(self.blocks[0], slice(i * e, (i + 1) * e)) for i in range(3)]
         else:
             parts = [(block, slice(None)) for block in self.blocks]
-        return [
-            self._project(x, block, rows, bias, view) for x, (block, rows), bias in zip(inputs, parts, biases, strict=True)
-        ]
+        return [self._project(x, block, out, bias, view) for x, (block, out), bias in zip(inputs, parts, biases, strict=True)]
 
-    def _project(self, x: th.Tensor, block: Block, out: slice, bias: th.Tensor | None, view: RowView) -> th.Tensor:
+    def _project(self, x: th.Tensor, block: Block, out: slice, bias: th.Tensor | None, view: RowView | None) -> th.Tensor:
         """One projection of (N, L, in), by the output rows ``out`` of a block."""
-        size, spread = len(x), self.row_layout.spread
         weight = block.means(self)[0][out]
+        if view is None:
+            return F.linear(x, weight, bias)
+        size, spread = len(x), self.row_layout.spread
         scale = view.noise.scale.to(weight.dtype)
         if not view.vectors and self.noise_config.noise_sharing != "shared":
             weights, row_bias = self.row_weights(spread(view.noise.keys, size), spread(scale, size), block)
@@ -176,7 +183,7 @@ def _part(value: th.Tensor | None, out: slice, dim: int = 1) -> th.Tensor | None
 
 def _heads_apart(x: th.Tensor, heads: int) -> th.Tensor:
     """(N, L, E) -> (N, heads, L, E / heads)."""
-    return x.reshape(*x.shape[:2], heads, -1).transpose(1, 2)
+    return x.reshape(*x.shape[:2], heads, x.shape[2] // heads).transpose(1, 2)
 
 
 def _as_numbers(mask: th.Tensor, dtype: th.dtype) -> th.Tensor:

@@ -70,7 +70,7 @@ class _Conv(_Channels):
         return (r[:, :, None] * per_output).view(*r.shape, per_output.shape[2], *[1] * len(self.kernel_size))
 
     def _outer_sum(self, r: th.Tensor, s: th.Tensor) -> th.Tensor:
-        of_group = (part.view(len(part), self.groups, -1) for part in (r, s))
+        of_group = (part.view(len(part), self.groups, part.shape[1] // self.groups) for part in (r, s))
         found = th.einsum("ngo,ngi->goi", *of_group)
         return found.reshape(self.out_channels, -1, *[1] * len(self.kernel_size))
 
@@ -113,7 +113,7 @@ class _ConvTransposed(_Channels, _ConvTransposeNd):
         return (s[:, :, None] * per_input).view(*s.shape, per_input.shape[2], *[1] * len(self.kernel_size))
 
     def _outer_sum(self, r: th.Tensor, s: th.Tensor) -> th.Tensor:
-        of_group = (part.view(len(part), self.groups, -1) for part in (r, s))
+        of_group = (part.view(len(part), self.groups, part.shape[1] // self.groups) for part in (r, s))
         found = th.einsum("ngo,ngi->gio", *of_group)
         return found.reshape(self.in_channels, -1, *[1] * len(self.kernel_size))
 

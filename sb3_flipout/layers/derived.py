@@ -95,14 +95,37 @@ def _known_base(kind: type[nn.Module]) -> type[nn.Module] | None:
 
 
 def _derived(kind: type[nn.Module], flipout: type[FlipoutLayer]) -> type[FlipoutLayer]:
+    members = {
+        "DERIVED_FROM": (empty_derived, kind),
+        "__module__": __name__,
+        "__doc__": f"{kind.__name__} with perturbed weights.",
+    }
+    if _is_parametrised(kind):
+        # To take a parametrisation off, torch deletes the property of the class itself, and takes its first base.
+        plain = kind.__bases__[0]
+        base = PERTURBED_CLASSES.get(plain) or _derived(plain, flipout)
+        own = {name: member for name, member in vars(kind).items() if name == "__deepcopy__"} | _properties(kind)
+        return type(f"Flipout{kind.__name__}", (base,), own | members)
     if kind not in _DERIVED:
-        members = {
-            "DERIVED_FROM": (empty_derived, kind),
-            "__module__": __name__,
-            "__doc__": f"{kind.__name__} with perturbed weights.",
-        }
         _DERIVED[kind] = type(f"Flipout{kind.__name__}", (flipout, kind), members)
     return _DERIVED[kind]
+
+
+def _is_parametrised(kind: type[nn.Module]) -> bool:
+    """Whether it is a class that torch made for one layer, whose parametrised weights are its properties."""
+    return kind.__module__ == parametrize.__name__
+
+
+def _properties(kind: type[nn.Module]) -> dict[str, Any]:
+    return {name: member for name, member in vars(kind).items() if isinstance(member, property)}
+
+
+def _as_parametrised_now(plain: type[nn.Module], perturbed: type[nn.Module]) -> type[nn.Module]:
+    """The parametrised class that a layer had; made anew where parametrisations have come or gone since."""
+    now, before = _properties(perturbed), _properties(plain)
+    if now.keys() == before.keys():
+        return plain
+    return type(plain.__name__, plain.__bases__, {name: m for name, m in vars(plain).items() if name not in before} | now)
 
 
 def empty_derived(kind: type[nn.Module]) -> nn.Module:
@@ -165,7 +188,7 @@ def plain_class(layer: nn.Module) -> type[nn.Module] | None:
     derived_from = vars(kind).get("DERIVED_FROM")
     if derived_from is not None:
         plain: type[nn.Module] = derived_from[1]
-        return plain
+        return _as_parametrised_now(plain, kind) if _is_parametrised(plain) else plain
     if kind in PERTURBED_CLASSES.values():
         assert isinstance(layer, FlipoutLayer), "the table holds perturbed classes"
         return layer.PLAIN

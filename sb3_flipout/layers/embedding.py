@@ -91,7 +91,7 @@ class FlipoutEmbedding(FlipoutLayer, nn.Embedding):
         if view.vectors:
             r = self.row_layout.spread(view.vectors[1].to(self.weight.dtype), len(index))
             s = factors_at(keys, index, self.noise_index or 0, 0, self.noise_config.spec.factor, self.weight.dtype)
-            r = r.view(len(index), *[1] * (index.dim() - 1), -1)
+            r = r.view(len(index), *[1] * (index.dim() - 1), self.embedding_dim)
             delta, delta_bias = self.deltas()
             noise = for_rows(delta[given]) * s[..., None] * r
             noise = noise if delta_bias is None else noise + delta_bias * r
@@ -110,7 +110,7 @@ class FlipoutEmbedding(FlipoutLayer, nn.Embedding):
         """Entries of each key's rows, which all have the same indices: what does not depend on the key is done once."""
         delta, delta_bias = self.deltas()
         r = view.of_keys[1].to(self.weight.dtype)
-        r = r.view(len(r), *[1] * index.dim(), -1)
+        r = r.view(len(r), *[1] * index.dim(), self.embedding_dim)
         keys = view.noise.keys[:: view.noise.rows_per_key]
         index_of_keys = index.expand(len(keys), *index.shape)
         keys = keys.view(-1, *[1] * index.dim()).expand(index_of_keys.shape)

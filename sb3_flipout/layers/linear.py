@@ -55,4 +55,4 @@ class FlipoutLinear(OneWeightLayer, nn.Linear):  # type: ignore[misc]
 
     def _unit_dims(self, factor: th.Tensor, x: th.Tensor) -> th.Tensor:
         behind = x.dim() - 2 - self.row_layout.dim  # dimensions between the rows and the units
-        return factor if behind == 0 else factor.view(len(factor), *[1] * behind, -1)
+        return factor if behind == 0 else factor.view(len(factor), *[1] * behind, factor.shape[1])

@@ -106,7 +106,10 @@ def _checkpoints() -> list[_Checkpoint]:
 
 def _checkpoint_of(pack: Any) -> _Checkpoint | None:
     """The checkpoint whose hook a function is; ``None`` for hooks of others."""
-    known = inspect.getclosurevars(inspect.unwrap(pack)).nonlocals
+    hook = inspect.unwrap(pack)
+    if not (inspect.isfunction(hook) or inspect.ismethod(hook)):  # builtins, partials and objects with __call__
+        return None
+    known = inspect.getclosurevars(hook).nonlocals
     if "target_frame_ref" in known:
         return _Checkpoint(known["target_frame_ref"](), True)
     return _Checkpoint(known["frame"], False) if "frame" in known and hasattr(known["frame"], "recompute_fn") else None

@@ -1,5 +1,6 @@
 """Gymnasium's vector environments behind SB3's interface: the same numbers as `DummyVecEnv`, in each way of resetting."""
 
+import warnings
 from typing import Any
 
 import gymnasium as gym
@@ -126,6 +127,8 @@ def test_attributes_and_methods() -> None:
     ours.set_attr("steps", 4, [0, 2])
     assert ours.get_attr("steps") == [4, 0, 4]
     assert ours.env_method("get_wrapper_attr", "steps", indices=2) == [4]
+    ours.env_method("set_wrapper_attr", "steps", 9, indices=[1])
+    assert ours.get_attr("steps") == [4, 9, 4] and ours.env_method("get_wrapper_attr", "steps") == [4, 9, 4]
     assert ours.env_is_wrapped(Marked) == [False] * N
     whole = GymnasiumVecEnv(gym.make_vec("CartPole-v1", N, vectorization_mode="vector_entry_point"))
     assert whole.get_attr("gravity") == [9.8] * N
@@ -134,6 +137,34 @@ def test_attributes_and_methods() -> None:
     with pytest.raises(ValueError, match=r"indices=1 names 1 of 3 environments, and .* has one gravity for all of them"):
         whole.set_attr("gravity", 4.0, 1)
     whole.close()
+
+
+def test_methods_that_are_called_for_all_say_so_once() -> None:
+    ours = GymnasiumVecEnv(gym.vector.AsyncVectorEnv([one] * 2))
+    whole = GymnasiumVecEnv(gym.make_vec("CartPole-v1", 2, vectorization_mode="vector_entry_point"))
+    for env, name, args in ((ours, "set_wrapper_attr", ("steps", 9)), (whole, "close", ())):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert env.env_method(name, *args) == [True if env is ours else None] * 2
+        with pytest.warns(UserWarning, match=rf"calls {name} for all 2 environments; indices=\[0\] chooses") as told:
+            assert len(env.env_method(name, *args, indices=[0])) == 1
+            env.env_method(name, *args, indices=[1])
+        assert len(told) == 1 and told[0].filename == __file__
+        env.close()
+
+
+def test_wrappers_of_vector_environments_are_looked_through() -> None:
+    many = gym.wrappers.vector.RecordEpisodeStatistics(SyncVectorEnv([one] * N, autoreset_mode=AutoresetMode.SAME_STEP))
+    ours = GymnasiumVecEnv(many)
+    ours.reset()
+    ours.set_attr("steps", 4, [0, 2])
+    assert ours.get_attr("steps") == [4, 0, 4] and ours.env_method("get_wrapper_attr", "steps", indices=[1]) == [0]
+    whole = GymnasiumVecEnv(
+        gym.wrappers.vector.RecordEpisodeStatistics(gym.make_vec("CartPole-v1", N, vectorization_mode="vector_entry_point"))
+    )
+    whole.set_attr("gravity", 5.0)
+    assert whole.get_attr("gravity") == [5.0] * N and whole.env.unwrapped.gravity == 5.0
+    assert whole.get_attr("episode_count") == [0] * N
 
 
 def test_what_is_no_vector_environment_is_refused() -> None:

@@ -249,3 +249,25 @@ def test_an_encoder_takes_no_fused_path_while_noise_is_active() -> None:
     th.testing.assert_close(padded[~padding], slow_padded[~padding])
     th.testing.assert_close(masked, slow_masked)
     assert not th.allclose(fast, plain) and not th.allclose(fast, masked)
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+@every_noise
+def test_the_output_projection_alone(form: dict[str, Any], noise: dict[str, Any]) -> None:
+    """Torch reads its weights and never calls it, so the attention has to look whether it sees noise."""
+    layer, given = build(form, noise), inputs(form)
+    plain = nn.MultiheadAttention(E, HEADS, **{**form, "batch_first": True}).double().eval()
+    plain.load_state_dict({name: value for name, value in layer.state_dict().items() if name in plain.state_dict()})
+    expected = []
+    for row, (key, scale) in enumerate(zip(KEYS, SCALES, strict=True)):
+        weight, bias = effective_weight(layer.out_proj, key, float(scale))
+        with th.no_grad():
+            plain.out_proj.weight.copy_(weight)
+            if bias is not None:
+                plain.out_proj.bias.copy_(bias)
+            rows = [(x if form.get("batch_first") else x.transpose(0, 1))[row : row + 1] for x in given]
+            expected.append(plain(*rows))
+    outputs, weights = (th.cat(parts) for parts in zip(*expected, strict=True))
+    with perturbed(layer.out_proj, KEYS, SCALES), th.no_grad():
+        found = layer(*given)
+    same(found, (outputs if form.get("batch_first") else outputs.transpose(0, 1), weights))

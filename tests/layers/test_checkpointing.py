@@ -1,6 +1,7 @@
 """Activation checkpointing: what autograd computes again sees the noise that it was computed with first."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -311,7 +312,27 @@ def of_something_called_frame() -> Any:
     return pack
 
 
-@pytest.mark.parametrize("packs", [of_nothing, of_something_called_frame])
+class Keeps:
+    """A hook that is no function, but an object that is called, or has a method."""
+
+    def __call__(self, tensor: th.Tensor) -> th.Tensor:
+        return tensor
+
+    def pack(self, tensor: th.Tensor) -> th.Tensor:
+        return tensor
+
+
+HOOKS: list[Callable[[], Any]] = [
+    of_nothing,
+    of_something_called_frame,
+    lambda: partial(th.mul, other=1),
+    lambda: th.detach,
+    Keeps,
+    lambda: Keeps().pack,
+]
+
+
+@pytest.mark.parametrize("packs", HOOKS, ids=["function", "closure", "partial", "builtin", "object", "method"])
 @pytest.mark.parametrize("recomputed", [False, True])
 def test_hooks_of_others_are_left_alone(packs: Callable[[], Any], recomputed: bool) -> None:
     """Those that move what is saved to another place, as ``save_on_cpu`` does."""

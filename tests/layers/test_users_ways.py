@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from typing import Any
 
@@ -166,3 +167,46 @@ def test_the_figure_shows_sigma_in_the_unit_in_which_it_is_given(plain: nn.Modul
     layer = perturb(plain, sigma_init=0.7)
     assert next(figures._boxes("x", layer))["med"] == pytest.approx(0.7, rel=1e-5)
     assert sb3_flipout.layers.flipout_layers([layer]) == [layer]
+
+
+class Doubled(nn.Module):
+    def forward(self, weight: th.Tensor) -> th.Tensor:
+        return 2 * weight
+
+    def right_inverse(self, weight: th.Tensor) -> th.Tensor:
+        return weight / 2
+
+
+class OwnLinear(nn.Linear):
+    pass
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, OwnLinear])
+def test_parametrisations_come_and_go_while_perturbed(kind: type[nn.Linear]) -> None:
+    net, keys, x = nn.Sequential(kind(4, 3)), th.arange(5), th.randn(5, 4)
+    (layer,) = net
+    parametrize.register_parametrization(layer, "weight", Doubled())
+    parametrize.register_parametrization(layer, "bias", Doubled())
+    weight = layer.weight.detach().clone()
+    perturb(net)
+    with perturbed(net, keys):
+        before = net(x)
+    parametrize.remove_parametrizations(layer, "weight")
+    assert isinstance(layer.weight, nn.Parameter) and th.equal(layer.weight, weight)
+    with perturbed(net, keys):
+        th.testing.assert_close(net(x), before)
+    twin = copy.deepcopy(net)
+    restore(net)
+    assert isinstance(layer, kind) and not isinstance(layer, FlipoutLinear)
+    assert th.equal(layer.weight, weight) and parametrize.is_parametrized(layer, "bias")
+    parametrize.remove_parametrizations(layer, "bias")
+    assert type(layer) is kind
+    parametrize.remove_parametrizations(twin[0], "bias")
+    assert isinstance(twin[0], FlipoutLinear) and isinstance(twin[0], kind)
+    parametrize.register_parametrization(twin[0], "weight", Doubled())
+    with perturbed(twin, keys):
+        th.testing.assert_close(twin(x), before)
+    parametrize.remove_parametrizations(twin[0], "weight")
+    with perturbed(twin, keys):
+        th.testing.assert_close(twin(x), before)
+    assert type(restore(twin)[0]) is kind
