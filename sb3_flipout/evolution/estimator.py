@@ -6,6 +6,7 @@ SB3: a fitness function of your own, a perturbed network, any torch optimizer.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import NamedTuple
 
@@ -14,7 +15,8 @@ from torch import nn
 
 from sb3_flipout.checks import check_choice, check_flag, check_integer, check_number
 from sb3_flipout.evolution.shaping import SHAPINGS
-from sb3_flipout.layers import PerturbedNetwork, network_of, redraw
+from sb3_flipout.layers import FlipoutLayer, perturbed, redraw
+from sb3_flipout.layers.interface import layers_of
 from sb3_flipout.layers.network import Activation
 from sb3_flipout.noise import RowNoise, Stream, fold, fold_in
 
@@ -64,7 +66,7 @@ class Population:
 
     The attribute ``scale`` multiplies all perturbations of the generations that are asked for from then on.
 
-    :param module: Network with perturbed layers, one network
+    :param module: Network with perturbed layers, or a part of one: its other layers then keep their mean weights
     :param size: Number of members N; even where they are antithetic
     :param seed: Seed, any integer: the generations are a pure function of it
     :param antithetic: Whether members come in pairs with opposite perturbations (Salimans et al. 2017, section 2.1)
@@ -86,8 +88,8 @@ class Population:
         top: float = 1.0,
     ) -> None:
         self.module = module
-        self.network: PerturbedNetwork = network_of(module)
-        if not self.network.layers:
+        self.layers: Sequence[FlipoutLayer] = layers_of(module)
+        if not self.layers:
             raise ValueError(f"{type(module).__name__} has no perturbed layer; call sb3_flipout.perturb(module) first.")
         self.antithetic = check_flag("antithetic", antithetic)
         self.size = check_integer("size", size, 2)
@@ -114,7 +116,7 @@ class Population:
 
         :return: Its members, in groups under one base draw each, in the order of their rows
         """
-        device = self.network.layers[0].like.device
+        device = self.layers[0].like.device
         step = 2 if self.antithetic else 1
         numbers = th.arange(self.size, device=device) // step
         keys = fold_in(fold(self.seed, Stream.POPULATION_KEYS, self.generation), numbers)
@@ -125,7 +127,7 @@ class Population:
         for number in range(self.base_perturbations):
             rows = slice(number * each, (number + 1) * each)
             base = fold(self.seed, Stream.POPULATION_BASE, self.generation, number)
-            self._asked.append(Group(self.module, self.network, rows, RowNoise(keys[rows], scales[rows]), base))
+            self._asked.append(Group(self.module, self.layers, rows, RowNoise(keys[rows], scales[rows]), base))
         self.generation += 1
         return self._asked
 
@@ -163,7 +165,7 @@ class Population:
     def _add_gradients(self, groups: list[Group], shares: th.Tensor) -> None:
         means, gradients = [], []
         sums = [_estimate(group, shares[group.rows]) for group in groups]
-        for number, mean in enumerate(mean for layer in self.network.layers for mean in layer.means()):
+        for number, mean in enumerate(mean for layer in self.layers for mean in layer.means()):
             if mean.requires_grad:  # not a frozen one
                 means.append(mean)
                 gradients.append(-th.stack([of_group[number] for of_group in sums]).sum(0))
@@ -175,14 +177,14 @@ class Group:
     Members under one base draw, which are evaluated together.
 
     :param module: Network
-    :param network: The network of its perturbed layers
+    :param layers: Its perturbed layers
     :param rows: Which of the population's members they are
     :param noise: Their keys and scales
     :param base_key: Key of their base draw
     """
 
-    def __init__(self, module: nn.Module, network: PerturbedNetwork, rows: slice, noise: RowNoise, base_key: int) -> None:
-        self.module, self.network = module, network
+    def __init__(self, module: nn.Module, layers: Sequence[FlipoutLayer], rows: slice, noise: RowNoise, base_key: int) -> None:
+        self.module, self.layers = module, layers
         self.rows, self.noise, self.base_key = rows, noise, base_key
 
     def members(self, some: slice | th.Tensor | None = None) -> AbstractContextManager[None]:
@@ -200,36 +202,36 @@ class _Members:
 
     def __init__(self, group: Group, noise: RowNoise) -> None:
         self._group = group
-        self._activation: Activation = group.network.activate(noise)
+        self._activation: Activation = perturbed(group.module, noise)
 
     def __enter__(self) -> None:
-        redraw_to(self._group.module, self._group.network, self._group.base_key)
+        redraw_to(self._group.module, self._group.layers, self._group.base_key)
         self._activation.__enter__()
 
     def __exit__(self, *error: object) -> None:
         self._activation.__exit__(None, None, None)
 
 
-def redraw_to(module: nn.Module, network: PerturbedNetwork, base_key: int) -> None:
+def redraw_to(module: nn.Module, layers: Sequence[FlipoutLayer], base_key: int) -> None:
     """
     Draw a base perturbation, unless it is the present one.
 
     :param module: Network
-    :param network: The network of its perturbed layers
+    :param layers: Its perturbed layers
     :param base_key: Key of the base
     """
-    if any(layer.base_key != base_key for layer in network.layers):
+    if any(layer.base_key != base_key for layer in layers):
         redraw(module, base_key)
 
 
 @th.no_grad()
 def _estimate(group: Group, shares: th.Tensor) -> list[th.Tensor]:
     """The part of the estimate that a group's members give, for each mean weight and bias of the network."""
-    redraw_to(group.module, group.network, group.base_key)
+    redraw_to(group.module, group.layers, group.base_key)
     keys, scales = group.noise.keys, group.noise.scale.double()
     shares = th.where(scales == 0, th.zeros_like(scales), shares.to(scales.device) / scales)
     found = []
-    for layer in group.network.layers:
+    for layer in group.layers:
         relative = layer.noise_config.spec.relative
         for block in layer.blocks:
             for total, variance in zip(layer.summed_deltas(keys, shares, block), layer.variances(block), strict=True):

@@ -157,6 +157,18 @@ def _part(network: PerturbedNetwork, module: nn.Module) -> list[FlipoutLayer] | 
     return None if len(layers) == len(network.layers) else layers
 
 
+def layers_of(module: nn.Module) -> Sequence[FlipoutLayer]:
+    """
+    List the perturbed layers that :func:`perturbed` and :func:`redraw` are about, given a module.
+
+    :param module: Network with perturbed layers, or a part of one
+    :return: Layers
+    """
+    network = network_of(module)
+    part = _part(network, module)
+    return network.layers if part is None else part
+
+
 def redraw(module: nn.Module, base_key: int | None = None) -> None:
     """
     Draw a new base perturbation for every perturbed layer of a network.
@@ -169,8 +181,7 @@ def redraw(module: nn.Module, base_key: int | None = None) -> None:
     :raises TypeError: If ``base_key`` is not an integer
     """
     key = None if base_key is None else check_integer("base_key", base_key)
-    network = network_of(module)
-    for layer in network.layers if _part(network, module) is None else flipout_layers([module]):
+    for layer in layers_of(module):
         layer.redraw(fold(layer.base_key, 0) if key is None else key)
 
 

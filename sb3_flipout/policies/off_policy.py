@@ -23,7 +23,7 @@ from sb3_flipout.policies.base import FlipoutPolicyMixin
 from sb3_flipout.policies.learning import LearnsUnderNoise
 from sb3_flipout.policies.learning_noise import LearningNoise, Role
 from sb3_flipout.policies.learning_settings import LearningSettings
-from sb3_flipout.policies.observations import check_extractor
+from sb3_flipout.policies.observations import check_extractor, n_rows
 
 
 class OffPolicyMixin(FlipoutPolicyMixin):
@@ -175,8 +175,14 @@ class OffPolicyMixin(FlipoutPolicyMixin):
         """Activate the noise of a prediction, unless somebody has said what the rows see."""
         if self.perturbed_network.active is not None:
             return nullcontext()
-        noise = self._acting_noise or self._prediction_noise(observation, deterministic)
-        return self.perturbed_network.activate(noise)
+        acting, rows = self._acting_noise, n_rows(observation)
+        if acting is not None and len(acting) != rows:
+            raise ValueError(
+                f"{type(self).__name__} was asked for actions of {rows} rows in a step of {len(acting)} environments, so "
+                "it cannot be told which noise each row sees. Ask about one row per environment; or say it, by the number of "
+                "each row's environment: `with sb3_flipout.perturbed(policy, policy.learning.acting[numbers]):`."
+            )
+        return self.perturbed_network.activate(acting or self._prediction_noise(observation, deterministic))
 
     # ---- save and load ------------------------------------------------------------------------------------------
 

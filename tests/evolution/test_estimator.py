@@ -8,7 +8,7 @@ import torch as th
 from torch import nn
 
 from sb3_flipout.evolution import Group, Population, Told
-from sb3_flipout.layers import FlipoutLayer, OneHotLinear, effective_weight, flipout_layers, perturb
+from sb3_flipout.layers import FlipoutLayer, OneHotLinear, effective_weight, flipout_layers, perturb, perturbed
 from sb3_flipout.layers.recurrent import FlipoutGRU
 from sb3_flipout.noise import FAMILIES
 from sb3_flipout.noise.families import NOISE_SHARINGS
@@ -44,7 +44,7 @@ def gradients_by_hand(population: Population, groups: list[Group], utilities: th
             pass  # leaves its base drawn
         for row, key, c in zip(range(group.rows.start, group.rows.stop), group.noise.keys, group.noise.scale, strict=True):
             number = 0
-            for layer in population.network.layers:
+            for layer in population.layers:
                 for block in layer.blocks:
                     seen = effective_weight(layer, key, float(c), block.weight)
                     for mean, weight, variance in zip(block.means(layer), seen, layer.variances(block), strict=True):
@@ -68,7 +68,7 @@ def test_the_estimate_is_the_sum_over_members(kind: str, family: str, sharing: s
     fitness = th.randn(12, dtype=th.float64, generator=th.Generator().manual_seed(2))
     assert population.tell(fitness) == Told(12, 0, True)
     expected = gradients_by_hand(population, groups, fitness)
-    means = [mean for layer in population.network.layers for mean in layer.means()]
+    means = [mean for layer in population.layers for mean in layer.means()]
     assert len(means) == len(expected)
     for mean, gradient in zip(means, expected, strict=True):
         assert mean.grad is not None
@@ -250,3 +250,28 @@ def test_frozen_weights_stay_and_a_scale_of_0_is_no_step() -> None:
     population.scale = 0.0
     population.ask()
     assert not population.tell(th.arange(8.0)).stepped
+
+
+def test_a_part_of_a_network_is_searched_alone() -> None:
+    """Also where the whole has been used under noise before, so that the part belongs to it."""
+    body, head = nn.Linear(3, 4), nn.Linear(4, 1)
+    whole = perturb(nn.Sequential(body, head), learn_sigma=False, base_key=5)
+    before = body.base_key  # type: ignore[attr-defined]
+    x = th.randn(12, 3)
+    with perturbed(whole, th.arange(12)):
+        whole(x)
+    population = Population(head, 12, seed=3, shaping="none")
+    (group,) = population.ask()
+    hidden = nn.functional.linear(x, body.weight, body.bias)
+    with group.members(), th.no_grad():
+        found = whole(x)
+    expected = [
+        nn.functional.linear(row, *effective_weight(head, key, float(c)))
+        for row, key, c in zip(hidden, group.noise.keys, group.noise.scale, strict=True)
+    ]
+    th.testing.assert_close(found, th.stack(expected))
+    fitness = th.randn(12)
+    population.tell(fitness)
+    assert body.weight.grad is None and body.bias.grad is None and body.base_key == before  # type: ignore[attr-defined]
+    for mean, gradient in zip((head.weight, head.bias), gradients_by_hand(population, [group], fitness), strict=True):
+        th.testing.assert_close(mean.grad, -gradient)

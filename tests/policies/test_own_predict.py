@@ -88,6 +88,31 @@ def test_where_the_mean_weights_act_it_is_said_once(ask: Any) -> None:
     assert len(caught) == 1
 
 
+@pytest.mark.parametrize("algorithm", [DQN, SAC])
+def test_several_candidates_of_each_environment(algorithm: Any) -> None:
+    """The policy cannot tell their noise, and says how to; done so, each candidate has its environment's noise."""
+
+    def candidates(model: Any, net: Any, obs: th.Tensor) -> th.Tensor:
+        model.policy._predict(obs.repeat_interleave(2, 0))
+        return as_a_whole(model, net, obs)
+
+    def told(model: Any, net: Any, obs: th.Tensor) -> th.Tensor:
+        numbers = th.arange(N_ENVS).repeat_interleave(2)
+        with sb3_flipout.perturbed(model.policy, model.policy.learning.acting[numbers]):
+            model.policy._predict(obs.repeat_interleave(2, 0), deterministic=True)
+            return as_a_whole(model, net, obs.repeat_interleave(2, 0))[::2]
+
+    with pytest.raises(
+        ValueError, match=r"asked for actions of 6 rows in a step of 3 environments.*learning\.acting\[numbers"
+    ):
+        learn(owning(algorithm, candidates, compares=False), algorithm is SAC)
+    own = owning(algorithm, told, compares=False)
+    learn(own, algorithm is SAC, schedule="constant")
+    with_noise = owning(algorithm, as_a_whole, compares=False)
+    a, b = (learn(each, algorithm is SAC, schedule="constant").policy.state_dict() for each in (own, with_noise))
+    assert all(th.equal(value, b[name]) for name, value in a.items())
+
+
 def test_who_asks_for_mean_weights_is_told_nothing() -> None:
     own = owning(DQN, by_mean_weights)
     with warnings.catch_warnings():
