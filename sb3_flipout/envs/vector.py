@@ -161,7 +161,7 @@ class GymnasiumVecEnv(VecEnv):
         """
         several = self._having("get_attr")
         if several is None:
-            return [getattr(self._having(attr_name) or self.env, attr_name) for _ in self._get_indices(indices)]
+            return [getattr(self._one(attr_name), attr_name) for _ in self._get_indices(indices)]
         values = several.get_attr(attr_name)
         return [values[i] for i in self._get_indices(indices)]
 
@@ -178,7 +178,7 @@ class GymnasiumVecEnv(VecEnv):
             values = list(several.get_attr(attr_name)) if len(chosen) < self.num_envs else [value] * self.num_envs
             several.set_attr(attr_name, [value if i in chosen else values[i] for i in range(self.num_envs)])
         elif len(chosen) == self.num_envs:
-            setattr(self._having(attr_name) or self.env, attr_name, value)
+            setattr(self._one(attr_name), attr_name, value)
         else:
             raise ValueError(
                 f"indices={indices!r} names {len(chosen)} of {self.num_envs} environments, and {type(self.env).__name__} has "
@@ -206,10 +206,15 @@ class GymnasiumVecEnv(VecEnv):
                 "chooses among the results. If it changes anything, it does so in all of them."
             )
         if several is None:
-            results = [getattr(self._having(method_name) or self.env, method_name)(*args, **kwargs)] * self.num_envs
+            results = [getattr(self._one(method_name), method_name)(*args, **kwargs)] * self.num_envs
         else:
             results = several.call(method_name, *args, **kwargs)
         return [results[i] for i in chosen]
+
+    def _one(self, name: str) -> Any:
+        """The vector environment that has an attribute; one that nothing has is missed by name, or set, in the outermost."""
+        found = self._having(name)
+        return self.env if found is None else found
 
     def _having(self, *names: str) -> Any:
         """Look for the outermost of the vector environment and what it wraps that has these; wrappers pass nothing on."""
