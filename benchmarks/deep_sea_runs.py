@@ -148,17 +148,22 @@ def _train_sb3(run: Run) -> dict[str, Any]:
     size, _, cap = TASKS[run.task]
     model, watch = build(run), Watch(cap)
     model.learn(cap * size, callback=watch)
-    learned = sum(p.numel() for p in model.q_net.parameters() if p.requires_grad)
-    buffer: Any = model.replay_buffer
-    arrays = [value for value in vars(buffer).values() if isinstance(value, np.ndarray)]
     return dict(
         goals=watch.goals,
         act=lambda obs: int(np.asarray(model.predict(np.array([obs]), deterministic=True)[0])[0]),
         rows_per_step=model.batch_size * GRADIENT_STEPS,
-        learned_parameters=learned,
+        **sizes(model),
+        settings=dict(gradient_steps=GRADIENT_STEPS, batch_size=model.batch_size, learning_rate=LEARNING_RATE),
+    )
+
+
+def sizes(model: DQN) -> Row:
+    """Parameters, learned and all with those of target and prior, and the bytes of the whole replay buffer."""
+    arrays = [value for value in vars(model.replay_buffer).values() if isinstance(value, np.ndarray)]
+    return dict(
+        learned_parameters=sum(p.numel() for p in model.q_net.parameters() if p.requires_grad),
         all_parameters=sum(p.numel() for p in [*model.policy.parameters(), *model.policy.buffers()]),
         buffer_bytes=sum(array.nbytes for array in arrays),
-        settings=dict(gradient_steps=GRADIENT_STEPS, batch_size=model.batch_size, learning_rate=LEARNING_RATE),
     )
 
 
@@ -166,8 +171,8 @@ def _train_plain(run: Run) -> dict[str, Any]:
     size, _, cap = TASKS[run.task]
     th.manual_seed(run.seed)
     kind = boot_dqn.Ensemble if run.arm == "boot-dqn" else boot_dqn.IndexHead
-    sizes = (MEMBERS,) if run.arm == "boot-dqn" else ()
-    agent, goals = kind(size * size, 2, *sizes, PRIOR), GoalRecord()
+    members = (MEMBERS,) if run.arm == "boot-dqn" else ()
+    agent, goals = kind(size * size, 2, *members, PRIOR), GoalRecord()
 
     def finished(good: bool) -> bool:
         goals.add(good)
