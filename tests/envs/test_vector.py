@@ -165,6 +165,10 @@ def test_wrappers_of_vector_environments_are_looked_through() -> None:
     whole.set_attr("gravity", 5.0)
     assert whole.get_attr("gravity") == [5.0] * N and whole.env.unwrapped.gravity == 5.0
     assert whole.get_attr("episode_count") == [0] * N
+    with pytest.raises(AttributeError, match="RecordEpisodeStatistics"):
+        whole.get_attr("weight_of_the_pole")
+    whole.set_attr("weight_of_the_pole", 2)
+    assert whole.get_attr("weight_of_the_pole") == [2] * N and whole.env.weight_of_the_pole == 2
 
 
 def test_what_is_no_vector_environment_is_refused() -> None:

@@ -187,7 +187,9 @@ def test_parametrisations_come_and_go_while_perturbed(kind: type[nn.Linear]) -> 
     (layer,) = net
     parametrize.register_parametrization(layer, "weight", Doubled())
     parametrize.register_parametrization(layer, "bias", Doubled())
-    weight = layer.weight.detach().clone()
+    weight, parametrised = layer.weight.detach().clone(), type(layer)
+    perturb(net)
+    assert type(restore(net)[0]) is parametrised
     perturb(net)
     with perturbed(net, keys):
         before = net(x)
