@@ -17,6 +17,7 @@ import torch as th
 from exploration_training import GoalRecord, Watch
 from runs import Row, made_with
 from stable_baselines3 import DQN
+from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.logger import Logger
 
@@ -38,6 +39,23 @@ TASKS: dict[str, tuple[int, bool, int]] = {
 }
 SEEDS = {"sea-30": 5, "sea-50": 5, "sea-100": 3, "stochastic-10": 5, "stochastic-20": 5}  # where it is not ten
 
+
+class NewestOftener(ReplayBuffer):
+    """
+    Replay whose batches are half what is sampled evenly, half what is sampled with the logarithm of its age even: as many
+    transitions are one to ten steps old as ten to a hundred, or ten thousand to a hundred thousand.
+
+    What an episode has found is learned from in the next ones, however much the buffer holds, and nothing is forgotten.
+    """
+
+    def sample(self, batch_size: int, env: Any = None) -> Any:
+        held = self.size()
+        ages = np.random.randint(0, held, size=batch_size)
+        newer = ages[: batch_size // 2]
+        newer[:] = held ** np.random.random(len(newer)) - 1
+        return self._get_samples((self.pos - 1 - ages) % self.buffer_size, env=env)
+
+
 _ENSEMBLE: dict[str, Any] = dict(members=MEMBERS, prior_scale=PRIOR, keys_per_transition=MEMBERS)
 _LEARNED = dict(learn_sigma=True, schedule="constant")
 _NOISYNET = dict(**_LEARNED, family="factorised", noise_sharing="shared")
@@ -46,6 +64,7 @@ _GREEDY = dict(exploration_initial_eps=0.0, exploration_final_eps=0.0)
 #: Arms of SB3's DQN: changes of its arguments, and policy_kwargs.
 ARMS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "members": (_GREEDY, _ENSEMBLE),
+    "members, newest oftener": ({**_GREEDY, "replay_buffer_class": NewestOftener}, _ENSEMBLE),
     "members, one key": (_GREEDY, {**_ENSEMBLE, "keys_per_transition": 1}),
     "members, 10": ({**_GREEDY, "batch_size": 10 * TRANSITIONS}, {**_ENSEMBLE, "members": 10, "keys_per_transition": 10}),
     "members, no prior": (_GREEDY, {**_ENSEMBLE, "prior_scale": 0.0}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch as th
+from gymnasium import spaces
+from stats import hoeffding
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
@@ -37,12 +40,31 @@ def test_arms_differ_in_one_thing() -> None:
     for arm, (changes, noise) in deep_sea_runs.ARMS.items():
         if arm.startswith("members"):
             ours = deep_sea_runs.ARMS["members"]
-            assert len({*noise.items()} ^ {*ours[1].items()}) <= 4 and changes.keys() <= {*ours[0], "batch_size"}
+            assert len({*noise.items()} ^ {*ours[1].items()}) <= 4 and changes.keys() <= {
+                *ours[0],
+                "batch_size",
+                "replay_buffer_class",
+            }
     settings = deep_sea_runs.build(deep_sea_runs.Run("tiny", "members", 0))
     assert (
         settings.policy.noise_settings.members == settings.policy.noise_settings.keys_per_transition == deep_sea_runs.MEMBERS
     )
     assert settings.batch_size == deep_sea_runs.MEMBERS * deep_sea_runs.TRANSITIONS and settings.target_update_interval == 4
+
+
+@pytest.mark.parametrize("stored", [700, 1500], ids=["filling", "full"])
+def test_half_of_a_batch_is_even_in_the_logarithm_of_age(stored: int) -> None:
+    """Shares of age groups, by Hoeffding's bound."""
+    buffer = deep_sea_runs.NewestOftener(1000, spaces.Discrete(5000), spaces.Discrete(2), "cpu")
+    for number in range(stored):
+        buffer.add(np.array(number), np.array(number + 1), np.array([0]), np.array([0.0]), np.array([False]), [{}])
+    held, n = min(stored, 1000), 100_000
+    ages = stored - 1 - np.asarray(buffer.sample(2 * n).observations).flatten()
+    assert 0 <= ages.min() and ages.max() < held
+    for group, expected in ((ages[:n], lambda age: math.log(age + 1, held)), (ages[n:], lambda age: age / held)):
+        for age in (1, 3, 10, 100, 500):
+            assert abs((group < age).mean() - expected(age)) <= hoeffding(n, comparisons=20) / 2
+    assert stored == 700 or buffer.full
 
 
 def test_the_ensemble_is_its_networks_and_their_priors() -> None:

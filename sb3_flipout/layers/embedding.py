@@ -8,8 +8,10 @@ from typing import Any
 
 import torch as th
 from torch import nn
+from torch.nn.functional import embedding
 from typing_extensions import Unpack
 
+from sb3_flipout.layers import functional
 from sb3_flipout.layers.base import FlipoutLayer
 from sb3_flipout.layers.block import Block, Pair
 from sb3_flipout.layers.config import NoiseKwargs, layer_noise
@@ -92,12 +94,12 @@ class FlipoutEmbedding(FlipoutLayer, nn.Embedding):
             r = self.row_layout.spread(view.vectors[1].to(self.weight.dtype), len(index))
             s = factors_at(keys, index, self.noise_index or 0, 0, self.noise_config.spec.factor, self.weight.dtype)
             r = r.view(len(index), *[1] * (index.dim() - 1), self.embedding_dim)
-            delta, delta_bias = self.deltas()
-            noise = for_rows(delta[given]) * s[..., None] * r
+            found, delta_bias = self._looked_up(given)
+            noise = for_rows(found) * s[..., None] * r
             noise = noise if delta_bias is None else noise + delta_bias * r
         elif self.noise_config.noise_sharing == "shared":
-            delta, delta_bias = self.deltas()
-            found = for_rows(delta[given])
+            found, delta_bias = self._looked_up(given)
+            found = for_rows(found)
             noise = scale * (found if delta_bias is None else found + delta_bias)
         else:  # the slow reference: every row draws its own table
             tables, biases = self.row_weights(view.noise.keys, view.noise.scale)
@@ -108,7 +110,7 @@ class FlipoutEmbedding(FlipoutLayer, nn.Embedding):
 
     def _by_key(self, found: th.Tensor, index: th.Tensor, view: RowView) -> th.Tensor:
         """Entries of each key's rows, which all have the same indices: what does not depend on the key is done once."""
-        delta, delta_bias = self.deltas()
+        delta, delta_bias = self._looked_up(index)
         r = view.of_keys[1].to(self.weight.dtype)
         r = r.view(len(r), *[1] * index.dim(), self.embedding_dim)
         keys = view.noise.keys[:: view.noise.rows_per_key]
@@ -116,7 +118,23 @@ class FlipoutEmbedding(FlipoutLayer, nn.Embedding):
         keys = keys.view(-1, *[1] * index.dim()).expand(index_of_keys.shape)
         s = factors_at(keys, index_of_keys, self.noise_index or 0, 0, self.noise_config.spec.factor, self.weight.dtype)
         found = found if delta_bias is None else found + delta_bias * r
-        return th.addcmul(found, delta[index] * r, s[..., None]).flatten(0, 1)
+        return th.addcmul(found, delta * r, s[..., None]).flatten(0, 1)
+
+    def _looked_up(self, index: th.Tensor) -> Pair:
+        """
+        The base perturbation of the entries that are looked up, shape (N, ..., D), and of the bias. Of a table of more entries
+        than that, the others are not computed: of ten thousand, they would be a tenth of a gradient step.
+        """
+        block, spec = self.blocks[0], self.noise_config.spec
+        pruned = any(name in self._buffers for name in (f"{block.weight}_mask", f"{block.bias}_mask"))
+        if index.numel() >= self.num_embeddings or self.padding_idx is not None or pruned:
+            delta, delta_bias = self.deltas()
+            return delta[index], delta_bias
+        base, bias_base = self.base_of(block)
+        parts = (getattr(self, block.weight), getattr(self, block.weight_sigma), base)
+        mean, sigma, base = (part if part is None or part.dim() < 2 else embedding(index, part) for part in parts)
+        assert mean is not None, "a table has entries"
+        return functional.delta(mean, sigma, base, spec.relative), self._bias_delta(block, bias_base)
 
     def _mean_bias(self) -> th.Tensor:
         bias: th.Tensor = self.blocks[0].means(self)[1]  # type: ignore[assignment]

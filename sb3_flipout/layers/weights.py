@@ -73,12 +73,15 @@ class PerturbedWeights(nn.Module, ABC):
         weight, weight_sigma = getattr(self, block.weight), getattr(self, block.weight_sigma)
         weight_base, bias_base = self.base_of(block)
         delta_weight = functional.delta(weight, weight_sigma, weight_base if weight_eps is None else weight_eps, spec.relative)
-        bias = None if block.bias is None else getattr(self, block.bias)
+        deltas = delta_weight, self._bias_delta(block, bias_base if bias_eps is None else bias_eps)
+        return deltas if not self._buffers else self._unpruned(deltas, block)
+
+    def _bias_delta(self, block: Block, eps: th.Tensor | None) -> th.Tensor | None:
+        spec, bias = self.noise_config.spec, None if block.bias is None else getattr(self, block.bias)
         if bias is None or block.bias_sigma is None:
-            return (delta_weight, None) if not self._buffers else self._unpruned((delta_weight, None), block)
-        bias_sigma = weight_sigma if spec.sigma == "per_layer" else getattr(self, block.bias_sigma)
-        delta_bias = functional.delta(bias, bias_sigma, bias_base if bias_eps is None else bias_eps, spec.relative)
-        return (delta_weight, delta_bias) if not self._buffers else self._unpruned((delta_weight, delta_bias), block)
+            return None
+        sigma = getattr(self, block.weight_sigma if spec.sigma == "per_layer" else block.bias_sigma)
+        return functional.delta(bias, sigma, eps, spec.relative)
 
     def _unpruned(self, deltas: Pair, block: Block) -> Pair:
         """Without noise where ``torch.nn.utils.prune`` has taken weights away: it keeps masks of them."""

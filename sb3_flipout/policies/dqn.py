@@ -23,7 +23,8 @@ from sb3_flipout.noise.families import FamilyName, NoiseSharing
 from sb3_flipout.noise.schedule import Schedule as NoiseSchedule
 from sb3_flipout.noise.stream import Resample
 from sb3_flipout.policies.base import FlipoutPolicyMixin
-from sb3_flipout.policies.learning import LearningValueNetwork, LearnsUnderNoise, learns_under_noise
+from sb3_flipout.policies.extractors import GivesNumbers
+from sb3_flipout.policies.learning import LearningValueNetwork, LearnsUnderNoise, mixed_in
 from sb3_flipout.policies.learning_noise import Role
 from sb3_flipout.policies.learning_settings import TargetNoise, ValueSettings
 from sb3_flipout.policies.observations import n_rows
@@ -125,7 +126,7 @@ class ValueMixin(OffPolicyMixin):
             part = self._last_linear(net) if self.noise_settings.perturb == "heads" else net
             self._perturb([part], quietly=role == Role.TARGET)
             network = attach(flipout_layers([net]), of_policy=True)
-            learns_under_noise(net, LearningValueNetwork).join_noise(network, self.learning, role)
+            mixed_in(net, LearningValueNetwork).join_noise(network, self.learning, role)
             if self.noise_settings.members is not None:
                 for layer in network.layers:
                     layer.keep_base()
@@ -183,7 +184,7 @@ class ValueMixin(OffPolicyMixin):
     def _make_value_net(self) -> nn.Module:
         """Make one more network of the same form."""
         make: Any = getattr(self, f"make_{self.online_name}")
-        net: nn.Module = make()
+        net: nn.Module = mixed_in(make(), GivesNumbers)
         return net
 
     # ---- predictions --------------------------------------------------------------------------------------------

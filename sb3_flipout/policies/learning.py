@@ -1,6 +1,6 @@
 """Networks that ask for the noise of the gradient step while SB3 trains.
 
-A network that learns under noise is of a class derived from the user's own (:func:`learns_under_noise`): its forward pass is
+A network that learns under noise is of a class derived from the user's own (:func:`mixed_in`): its forward pass is
 the user's, with the noise of the step around it.
 """
 
@@ -17,12 +17,13 @@ from torch import nn
 
 from sb3_flipout.layers import PerturbedNetwork
 from sb3_flipout.noise import RowNoise
+from sb3_flipout.policies.extractors import GivesNumbers
 from sb3_flipout.policies.learning_noise import LearningNoise, Role
 from sb3_flipout.policies.observations import each_once, n_rows
 from sb3_flipout.policies.prior import Prior
 
 
-class LearnsUnderNoise(BaseModel):
+class LearnsUnderNoise(GivesNumbers):
     """
     Mixin of a network that sees the noise of the gradient step while SB3 trains.
 
@@ -197,10 +198,10 @@ class LearningStochasticActor(_LearningActor):
 _DERIVED: dict[tuple[type, type], Any] = {}
 
 
-def _derived(mixin: type[LearnsUnderNoise], plain: type[nn.Module]) -> Any:
+def _derived(mixin: type[BaseModel], plain: type[nn.Module]) -> Any:
     if (mixin, plain) in _DERIVED:
         return _DERIVED[mixin, plain]
-    members = {"DERIVED_FROM": (mixin, plain), "__module__": __name__, "__doc__": f"{plain.__name__} that learns under noise."}
+    members = {"DERIVED_FROM": (mixin, plain), "__module__": __name__, "__doc__": f"{plain.__name__} as {mixin.__name__}."}
     _DERIVED[mixin, plain] = type(f"Flipout{plain.__name__}", (mixin, plain), {**members, "__reduce_ex__": _reduce})
     return _DERIVED[mixin, plain]
 
@@ -210,18 +211,18 @@ def _reduce(net: nn.Module, protocol: Any) -> Any:
     return _empty, type(net).DERIVED_FROM, net.__getstate__()  # type: ignore[attr-defined, no-untyped-call]
 
 
-def _empty(mixin: type[LearnsUnderNoise], plain: type[nn.Module]) -> nn.Module:
+def _empty(mixin: type[BaseModel], plain: type[nn.Module]) -> nn.Module:
     derived = _derived(mixin, plain)
     empty: nn.Module = derived.__new__(derived)
     return empty
 
 
-def learns_under_noise(net: nn.Module, mixin: type[LearnsUnderNoise]) -> Any:
+def mixed_in(net: nn.Module, mixin: type[BaseModel]) -> Any:
     """
-    Make a network learn under noise, in place: its class becomes one derived from its own, whose methods it keeps.
+    Give a network a mixin, in place: its class becomes one derived from its own, whose methods it keeps.
 
     :param net: Network, of SB3's class or of one of the user's
-    :param mixin: What it is for
+    :param mixin: What it shall do besides, such as to learn under noise
     :return: The same network
     """
     if not isinstance(net, mixin):

@@ -31,7 +31,7 @@ from sb3_flipout.policies.learning import (
     LearningDeterministicActor,
     LearningStochasticActor,
     LearnsUnderNoise,
-    learns_under_noise,
+    mixed_in,
 )
 from sb3_flipout.policies.learning_noise import Role
 from sb3_flipout.policies.learning_settings import ActorSettings, TargetNoise, UpdateNoise
@@ -135,7 +135,7 @@ class ActorMixin(OffPolicyMixin):
         # In one call: a shared extractor is perturbed once, and no two layers have the same number.
         self._perturb([*self._actor_modules(self.actor), *([self.critic] if perturbs_critics else [])])
         self.perturbed_network = attach(flipout_layers(online), of_policy=True)
-        learns_under_noise(self.actor, self.actor_mixin).join_noise(self.perturbed_network, self.learning, Role.ONLINE)
+        mixed_in(self.actor, self.actor_mixin).join_noise(self.perturbed_network, self.learning, Role.ONLINE)
         self._join_critic(perturbs_critics)
         self._perturb_targets(perturbs_critics)
         self._keep_members()
@@ -155,7 +155,7 @@ class ActorMixin(OffPolicyMixin):
     def _join_critic(self, perturbs_critics: bool) -> None:
         shares = bool(flipout_layers([self.critic]))
         if shares:  # layers of its own, or of an extractor that it shares with the actor
-            learns_under_noise(self.critic, LearningCritic).join_noise(
+            mixed_in(self.critic, LearningCritic).join_noise(
                 self.perturbed_network, self.learning, Role.ONLINE, is_perturbed=perturbs_critics
             )
 
@@ -180,7 +180,7 @@ class ActorMixin(OffPolicyMixin):
         for target, followed_name in noisy:
             is_actor = followed_name == "actor"
             if is_actor or perturbs_critics or any(layer.network is network for layer in flipout_layers([target])):
-                learns_under_noise(target, self.actor_mixin if is_actor else LearningCritic).join_noise(
+                mixed_in(target, self.actor_mixin if is_actor else LearningCritic).join_noise(
                     network, self.learning, Role.TARGET, is_perturbed=is_actor or perturbs_critics
                 )
 

@@ -35,6 +35,10 @@ KINDS: dict[str, tuple[Any, Any]] = {
     "convolution": (lambda: nn.Conv2d(2, 3, 2), floats(2, 4, 5)),
     "convolution, no bias": (lambda: nn.Conv2d(4, 6, 2, groups=2, bias=False), floats(4, 4, 5)),
     "embedding": (lambda: nn.Embedding(5, 3), indices()),
+    "embedding with padding": (
+        lambda: nn.Embedding(5, 3, padding_idx=1),
+        lambda inputs: th.tensor([1, 0, 1, 4]).repeat(10)[:inputs],
+    ),
     "embedding of several": (lambda: nn.Embedding(5, 3, padding_idx=1), indices(2, 3)),
     "one-hot": (lambda: OneHotLinear(5, 3), indices()),
     "one-hot of several": (lambda: OneHotLinear(5, 3), indices(2)),

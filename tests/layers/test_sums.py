@@ -11,7 +11,7 @@ from kinds import KINDS, build
 from torch import nn
 from torch.nn.utils import prune
 
-from sb3_flipout.layers import perturb, perturbed, weights
+from sb3_flipout.layers import OneHotLinear, perturb, perturbed, weights
 from sb3_flipout.layers.recurrent import FlipoutLSTM
 
 SUMMED: dict[str, Any] = {
@@ -20,6 +20,7 @@ SUMMED: dict[str, Any] = {
     "linear, no bias": lambda: nn.Linear(4, 3, bias=False),
     "convolution 2d": lambda: nn.Conv2d(2, 3, (2, 3)),
     "convolution, depthwise": lambda: nn.Conv1d(3, 6, 2, groups=3, bias=False),
+    "one-hot": lambda: OneHotLinear(9, 3),
     "lstm": lambda: nn.LSTM(3, 2),
     "attention": lambda: nn.MultiheadAttention(4, 2),
     "attention, no bias": lambda: nn.MultiheadAttention(4, 2, kdim=3, vdim=2, bias=False),
@@ -74,8 +75,16 @@ def test_variances(kind: str, noise: dict[str, Any]) -> None:
             th.testing.assert_close(of_bias, VARIANCES[noise["family"]](sigma, bias)[1])
 
 
+#: What a layer does with its weights, and what it is given: fewer indices than a table has entries, too.
+PRUNED: dict[str, tuple[Any, Any]] = {
+    "linear": (nn.functional.linear, lambda: th.randn(len(KEYS), 4, dtype=th.float64)),
+    "convolution 2d": (nn.functional.conv2d, lambda: th.randn(len(KEYS), 2, 4, 5, dtype=th.float64)),
+    "one-hot": (lambda x, weight, bias: weight[x] + bias, lambda: th.tensor([8, 0, 3, 3, 1])),
+}
+
+
 @pytest.mark.parametrize("pruned", [("weight",), ("bias",), ("weight", "bias")], ids="-".join)
-@pytest.mark.parametrize("kind", ["linear", "convolution 2d"])
+@pytest.mark.parametrize("kind", PRUNED)
 @every_noise
 def test_what_is_pruned_has_no_noise(kind: str, noise: dict[str, Any], pruned: tuple[str, ...]) -> None:
     layer = build(SUMMED[kind], noise)
@@ -90,8 +99,7 @@ def test_what_is_pruned_has_no_noise(kind: str, noise: dict[str, Any], pruned: t
     for name, of_rows in rows.items():
         moved = (of_rows != getattr(layer, name)).any(0)
         assert th.equal(moved, masks.get(name, th.ones(moved.shape)) == 1)
-    x = th.randn(len(KEYS), *((4,) if kind == "linear" else (2, 4, 5)), dtype=th.float64)
-    op = nn.functional.linear if kind == "linear" else nn.functional.conv2d
+    op, x = PRUNED[kind][0], PRUNED[kind][1]()
     of_row = [dict(weight=rows["weight"][i % len(rows["weight"])], bias=rows["bias"][i % len(rows["bias"])]) for i in range(5)]
     expected = th.cat([op(x[i : i + 1], **of_row[i]) for i in range(5)])
     with perturbed(layer, KEYS):

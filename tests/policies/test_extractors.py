@@ -1,11 +1,21 @@
-"""`OneHotExtractor` is the first layer of an MLP on one-hot vectors, whatever type they have."""
+"""`OneHotExtractor` is the first layer of an MLP on one-hot vectors, whatever type they have; off policy none are made."""
 
+from typing import Any
+
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
+from sb3_contrib import QRDQN
+from stable_baselines3 import DQN, SAC
+from stable_baselines3.common import policies
+from stable_baselines3.common.preprocessing import preprocess_obs
+from stable_baselines3.dqn.policies import QNetwork
 from torch import nn
 
+from sb3_flipout.envs import DeepSea
+from sb3_flipout.policies.dqn import FlipoutDQNPolicy
 from sb3_flipout.policies.extractors import OneHotExtractor
 
 
@@ -23,3 +33,76 @@ def test_it_is_a_linear_layer_on_one_hot_vectors(dtype: th.dtype, shape: tuple[i
 def test_other_observations_are_refused() -> None:
     with pytest.raises(TypeError, match="is for Discrete observations"):
         OneHotExtractor(spaces.Box(-1, 1, (3,)))  # type: ignore[arg-type]
+
+
+class ContinuousSea(gym.ActionWrapper[Any, Any, Any]):
+    """One whose actions are numbers."""
+
+    def __init__(self, size: int, **kwargs: Any) -> None:
+        super().__init__(DeepSea(size, **kwargs))
+        self.action_space: Any = spaces.Box(-1, 1, (1,))
+
+    def action(self, action: Any) -> int:
+        return int(action[0] > 0)
+
+
+MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "DQN": (DQN, DeepSea, {}),
+    "DQN, members and priors": (DQN, DeepSea, dict(members=4, prior_scale=0.3, keys_per_transition=4)),
+    "QRDQN, members and priors": (QRDQN, DeepSea, dict(members=4, prior_scale=0.3)),
+    "SAC": (SAC, ContinuousSea, dict(perturb="all")),
+}
+
+
+def asked_for_one_hot(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    asked: list[Any] = []
+
+    def seen(obs: Any, space: Any, **kwargs: Any) -> Any:
+        asked.append(space)
+        return preprocess_obs(obs, space, **kwargs)
+
+    monkeypatch.setattr(policies, "preprocess_obs", seen)
+    return asked
+
+
+@pytest.mark.filterwarnings("ignore:.* explores by weight noise and by epsilon-greedy")
+@pytest.mark.parametrize("case", MODELS)
+def test_no_one_hot_vectors_are_made_where_numbers_do(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the training is the same as with them, bit for bit."""
+    algorithm, env, noise = MODELS[case]
+    trained = []
+    for extractor in (OneHotExtractor, type("Derived", (OneHotExtractor,), {})):  # one of the user's own gets what SB3 gives
+        model = algorithm(
+            "FlipoutMlpPolicy",
+            env(4, integer_observations=True),
+            learning_starts=20,
+            batch_size=16,
+            policy_kwargs=dict(features_extractor_class=extractor, net_arch=[8], **noise),
+            seed=3,
+        )
+        asked = asked_for_one_hot(monkeypatch)
+        model.learn(60)
+        assert bool(asked) == (extractor is not OneHotExtractor)
+        trained.append(model.policy.state_dict())
+    assert all(th.equal(a, b) for a, b in zip(*(weights.values() for weights in trained), strict=True))
+
+
+class Mirrored(QNetwork):
+    """A network whose observations are numbered from behind."""
+
+    def extract_features(self, obs: Any, features_extractor: Any) -> th.Tensor:
+        return super().extract_features(int(self.observation_space.n) - 1 - obs, features_extractor)
+
+
+class MirroredPolicy(FlipoutDQNPolicy):
+    def make_q_net(self) -> QNetwork:
+        return Mirrored(**self._update_features_extractor(self.net_args, features_extractor=None)).to(self.device)
+
+
+def test_a_network_that_extracts_features_itself_is_asked() -> None:
+    kwargs = dict(features_extractor_class=OneHotExtractor, members=3, prior_scale=0.5)
+    env = DeepSea(4, integer_observations=True)
+    plain, mirrored = (DQN(kind, env, seed=1, policy_kwargs=kwargs) for kind in ("FlipoutMlpPolicy", MirroredPolicy))
+    obs = np.arange(16)
+    values = [model.policy.member_values(obs) for model in (plain, mirrored)]
+    assert th.equal(values[0], values[1].flip(1)) and not th.equal(*values)
