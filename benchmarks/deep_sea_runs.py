@@ -40,20 +40,26 @@ TASKS: dict[str, tuple[int, bool, int]] = {
 SEEDS = {"sea-30": 5, "sea-50": 5, "sea-100": 3, "stochastic-10": 5, "stochastic-20": 5}  # where it is not ten
 
 
+def ages(held: int, count: int, newest: bool) -> np.ndarray:
+    """
+    Draw how many transitions ago what is sampled was stored: evenly, or half of them so that the logarithm of the age is even,
+    as many one to ten steps old as ten to a hundred, or ten thousand to a hundred thousand.
+    """
+    found = np.random.randint(0, held, size=count)
+    if newest:
+        half = found[: count // 2]
+        half[:] = held ** np.random.random(len(half)) - 1
+    return found
+
+
 class NewestOftener(ReplayBuffer):
     """
-    Replay whose batches are half what is sampled evenly, half what is sampled with the logarithm of its age even: as many
-    transitions are one to ten steps old as ten to a hundred, or ten thousand to a hundred thousand.
-
-    What an episode has found is learned from in the next ones, however much the buffer holds, and nothing is forgotten.
+    Replay that samples the newest transitions oftener, see :func:`ages`: what an episode has found is learned from in the next
+    ones, however much the buffer holds, and nothing is forgotten.
     """
 
     def sample(self, batch_size: int, env: Any = None) -> Any:
-        held = self.size()
-        ages = np.random.randint(0, held, size=batch_size)
-        newer = ages[: batch_size // 2]
-        newer[:] = held ** np.random.random(len(newer)) - 1
-        return self._get_samples((self.pos - 1 - ages) % self.buffer_size, env=env)
+        return self._get_samples((self.pos - 1 - ages(self.size(), batch_size, True)) % self.buffer_size, env=env)
 
 
 _ENSEMBLE: dict[str, Any] = dict(members=MEMBERS, prior_scale=PRIOR, keys_per_transition=MEMBERS)

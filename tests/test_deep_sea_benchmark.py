@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import boot_dqn
 import deep_sea
 import deep_sea_runs
+import deep_sea_table
 
 from sb3_flipout.envs import DeepSea
 
@@ -137,3 +138,27 @@ def test_runs_that_are_not_solved_count_as_more_than_the_cap() -> None:
     (line,) = deep_sea.table(rows).splitlines()[2:]
     assert line.startswith("| sea-20 | members | 3 | 1 | >3000 (300 to >3000) | >3000 | 2 |")
     assert np.isfinite(rows[0]["solved"])
+
+
+def test_tables_move_to_their_targets() -> None:
+    np.random.seed(0)
+    tables = deep_sea_table.Tables(3, 5)
+    tables.target[:, 4] = np.array([1.0, 2.0])
+    before = tables.values.copy()
+    for _ in range(7):  # it holds the last five
+        tables.store(8, 0, 7.0, 0, True)
+    for number in range(5):
+        tables.store(number % 2, 1, 0.5, 4, bool(number % 2))
+    tables.learn(False, 64, 0.0)  # that one of the two entries is not sampled has probability (3/5)^64 + (2/5)^64 < 1e-14
+    for cell, aim in ((0, 0.5 + 0.99 * 2.0), (1, 0.5)):
+        np.testing.assert_allclose(tables.values[:, cell, 1], before[:, cell, 1] * 0.6 + 0.4 * aim, rtol=1e-5)
+    before[:, :2, 1] = tables.values[:, :2, 1]
+    assert np.array_equal(tables.values, before)
+
+
+@pytest.mark.parametrize("arm", deep_sea_table.ARMS)
+def test_tables_learn_a_small_sea(arm: str) -> None:
+    row = deep_sea_table.train(deep_sea_table.Run(5, arm, 0))
+    assert row["learned"] and 5 < row["cells"] <= 15 and row["commit"]
+    other = {**row, "seed": 1, "learned": None, "size": 10, "cells": 14}
+    assert "| 10 | " + arm + " | 1 | 0 | >3000 (>3000 to >3000) | 14 |" in deep_sea_table.table([row, other])
