@@ -118,12 +118,14 @@ member's prior does; a sampled transition moves its entry {STEP} of the way to i
 transitions per gradient step, {GRADIENT_STEPS} gradient steps per step, targets from tables {SYNC} steps old at most, discount
 {DISCOUNT}, room for 200,000 transitions, but for what the arm says. Learned: more than 90 of 100 episodes found the treasure.
 
-By these runs it was chosen what the arm `members, newest oftener` of [the networks](deep_sea.md) samples; all seeds are shown.
+By runs like these it was chosen what the arm `members, newest oftener` of [the networks](deep_sea.md) samples, and no seed
+of those had a part in it; all seeds that were run here are shown, and nothing was chosen among them.
 
 {table(rows)}
 
-`newest oftener`: half of each batch as in `even`, half with the logarithm of the age even (as many are one to ten steps old as
-ten thousand to a hundred thousand).
+`newest oftener`: half of each batch as in `even`, half with the logarithm of the age even (as many are one to ten steps old
+as ten thousand to a hundred thousand). What is learned is held up by replay from size 50 on: a buffer that grows samples a
+new transition ever more seldom. And by errors, which a maximum over actions turns into hopes, and which grow with the way.
 """
 
 
