@@ -108,7 +108,8 @@ def largest() -> str:
 
 
 #: Of runs that did not end, and of what was decided.
-REMARKS = """Size 100 is not reached so far. `members` with seed 100 was stopped by hand after 2,604 episodes and 82 CPU minutes, at
+REMARKS = """\
+Size 100 is not reached so far. `members` with seed 100 was stopped by hand after 2,604 episodes and 82 CPU minutes, at
 commit 5361428, without having met the treasure: the furthest that it had come along the diagonal was row 34 in the
 hundred episodes from 604 on, 51 in those from 1,004 on, and 71 in the end, ever more slowly, having seen 4,903 of 5,050
 cells. `members, newest oftener`, the same seed, at commit 0c73546, came to row 26 until episode 600, 52 until 1,050,
