@@ -122,9 +122,9 @@ the way it adds up. In rows 0 to 59 values are too high by 0.28 in the mean, as 
 at the first cell (0.28), so 19 of 20 members walk where everything is known. After 2,000 more gradient steps on the
 transitions that it had, 0 of 20 members headed for what had not been tried; after 3,000 with a learning rate of 3e-4 8,
 with a target network that moves a tenth of the way 8, with Adam's epsilon 1e-5 7, with AMSGrad 4; after 9,000 with 3e-4
-12, and 15 with twice the transitions besides. [Tables in place of networks](deep_sea_table.md) say the same: with
-errors of 0.01 at each update they need twice the episodes at size 50, and without, with the newest sampled oftener,
-they learn size 100.
+12, and 15 with twice the transitions besides. [Tables in place of networks](deep_sea_table.md) say the same, one seed
+each: with errors of 0.01 at each update they need twice the episodes at size 50, and without, with the newest sampled
+oftener, they learn size 100.
 
 What was tried before, on seed 1, without gain: room for 10,000 transitions only (size 50 after 949 episodes, as in the
 table); at size 30, where the setting itself took 487 episodes, Adam's epsilon 1e-4 and 1e-5 instead of 1e-8 (495 and
@@ -137,9 +137,9 @@ more episodes, and at 50 two of five seeds are not solved. So it stays in the be
 On the stochastic seas no one of the options is needed: at size 20 all seeds are solved without, soonest, and at 10 one
 seed of five is not, as with masks or reward noise alone. Both together solve all five, later.
 
-Seconds of masks at size 20, and of the newest oftener, were taken on a machine about half as fast as that of the other
-rows. None of the rows had denormal numbers flushed, in which Adam's moments of cells no longer sampled end: at size 100
-an episode took 2.7 CPU seconds with them and 1.7 without, late in the run."""
+Seconds of masks at size 20, and of the newest oftener, were taken beside other work, on a machine that was up to half
+as fast as for the other rows. None of the rows had denormal numbers flushed, in which Adam's moments of cells no longer
+sampled end: at size 100 an episode took 2.7 CPU seconds with them and 1.7 without, late in the run."""
 
 
 def report(rows: list[Row]) -> str:

@@ -5,7 +5,7 @@
 
 The members of `deep_sea.py` without networks: each has a table of values, which begin as N(0, 0.35^2) as its prior does, and a
 sampled transition moves its entry 0.4 of the way to its target in all tables. Members, batches, gradient steps, target's sync
-and discount are those of `deep_sea.py`. Arms differ in what is sampled.
+and discount are those of `deep_sea.py`. Arms differ in what is sampled, how much, and whether updates err.
 """
 
 from __future__ import annotations
