@@ -2,7 +2,8 @@
 
 The number stands beside the action, in one more column of the array of actions. So it is taken wherever a buffer takes the
 actions of its sample, by whatever indices: SB3's own classes, ``HerReplayBuffer``, n-step returns, and classes of the user's.
-It costs 8 bytes per transition.
+It costs 8 bytes per transition. A transition that is written as SB3 writes it, wherever, has its action in both columns until
+it gets its number: so those are found that were not stored by ``add`` at the place where ``add`` stores.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ class NumberedBufferMixin(ReplayBuffer):
 
     numbers_key: int  # from which numbers are hashed, with how many there were before
     numbered: int  # transitions that have been given one
+    _samples: bool = False  # whether `sample` is running
 
     def add(self, *args: Any, **kwargs: Any) -> None:
         """
@@ -38,10 +40,15 @@ class NumberedBufferMixin(ReplayBuffer):
             _widen(self)
         before = self.pos
         super().add(*args, **kwargs)
-        # A class of the user's may store several steps at once, or leave some out.
-        steps = 1 if self.buffer_size == 1 else (self.pos - before) % self.buffer_size
-        places = (before + np.arange(steps)) % self.buffer_size
-        self.actions[places, :, 1] = self._new_numbers(steps * self.n_envs).reshape(steps, self.n_envs)
+        if self.pos == (before + 1) % self.buffer_size:
+            self.actions[before, :, 1] = self._new_numbers(self.n_envs)
+        else:  # a class of the user's stores several steps at once, or leaves some out, or stores elsewhere
+            self._number_others()
+
+    def _number_others(self) -> None:
+        """Give those a number that have none."""
+        without = self.actions[:, :, 1] == self.actions[:, :, 0]
+        self.actions[without, 1] = self._new_numbers(int(without.sum()))
 
     def _new_numbers(self, n: int) -> np.ndarray:
         counts = th.arange(self.numbered, self.numbered + n)
@@ -57,7 +64,27 @@ class NumberedBufferMixin(ReplayBuffer):
         :return: What the stock buffer gives
         :raises TypeError: If the buffer has not taken its actions from ``self.actions``
         """
-        samples = super().sample(*args, **kwargs)
+        samples = self._sample(*args, **kwargs)
+        actions = samples.actions
+        if bool((getattr(actions, _NAME) == actions[:, 0]).any()):  # somebody has written into the arrays
+            self._number_others()
+            samples = self._sample(*args, **kwargs)
+        return samples
+
+    def _sample(self, *args: Any, **kwargs: Any) -> Any:
+        self._samples = True
+        try:
+            return self._apart(super().sample(*args, **kwargs))
+        finally:
+            self._samples = False
+
+    def _get_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """Other ways of sampling, which a class of the user's has beside `sample`, get actions as they know them."""
+        samples = super()._get_samples(*args, **kwargs)
+        return samples if self._samples else self._apart(samples)
+
+    def _apart(self, samples: Any) -> Any:
+        """Take the numbers of a sample from beside its actions, and hang them on these."""
         both = samples.actions
         if both.dim() != 2 or both.shape[1] != 2 or both.dtype != th.int64:
             kind = type(self).__bases__[1].__name__
@@ -124,11 +151,12 @@ def number_transitions(buffer: Any, key: int) -> int:
     """
     if isinstance(buffer, NumberedBufferMixin):
         return 0
-    actions = np.asarray(getattr(buffer, "actions", None))
-    if not isinstance(buffer, ReplayBuffer) or actions.shape != (buffer.buffer_size, buffer.n_envs, 1):
+    actions = getattr(buffer, "actions", None)
+    shape = actions.shape if isinstance(actions, np.ndarray) else None  # tensors, say, have no column added to them here
+    if not isinstance(buffer, ReplayBuffer) or shape != (buffer.buffer_size, buffer.n_envs, 1):
         raise TypeError(
             f"replay_buffer_class={type(buffer).__name__} cannot be given numbers of transitions, which bootstrap and "
-            "reward_noise need: it must keep its actions in an array of shape (buffer_size, n_envs, 1). Derive it from "
+            "reward_noise need: it must keep its actions in a numpy array of shape (buffer_size, n_envs, 1). Derive it from "
             "ReplayBuffer, DictReplayBuffer or HerReplayBuffer, or leave out bootstrap and reward_noise."
         )
     kind: type[ReplayBuffer] = type(buffer)

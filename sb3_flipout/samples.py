@@ -26,18 +26,19 @@ def with_parts(samples: Any, **parts: Any) -> Any:
     return samples
 
 
-def repeat_rows(samples: Any, times: int) -> Any:
+def repeat_rows(samples: Any, times: int, rows: int) -> Any:
     """
     Repeat each row of a batch, one copy after the other: row n comes from row n // times.
 
     :param samples: Tensor, or a dictionary, named tuple, dataclass or batch of tensors; what is none stays
     :param times: How often
+    :param rows: Rows of the batch; a tensor that has not as many, such as the atoms of a distribution, stays
     :return: The same with ``times`` as many rows; what was given is left as it was
     """
     if isinstance(samples, th.Tensor):
-        return samples.repeat_interleave(times, dim=0)
+        return samples.repeat_interleave(times, dim=0) if samples.dim() and len(samples) == rows else samples
     if isinstance(samples, dict):
-        return {name: repeat_rows(part, times) for name, part in samples.items()}
+        return {name: repeat_rows(part, times, rows) for name, part in samples.items()}
     if hasattr(samples, "_asdict"):
         names = list(samples._asdict())
     elif dataclasses.is_dataclass(samples) and not isinstance(samples, type):
@@ -46,4 +47,4 @@ def repeat_rows(samples: Any, times: int) -> Any:
         names, samples = list(vars(samples)), copy.copy(samples)
     else:
         return samples
-    return with_parts(samples, **{name: repeat_rows(getattr(samples, name), times) for name in names})
+    return with_parts(samples, **{name: repeat_rows(getattr(samples, name), times, rows) for name in names})

@@ -12,7 +12,7 @@ from sb3_flipout.checks import warn_user
 from sb3_flipout.noise import Stream, fold
 from sb3_flipout.policies.base import FlipoutPolicyMixin
 from sb3_flipout.policies.observations import n_rows
-from sb3_flipout.replay_buffers import number_transitions, numbers_of
+from sb3_flipout.replay_buffers import NumberedBufferMixin, number_transitions, numbers_of
 from sb3_flipout.samples import repeat_rows, with_parts
 
 
@@ -52,12 +52,28 @@ def number_stored(algorithm: Any, policy: FlipoutPolicyMixin) -> None:
     bootstrap = _bootstrap(policy)
     if bootstrap is None:
         return
-    without = number_transitions(algorithm.replay_buffer, fold(policy._noise_seed, Stream.TRANSITIONS))
+    without = number_transitions(algorithm.replay_buffer, _numbers_key(policy))
     if without:
         warn_user(
-            f"the replay buffer held {without} transitions without the numbers that bootstrap and reward_noise need: it was "
-            "filled without these settings. They have been given numbers now.",
+            f"the replay buffer held {without} transitions without the numbers that bootstrap and reward_noise need: they "
+            "were stored without these settings. They have been given numbers now.",
         )
+
+
+def reseed_numbers(algorithm: Any, policy: FlipoutPolicyMixin) -> None:
+    """
+    Hash the numbers of transitions that are stored from now on from the policy's present seed; those stored stay.
+
+    :param algorithm: Algorithm
+    :param policy: Its policy
+    """
+    buffer = getattr(algorithm, "replay_buffer", None)
+    if isinstance(buffer, NumberedBufferMixin):
+        buffer.numbers_key = _numbers_key(policy)
+
+
+def _numbers_key(policy: FlipoutPolicyMixin) -> int:
+    return fold(policy._noise_seed, Stream.TRANSITIONS)
 
 
 def _bootstrap(policy: Any) -> Any:
@@ -101,7 +117,8 @@ def batches_for_members(algorithm: Any, policy: FlipoutPolicyMixin) -> Iterator[
 
 def _repeated(given: Any, times: int) -> Any:
     """Each transition for its members; a batch that cannot be told how to repeat would be learned from as another."""
-    samples = repeat_rows(given, times)
+    obs = getattr(given, "observations", None)
+    samples = repeat_rows(given, times, n_rows(obs) if isinstance(obs, th.Tensor | dict) else 0)
     for name in ("observations", "next_observations", "actions", "rewards", "dones"):
         before, after = (getattr(batch, name, None) for batch in (given, samples))
         if before is None or after is None or n_rows(after) != times * n_rows(before):

@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 
 import torch as th
 
+from sb3_flipout.noise.compiling import recording
+
 Op = Callable[[th.Tensor, th.Tensor, th.Tensor | None], th.Tensor]
 
 
@@ -45,7 +47,7 @@ def each_its_own(of_inputs: th.Tensor) -> th.Tensor:
 
 def _added(of_mean: th.Tensor, noise: th.Tensor, r: th.Tensor) -> th.Tensor:
     """Add the noise; without gradients in place, since ``of_mean`` is nobody's, and new memory is slow where it is large."""
-    if th.is_grad_enabled() or th.compiler.is_compiling() or th._C._are_functorch_transforms_active():
+    if th.is_grad_enabled() or recording():
         return th.addcmul(of_mean, noise, r)
     return of_mean.addcmul_(noise, r)
 
@@ -119,7 +121,7 @@ _BLOCK = 1 << 18
 def _summed_products(x: th.Tensor, s: th.Tensor, summed: Callable[[th.Tensor], th.Tensor]) -> th.Tensor:
     rows = max(1, _BLOCK * len(x) // max(1, x.numel()))
     # Where rows lie in another dimension than the first, factors have fewer dimensions than inputs, whatever their sizes.
-    if len(x) <= rows or s.dim() != x.dim() or len(s) != len(x) or th.compiler.is_compiling():
+    if len(x) <= rows or s.dim() != x.dim() or len(s) != len(x) or recording():
         return summed((x * s).to(x.dtype))
     return th.cat([summed((x[n : n + rows] * s[n : n + rows]).to(x.dtype)) for n in range(0, len(x), rows)])
 

@@ -46,6 +46,16 @@ def steps_aside(method: F) -> F:
     return _left_alone(method)
 
 
+def recording() -> bool:
+    """
+    Tell whether torch records what is computed, to compile, trace or transform it: then numpy's results would be constants.
+
+    :return: Whether it does
+    """
+    compiled_or_traced = th.compiler.is_compiling() or th._C._get_tracing_state() is not None
+    return compiled_or_traced or th._C._are_functorch_transforms_active()
+
+
 @functools.cache
 def _disabled(function: Callable[..., Any]) -> Callable[..., Any]:
     return th.compiler.disable(function)  # type: ignore[no-untyped-call]

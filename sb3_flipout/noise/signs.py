@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch as th
 
+from sb3_flipout.noise.compiling import recording
 from sb3_flipout.noise.keys import FINALISER, GOLDEN, fold, fold_in, mix, signed
 from sb3_flipout.noise.tables import FactorKind, factor_table
 
@@ -79,7 +80,7 @@ def factors(
     columns = len(word_salts) * cut.per_word
     if not len(keys):
         return th.empty(0, columns, dtype=dtype, device=keys.device)
-    if keys.device.type == "cpu" and dtype != th.bfloat16 and not th.compiler.is_compiling():
+    if keys.device.type == "cpu" and dtype != th.bfloat16 and not recording():
         # The same bits by numpy: its small operations cost a third of torch's, and hashing a batch is some twenty of them.
         table = factor_table(kind, dtype, keys.device)[1]
         assert table is not None, "numpy has a table of every type but bfloat16"

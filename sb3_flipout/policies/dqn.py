@@ -216,6 +216,8 @@ class ValueMixin(OffPolicyMixin):
         if members is None:
             raise ValueError("member_values needs an ensemble, this policy has members=None; give members=10, say.")
         shape = self.observation_space.shape
+        if isinstance(observation, th.Tensor) and shape == () and observation.dim() == 2 and observation.shape[1] == 1:
+            observation = observation[:, 0]  # as replay buffers give them
         if isinstance(observation, th.Tensor) and shape is not None and observation.dim() != len(shape) + 1:
             raise ValueError(
                 f"member_values takes tensors of the shape (N, {', '.join(map(str, shape)) or '...'}), got "

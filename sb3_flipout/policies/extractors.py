@@ -8,7 +8,9 @@ from stable_baselines3.common.policies import BaseModel
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import nn
 
+from sb3_flipout.checks import check_integer
 from sb3_flipout.layers import OneHotLinear
+from sb3_flipout.noise.compiling import recording
 
 
 class MinAtarCNN(BaseFeaturesExtractor):
@@ -48,7 +50,8 @@ class OneHotExtractor(BaseFeaturesExtractor):
 
     :param observation_space: Discrete observations
     :param features_dim: Units of the layer
-    :raises TypeError: If the observations are not Discrete
+    :raises TypeError: If the observations are not Discrete, or ``features_dim`` is no integer
+    :raises ValueError: If the observations do not start at 0, or ``features_dim`` is below 1
     """
 
     def __init__(self, observation_space: spaces.Discrete, features_dim: int = 64) -> None:
@@ -56,22 +59,42 @@ class OneHotExtractor(BaseFeaturesExtractor):
             raise TypeError(
                 f"OneHotExtractor is for Discrete observations, got {observation_space}. Leave features_extractor_class out."
             )
-        super().__init__(observation_space, features_dim)
-        self.linear = OneHotLinear(int(observation_space.n), features_dim)
+        if observation_space.start != 0:
+            raise ValueError(
+                f"OneHotExtractor is for observations from 0 on, as SB3's one-hot vectors are, got {observation_space}. "
+                f"Subtract {observation_space.start} in a wrapper of the environment."
+            )
+        units = check_integer("features_dim", features_dim, 1)
+        super().__init__(observation_space, units)
+        self.linear = OneHotLinear(int(observation_space.n), units)
 
     def forward(self, observations: th.Tensor) -> th.Tensor:
         """
         Compute the features.
 
-        :param observations: One-hot observations, as SB3 makes them, shape (N, n) or (N, 1, n); or the numbers, shape (N,)
+        :param observations: One-hot observations, as SB3 makes them, shape (N, n) or (N, 1, n); or the numbers,
+            shape (N,) or (N, 1)
         :return: Features, shape (N, features_dim)
+        :raises ValueError: If they are neither
         """
-        numbers = observations if observations.dim() == 1 else _places(observations.flatten(1))
-        return nn.functional.relu(self.linear(numbers))
+        return nn.functional.relu(self.linear(self._numbers(observations)))
+
+    def _numbers(self, observations: th.Tensor) -> th.Tensor:
+        if observations.dim() == 1:
+            return observations
+        rows, values = observations.flatten(1), self.linear.num_embeddings
+        if rows.shape[1] == values:
+            return _places(rows)
+        if rows.shape[1] == 1 and not rows.is_floating_point():
+            return rows[:, 0]
+        raise ValueError(
+            f"OneHotExtractor got observations of shape {tuple(observations.shape)} and type {observations.dtype}; it takes "
+            f"one-hot vectors, shape (N, {values}), or integer numbers, shape (N,) or (N, 1)."
+        )
 
 
 def _places(one_hot: th.Tensor) -> th.Tensor:
-    if one_hot.device.type != "cpu" or th.compiler.is_compiling() or one_hot.dtype not in (th.float32, th.float64):
+    if one_hot.device.type != "cpu" or recording() or one_hot.dtype not in (th.float32, th.float64):
         return one_hot.argmax(dim=1)
     # torch's takes some ten times as long: of ten thousand values, a fifth of a gradient step.
     return th.from_numpy(one_hot.detach().numpy().argmax(axis=1))

@@ -117,7 +117,10 @@ class LearningValueNetwork(LearnsUnderNoise, BasePolicy):
             values = noise.in_order(values)
             if learning is None or self.role != Role.ONLINE or not th.is_grad_enabled():
                 return values
-            return learning.bootstrap.only_its_own(values, learning.batch_of(obs), noise.in_order(noise.keys))
+            batch = learning.batch_of(obs)
+            values = learning.bootstrap.only_its_own(values, batch, noise.in_order(noise.keys))
+            learning.learns_from(batch, n_rows(obs))
+            return values
 
     def _noise_for(self, obs: PyTorchObs, learning: LearningNoise, role: Role) -> RowNoise | None:
         """Where copies of an observation are told apart by their members alone, networks get it once."""

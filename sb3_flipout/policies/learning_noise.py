@@ -10,6 +10,7 @@ from typing import Any
 
 import torch as th
 
+from sb3_flipout.checks import warn_user
 from sb3_flipout.noise import RowNoise, RowsByKey, Stream, fold, fold_in
 from sb3_flipout.noise.keys import restrict
 from sb3_flipout.policies.learning_settings import LearningSettings
@@ -43,6 +44,7 @@ class LearningNoise:
         self.keys_per_transition: int = getattr(settings, "keys_per_transition", 1)  # a setting of value-based policies
         self.bootstrap = Bootstrap(getattr(settings, "bootstrap", 1.0), getattr(settings, "reward_noise", 0.0))
         self.batches: list[SampledBatch] = []  # that somebody may still learn from
+        self._knows_batches = self._told = False  # whether batches were learned from as they were given; what has been said
         self.inputs_once = False  # whether networks may get a repeated observation once; found out when they are built
         # Whether gradient steps need bases of their own: not with members, whose base is frozen, and not where the factors
         # alone are the noise.
@@ -155,6 +157,30 @@ class LearningNoise:
         :return: The batch; ``None`` if they are those of none
         """
         return next((batch for batch in reversed(self.batches) if batch.is_of(obs)), None)
+
+    def learns_from(self, batch: SampledBatch | None, rows: int) -> None:
+        """
+        Say once if members learn from what the replay buffer's ``sample`` has not given: it is neither repeated for them nor
+        are its rewards perturbed. Observations that were changed on the way, as where images are shifted at random, are told
+        by this: there are as many, and those that were sampled are not learned from themselves.
+
+        :param batch: The batch that the online network is asked about with gradients; ``None`` if it is none that was noted
+        :param rows: Its rows
+        """
+        if batch is not None:
+            self._knows_batches = True
+        if batch is not None or self._told or (self.keys_per_transition == 1 and not self.bootstrap.needs_numbers):
+            return
+        if self._knows_batches or not self.batches or rows != self.batches[-1].rows:
+            self._told = True
+            warn_user(
+                f"keys_per_transition={self.keys_per_transition}, reward_noise={self.bootstrap.reward_noise}: members learn "
+                f"from {rows} observations that are not those of a batch of replay_buffer.sample. What comes from elsewhere "
+                "(another buffer, another method of this one) is not repeated for its members, and its rewards get no noise "
+                "of theirs; in observations joined with others, rows and their targets are of different members. Ask the "
+                "network about samples.observations themselves, of the model's replay_buffer.sample; or leave these settings "
+                "out.",
+            )
 
     def base_key(self, role: Role) -> int:
         """

@@ -66,6 +66,15 @@ class LearningSettings(NoiseSettings):
                 f"members={self.members} does not fit base_every_steps={self.base_every_steps}: a member is a key under one "
                 "frozen base. Leave base_every_steps out."
             )
+        if not self._members_differ:
+            raise ValueError(
+                f"members={self.members} does not fit sigma_init=0.0 with learn_sigma=False: all of them would be the mean "
+                "weights. Leave sigma_init out; value-based policies can have members that differ by prior_scale alone."
+            )
+
+    @property
+    def _members_differ(self) -> bool:
+        return self.sigma_init != 0 or self.layer_noise().learns
 
 
 @dataclass(frozen=True)
@@ -135,6 +144,10 @@ class ValueSettings(LearningSettings):
     def falls(self) -> str:
         """How the noise falls over training: what the user chose, or else the default."""
         return self.schedule or ("linear" if self.members is None else "constant")
+
+    @property
+    def _members_differ(self) -> bool:
+        return super()._members_differ or self.prior_scale != 0
 
     def __post_init__(self) -> None:
         if self.learn_sigma is None:

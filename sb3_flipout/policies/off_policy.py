@@ -167,9 +167,20 @@ class OffPolicyMixin(FlipoutPolicyMixin):
         self._aligned = [(draw, draw._version) for draw in _base_draws(pairs)]
 
     def _paired_layers(self, target: str, followed: str) -> list[tuple[FlipoutLayer, FlipoutLayer]]:
-        """Perturbed layers of a target network, each with the one that it follows."""
-        pairs = zip(getattr(self, target).modules(), getattr(self, followed).modules(), strict=True)
-        return [(mine, its) for mine, its in pairs if isinstance(mine, FlipoutLayer) and isinstance(its, FlipoutLayer)]
+        """
+        Perturbed layers of a target network, each with the one that it follows; modules of other kinds may stand around and
+        between those of one of them, as where the user has compiled it.
+        """
+        mine, its = (
+            [module for module in getattr(self, name).modules() if isinstance(module, FlipoutLayer)]
+            for name in (target, followed)
+        )
+        if len(mine) != len(its):
+            raise ValueError(
+                f"{target} has {len(mine)} perturbed layers and {followed}, which it follows, {len(its)}: layers have been "
+                "put into or taken out of one of them. Change both alike."
+            )
+        return list(zip(mine, its, strict=True))
 
     def _acts(self, observation: PyTorchObs, deterministic: bool) -> AbstractContextManager[None]:
         """Activate the noise of a prediction, unless somebody has said what the rows see."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch as th
 
 from sb3_flipout.noise.transitions import in_bootstrap, reward_draws
+from sb3_flipout.policies.observations import n_rows
 
 
 class SampledBatch:
@@ -23,6 +24,7 @@ class SampledBatch:
     def __init__(self, samples: Any, step: int, numbers: th.Tensor | None = None) -> None:
         self.step = step
         self.numbers = numbers
+        self.rows = n_rows(samples.observations)
         of_both = [_parts(obs) for obs in (samples.observations, samples.next_observations)]
         self._given = [{name: weakref.ref(part) for name, part in parts.items()} for parts in of_both]
         self._versions = {id(part): part._version for parts in of_both for part in parts.values()}

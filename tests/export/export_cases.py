@@ -12,6 +12,7 @@ from stable_baselines3 import A2C, DDPG, DQN, PPO, SAC, TD3
 from torch import nn
 
 from sb3_flipout import FlipES
+from sb3_flipout.policies.extractors import OneHotExtractor
 
 VECTOR = spaces.Box(-1, 1, (3,))
 IMAGE = spaces.Box(0, 255, (1, 36, 36), np.uint8)
@@ -43,6 +44,13 @@ CASES: dict[str, tuple[Any, str, Any, Any, dict[str, Any]]] = {
     "lstm": (RecurrentPPO, "FlipoutMlpLstmPolicy", VECTOR, DISCRETE, dict(SMALL, lstm_hidden_size=8)),
     "dqn, members": (DQN, "FlipoutMlpPolicy", VECTOR, DISCRETE, dict(SMALL, members=3, prior_scale=0.5)),
     "dqn, integers": (DQN, "FlipoutMlpPolicy", spaces.Discrete(9), DISCRETE, SMALL),
+    "dqn, look-up": (
+        DQN,
+        "FlipoutMlpPolicy",
+        spaces.Discrete(9),
+        DISCRETE,
+        dict(SMALL, members=3, prior_scale=0.5, features_extractor_class=OneHotExtractor),
+    ),
     "qrdqn": (QRDQN, "FlipoutMlpPolicy", VECTOR, DISCRETE, dict(SMALL, n_quantiles=5, skip=["*.0"])),
     "sac": (SAC, "FlipoutMlpPolicy", VECTOR, BOX, SMALL),
     "td3": (TD3, "FlipoutMlpPolicy", VECTOR, BOX, dict(SMALL, sigma_init=0.1)),

@@ -102,7 +102,7 @@ def test_a_recurrent_policy_remembers(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings(
     "ignore:.torch.jit", "ignore:Converting a tensor to a Python"
 )  # torch would rather not have it used
-@pytest.mark.parametrize("case", ["ppo", "dqn, members", "sac"])
+@pytest.mark.parametrize("case", ["ppo", "dqn, members", "dqn, look-up", "sac"])
 def test_torchscript_by_tracing(case: str, tmp_path: Path) -> None:
     model = trained_a_little(build(case))
     graph = graph_of(model)

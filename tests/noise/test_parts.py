@@ -154,7 +154,7 @@ def test_parts_of_batches_are_replaced(kind: Any) -> None:
 @pytest.mark.parametrize("kind", [Record, Tuple])
 def test_rows_of_batches_are_repeated(kind: Any) -> None:
     rows = th.arange(6).view(3, 2)
-    found = repeat_rows(kind({"a": rows, "b": None}, rows[:, 0]), 2)
+    found = repeat_rows(kind({"a": rows, "b": None}, rows[:, 0]), 2, len(rows))
     assert type(found) is kind and found.actions.tolist() == [0, 0, 2, 2, 4, 4]
     assert th.equal(found.observations["a"], rows[[0, 0, 1, 1, 2, 2]]) and found.observations["b"] is None
 

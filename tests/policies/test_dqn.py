@@ -14,6 +14,7 @@ from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 from stable_baselines3.common.torch_layers import FlattenExtractor
 
 from sb3_flipout import perturbed
+from sb3_flipout.envs import DeepSea
 from sb3_flipout.layers import Ask, FlipoutLayer, effective_weight
 from sb3_flipout.noise import FAMILIES, fold, fold_in
 from sb3_flipout.policies.learning_noise import LearningNoise
@@ -356,6 +357,12 @@ def test_bad_settings(noise, error, message):
 def test_member_values_without_members():
     with pytest.raises(ValueError, match="needs an ensemble"):
         build().policy.member_values(th.rand(2, 5))
+
+
+def test_member_values_of_numbers_as_replay_buffers_give_them():
+    model = DQN("FlipoutMlpPolicy", DeepSea(3, integer_observations=True), policy_kwargs=dict(members=3), **NO_EPSILON)
+    obs = th.tensor([[4], [0], [8]])
+    assert th.equal(model.policy.member_values(obs), model.policy.member_values(obs[:, 0].numpy()))
 
 
 def test_epsilon_left_on_is_warned_of_once():

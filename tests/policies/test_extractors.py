@@ -13,6 +13,7 @@ from stable_baselines3.common import policies
 from stable_baselines3.common.preprocessing import preprocess_obs
 from stable_baselines3.dqn.policies import QNetwork
 from torch import nn
+from torch.func import vmap
 
 from sb3_flipout.envs import DeepSea
 from sb3_flipout.policies.dqn import FlipoutDQNPolicy
@@ -30,9 +31,39 @@ def test_it_is_a_linear_layer_on_one_hot_vectors(dtype: th.dtype, shape: tuple[i
     assert len(np.unique(wanted.detach().numpy(), axis=0)) == 3
 
 
-def test_other_observations_are_refused() -> None:
-    with pytest.raises(TypeError, match="is for Discrete observations"):
-        OneHotExtractor(spaces.Box(-1, 1, (3,)))  # type: ignore[arg-type]
+@pytest.mark.parametrize("shape", [(-1,), (-1, 1)])
+def test_numbers_are_taken_as_they_are(shape: tuple[int, ...]) -> None:
+    extractor, numbers = OneHotExtractor(spaces.Discrete(9), features_dim=5), th.tensor([0, 8, 3])
+    assert th.equal(extractor(numbers.view(shape)), extractor(nn.functional.one_hot(numbers, 9).float()))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit", "ignore:Converting a tensor to a Python")
+def test_what_is_traced_or_transformed_looks_up_what_it_is_given() -> None:
+    extractor, eye = OneHotExtractor(spaces.Discrete(9), features_dim=5), th.eye(9)
+    traced = th.jit.trace(extractor, eye[:2])
+    wanted = extractor(eye)
+    assert th.equal(traced(eye), wanted) and len(wanted.unique(dim=0)) > 5
+    th.testing.assert_close(vmap(lambda one: extractor(one[None])[0])(eye), wanted)
+
+
+@pytest.mark.parametrize(
+    ("space", "features_dim", "kind", "message"),
+    [
+        (spaces.Box(-1, 1, (3,)), 4, TypeError, "is for Discrete observations, got Box"),
+        (spaces.Discrete(5, start=1), 4, ValueError, "from 0 on.*Subtract 1 in a wrapper"),
+        (spaces.Discrete(5), 0, ValueError, "features_dim must be .*got 0"),
+        (spaces.Discrete(5), 2.5, TypeError, r"features_dim must be an integer.*got 2\.5"),
+    ],
+)
+def test_what_it_cannot_be_made_of_is_refused(space: Any, features_dim: Any, kind: type[Exception], message: str) -> None:
+    with pytest.raises(kind, match=message):
+        OneHotExtractor(space, features_dim)
+
+
+@pytest.mark.parametrize("observations", [th.zeros(4, 8), th.zeros(4, 1), th.zeros(4, 2, dtype=th.int64)])
+def test_what_is_neither_numbers_nor_one_hot_is_refused(observations: th.Tensor) -> None:
+    with pytest.raises(ValueError, match=r"OneHotExtractor got observations of shape \(4, .*one-hot vectors, shape \(N, 9\)"):
+        OneHotExtractor(spaces.Discrete(9))(observations)
 
 
 class ContinuousSea(gym.ActionWrapper[Any, Any, Any]):

@@ -117,7 +117,7 @@ def test_buffers_of_all_kinds_give_repeated_transitions(case: str) -> None:
 
 
 def test_rows_are_repeated_in_whatever_holds_them() -> None:
-    found = repeat_rows({"x": th.tensor([1, 2]), "none": None}, 2)
+    found = repeat_rows({"x": th.tensor([1, 2]), "none": None}, 2, rows=2)
     assert found["x"].tolist() == [1, 1, 2, 2] and found["none"] is None
 
     @dataclass
@@ -125,7 +125,7 @@ def test_rows_are_repeated_in_whatever_holds_them() -> None:
         observations: th.Tensor
         weights: th.Tensor | None = None
 
-    samples = repeat_rows(Samples(th.tensor([[1], [2]])), 3)
+    samples = repeat_rows(Samples(th.tensor([[1], [2]])), 3, rows=2)
     assert samples.observations.flatten().tolist() == [1, 1, 1, 2, 2, 2] and samples.weights is None
 
 
@@ -187,7 +187,7 @@ def test_batches_that_cannot_be_repeated_are_refused(kind: Any) -> None:
 
 def test_a_batch_that_somebody_keeps_is_not_changed() -> None:
     kept = SimpleNamespace(observations=th.tensor([[1], [2]]))
-    assert len(repeat_rows(kept, 2).observations) == 4 and len(kept.observations) == 2
+    assert len(repeat_rows(kept, 2, rows=2).observations) == 4 and len(kept.observations) == 2
 
 
 def test_a_subclass_that_overrides_train_repeats_once() -> None:
