@@ -153,11 +153,15 @@ deviations, {TRANSITIONS} transitions per gradient step, {GRADIENT_STEPS} gradie
 every 4 steps, learning rate {LEARNING_RATE}, discount 0.99, two layers of 50 units, actions remapped at random in each cell.
 Arms without members learn from as many rows, {ROWS} transitions in each gradient step. `boot-dqn` is {MEMBERS} networks with
 prior networks of the members' law, `index-head` a last layer that is linear in a point drawn on the unit sphere in R^4
-(HyperAgent's), both written out in `benchmarks/boot_dqn.py`, under the same settings. With the newest oftener,
-half of each batch is sampled so that the logarithm of its age is even. A run is learned when more than 90 of
-the last 100 episodes were good (the treasure reached; stochastic: no action left the diagonal), and solved if the vote, or
-the mean weights, are good afterwards; one that is not counts as more than its cap. MiB: replay buffer, all networks,
-gradients and Adam's moments.
+(HyperAgent's), both written out in `benchmarks/boot_dqn.py`, under the same settings.
+
+With the newest oftener, half of each batch is sampled so that the logarithm of its age is even. So do the slower arms, which
+besides have {2 * TRANSITIONS} transitions per gradient step and a lower learning rate: `slower` 3e-4, `ever slower`
+{LEARNING_RATE} for 10,000 environment steps and then falling with their root.
+
+A run is learned when more than 90 of the last 100 episodes were good (the treasure reached; stochastic: no action left the
+diagonal), and solved if the vote, or the mean weights, are good afterwards; one that is not counts as more than its cap. MiB:
+replay buffer, all networks, gradients and Adam's moments.
 
 The setting was chosen on the seeds below {CONFIRMING}, at the end of the page, and confirmed on the others.
 

@@ -8,6 +8,7 @@ that no action left the diagonal, as in bsuite.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import boot_dqn
@@ -62,7 +63,19 @@ class NewestOftener(ReplayBuffer):
         return self._get_samples((self.pos - 1 - ages(self.size(), batch_size, True)) % self.buffer_size, env=env)
 
 
+def falling(steps: int) -> Callable[[float], float]:
+    """
+    Let the learning rate fall with the root of the environment steps from ten thousand on, so that errors of the fit become
+    ever smaller; after as many steps it is the same, however long the run may last.
+
+    :param steps: Steps of the whole run
+    :return: Learning rate by the share of the run that is left, as SB3 takes it
+    """
+    return lambda left: LEARNING_RATE * min(1.0, (10_000 / max(1.0, (1 - left) * steps)) ** 0.5)
+
+
 _ENSEMBLE: dict[str, Any] = dict(members=MEMBERS, prior_scale=PRIOR, keys_per_transition=MEMBERS)
+_TWICE: dict[str, Any] = dict(replay_buffer_class=NewestOftener, batch_size=2 * ROWS)
 _LEARNED = dict(learn_sigma=True, schedule="constant")
 _NOISYNET = dict(**_LEARNED, family="factorised", noise_sharing="shared")
 _GREEDY = dict(exploration_initial_eps=0.0, exploration_final_eps=0.0)
@@ -71,6 +84,8 @@ _GREEDY = dict(exploration_initial_eps=0.0, exploration_final_eps=0.0)
 ARMS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "members": (_GREEDY, _ENSEMBLE),
     "members, newest oftener": ({**_GREEDY, "replay_buffer_class": NewestOftener}, _ENSEMBLE),
+    "members, slower": ({**_GREEDY, **_TWICE, "learning_rate": 3e-4}, _ENSEMBLE),
+    "members, ever slower": ({**_GREEDY, **_TWICE}, _ENSEMBLE),
     "members, one key": (_GREEDY, {**_ENSEMBLE, "keys_per_transition": 1}),
     "members, 10": ({**_GREEDY, "batch_size": 10 * TRANSITIONS}, {**_ENSEMBLE, "members": 10, "keys_per_transition": 10}),
     "members, no prior": (_GREEDY, {**_ENSEMBLE, "prior_scale": 0.0}),
@@ -136,6 +151,8 @@ def build(run: Run) -> DQN:
         target_update_interval=4,
         gamma=0.99,
     )
+    if run.arm == "members, ever slower":
+        settings["learning_rate"] = falling(cap * size)
     policy = "MlpPolicy" if run.arm == "epsilon" else "FlipoutMlpPolicy"
     if run.arm == "epsilon":
         settings["exploration_fraction"] = min(1.0, 100 / cap)
@@ -180,7 +197,11 @@ def _train_sb3(run: Run) -> dict[str, Any]:
         act=lambda obs: int(np.asarray(model.predict(np.array([obs]), deterministic=True)[0])[0]),
         rows_per_step=model.batch_size * GRADIENT_STEPS,
         **sizes(model),
-        settings=dict(gradient_steps=GRADIENT_STEPS, batch_size=model.batch_size, learning_rate=LEARNING_RATE),
+        settings=dict(
+            gradient_steps=GRADIENT_STEPS,
+            batch_size=model.batch_size,
+            learning_rate="falling" if callable(model.learning_rate) else model.learning_rate,
+        ),
     )
 
 

@@ -33,7 +33,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_arm_runs(arm: str, monkeypatch: pytest.MonkeyPatch) -> None:
     row = deep_sea_runs.train(deep_sea_runs.Run("tiny stochastic" if "reward noise" in arm else "tiny", arm, 3))
     assert row["episodes"] == 60 and row["learned"] is None  # a hundred episodes are not made
-    assert row["rows_per_step"] == deep_sea_runs.GRADIENT_STEPS * (640 if arm == "members, 10" else deep_sea_runs.ROWS)
+    others = {"members, 10": 640} | {slower: 2560 for slower in ("members, slower", "members, ever slower")}
+    assert row["rows_per_step"] == deep_sea_runs.GRADIENT_STEPS * others.get(arm, deep_sea_runs.ROWS)
     assert row["commit"] and 0 < row["learned_parameters"] < row["all_parameters"]
 
 
@@ -42,12 +43,22 @@ def test_arms_differ_in_one_thing() -> None:
         if arm.startswith("members"):
             ours = deep_sea_runs.ARMS["members"]
             assert len({*noise.items()} ^ {*ours[1].items()}) <= 4
-            assert changes.keys() <= {*ours[0], "batch_size", "replay_buffer_class"}
+            assert changes.keys() <= {*ours[0], "batch_size", "replay_buffer_class", "learning_rate"}
     settings = deep_sea_runs.build(deep_sea_runs.Run("tiny", "members", 0))
     assert (
         settings.policy.noise_settings.members == settings.policy.noise_settings.keys_per_transition == deep_sea_runs.MEMBERS
     )
     assert settings.batch_size == deep_sea_runs.MEMBERS * deep_sea_runs.TRANSITIONS and settings.target_update_interval == 4
+
+
+@pytest.mark.parametrize("size", [10, 100])
+def test_the_learning_rate_is_the_same_after_as_many_steps_at_all_sizes(size: int) -> None:
+    of_rest = deep_sea_runs.falling(1000 * size)
+    rates = [of_rest(1 - step / (1000 * size)) for step in (0, 5_000, 10_000)]
+    assert rates == pytest.approx([1e-3] * 3)
+    assert size == 10 or of_rest(1 - 40_000 / (1000 * size)) == pytest.approx(5e-4)
+    model = deep_sea_runs.build(deep_sea_runs.Run("tiny", "members, ever slower", 0))
+    assert callable(model.learning_rate)
 
 
 @pytest.mark.parametrize("stored", [700, 1500], ids=["filling", "full"])
