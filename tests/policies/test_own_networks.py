@@ -8,7 +8,7 @@ import torch as th
 from helpers import vector_env
 from sb3_contrib import QRDQN
 from sb3_contrib.qrdqn.policies import QRDQNPolicy, QuantileNetwork
-from stable_baselines3 import DQN, SAC, TD3
+from stable_baselines3 import A2C, DQN, PPO, SAC, TD3
 from stable_baselines3.common.policies import ContinuousCritic
 from stable_baselines3.dqn.policies import DQNPolicy, QNetwork
 from stable_baselines3.sac.policies import Actor as SACActor
@@ -19,7 +19,14 @@ from torch import nn
 
 from sb3_flipout import perturbed
 from sb3_flipout.layers import FlipoutLayer
-from sb3_flipout.policies import FlipoutDQNPolicy, FlipoutQRDQNPolicy, FlipoutSACPolicy, FlipoutTD3Policy
+from sb3_flipout.noise import noise_of
+from sb3_flipout.policies import (
+    FlipoutActorCriticPolicy,
+    FlipoutDQNPolicy,
+    FlipoutQRDQNPolicy,
+    FlipoutSACPolicy,
+    FlipoutTD3Policy,
+)
 from sb3_flipout.policies.learning import LearnsUnderNoise
 
 OFF = dict(learning_starts=8, batch_size=8, buffer_size=100, train_freq=2, seed=1)
@@ -270,3 +277,30 @@ def test_what_a_network_learns_from_is_its_own_function():
     model.policy.critic_target.register_forward_hook(lambda *call: seen.extend(call[2]))
     model.learn(24)
     assert seen and all((values <= 0).all() for values in seen)
+
+
+class OwnEvaluation(FlipoutActorCriticPolicy):
+    """Evaluates actions by lines of its own, as where a loss is added."""
+
+    def evaluate_actions(self, obs, actions):
+        latent_policy, latent_value = self.mlp_extractor(self.extract_features(obs))
+        distribution = self._get_action_dist_from_latent(latent_policy)
+        return self.value_net(latent_value), distribution.log_prob(actions), distribution.entropy()
+
+
+class OwnEvaluationUnderNoise(OwnEvaluation):
+    def evaluate_actions(self, obs, actions):
+        with perturbed(self, noise_of(obs)):
+            return super().evaluate_actions(obs, actions)
+
+
+@pytest.mark.parametrize("algorithm", [PPO, A2C])
+def test_an_own_evaluation_of_actions_is_told_how_to_replay_and_then_does(algorithm):
+    env = vector_env("discrete", 2)
+    with pytest.raises(RuntimeError, match="in an evaluate_actions of your own, write its lines into"):
+        algorithm(OwnEvaluation, env, n_steps=32, seed=3, device="cpu").learn(64)
+    plain, own = (
+        algorithm(policy, env, n_steps=32, seed=3, device="cpu").learn(64).policy.state_dict()
+        for policy in ("FlipoutMlpPolicy", OwnEvaluationUnderNoise)
+    )
+    assert all(th.equal(plain[name], own[name]) for name in plain)
