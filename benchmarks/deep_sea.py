@@ -2,6 +2,7 @@
 
     python benchmarks/deep_sea.py --jobs 2                                           # the page's runs, seeds 100 and up
     python benchmarks/deep_sea.py --tasks sea-20 --arms members boot-dqn --seeds 5
+    python benchmarks/deep_sea.py --tasks sea-100 --arms "members, ever slower" --seeds 1 --keep runs   # hours; goes on
     python benchmarks/deep_sea.py --report
 
 Tasks, arms and what counts as solved are in `deep_sea_runs.py`. Needs `pip install ".[bench,zoo]"`.
@@ -10,7 +11,9 @@ Tasks, arms and what counts as solved are in `deep_sea_runs.py`. Needs `pip inst
 from __future__ import annotations
 
 import sys
+from functools import partial
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 from deep_sea_runs import (
@@ -186,6 +189,7 @@ def main() -> int:
     parser = options(__doc__, "docs/benchmarks/deep_sea.jsonl", 10, CONFIRMING)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=["sea-10", "sea-20", "sea-30", "sea-50", "sea-100"])
     parser.add_argument("--arms", nargs="+", choices=[*ARMS, *PLAIN], default=["members"])
+    parser.add_argument("--keep", type=Path, help="folder of checkpoints, from which a run that was stopped goes on")
     args = parser.parse_args()
     if args.report:
         args.out.with_suffix(".md").write_text(report(read(args.out)))
@@ -196,7 +200,7 @@ def main() -> int:
         for seed, task, arm in product(seeds, args.tasks, args.arms)
         if seed - args.first_seed < SEEDS.get(task, args.seeds)
     ]
-    return execute(train, left_of(runs, read(args.out)), args.out, args.jobs, brief)
+    return execute(partial(train, keep=args.keep), left_of(runs, read(args.out)), args.out, args.jobs, brief)
 
 
 def brief(row: Row) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import boot_dqn
@@ -21,14 +22,16 @@ from stable_baselines3 import DQN
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.logger import Logger
+from stable_baselines3.common.utils import set_random_seed
 
-import sb3_flipout  # noqa: F401  (registers the policies)
+from sb3_flipout import Checkpoints, resume
 from sb3_flipout.envs import DeepSea
 from sb3_flipout.policies.extractors import OneHotExtractor
 
 CONFIRMING = 100  # seeds from here on had no part in the choice
 MEMBERS, TRANSITIONS, GRADIENT_STEPS, PRIOR, LEARNING_RATE = 20, 64, 2, 0.35, 1e-3
 ROWS = MEMBERS * TRANSITIONS
+EPISODES_KEPT = 50  # episodes between checkpoints, at whose ends no episode is in its midst
 
 #: Size, whether it is deterministic, and the cap of episodes.
 TASKS: dict[str, tuple[int, bool, int]] = {
@@ -165,13 +168,38 @@ def build(run: Run) -> DQN:
     return model
 
 
-def train(run: Run) -> Row:
+class Kept(Watch):
+    """A watch whose record is the model's, and saved with it: a run that was stopped goes on from its checkpoint."""
+
+    def _init_callback(self) -> None:
+        known: dict[str, Any] = self.model.__dict__
+        self.goals = known.setdefault("goals", self.goals)
+        self.cpu_before = known.setdefault("cpu_seconds", 0.0)
+        self._begun = time.process_time()
+
+    def _on_step(self) -> bool:
+        self.model.__dict__["cpu_seconds"] = self.cpu_before + time.process_time() - self._begun
+        return super()._on_step()
+
+
+def begun(run: Run, folder: Path) -> DQN:
+    """Take a run up where it was stopped, or begin it."""
+    try:
+        model: Any = resume(folder, make_vec_env(lambda: sea(run), seed=run.seed), device="cpu")
+    except FileNotFoundError:
+        return build(run)
+    set_random_seed(run.seed + model.num_timesteps)  # what the replay buffer samples by is not saved
+    model.set_logger(Logger(folder=None, output_formats=[]))
+    return model
+
+
+def train(run: Run, keep: Path | None = None) -> Row:
     th.set_num_threads(1)
     # Adam's moments of a cell that is not sampled any more stay denormal for ever, and such numbers take twenty times as long.
     th.set_flush_denormal(True)
     _, deterministic, cap = TASKS[run.task]
     cpu = time.process_time()
-    made = _train_plain(run) if run.arm in PLAIN else _train_sb3(run)
+    made = _train_plain(run) if run.arm in PLAIN else _train_sb3(run, keep)
     goals: GoalRecord = made.pop("goals")
     episodes = 1 if deterministic else 30
     good = _good_share(run, made.pop("act"), episodes) > 0.9
@@ -182,18 +210,27 @@ def train(run: Run) -> Row:
         first_good=goals.first_success,
         learned=goals.learned,
         solved=goals.learned if good else None,
-        cpu_seconds=round(time.process_time() - cpu, 1),
+        cpu_seconds=round(made.pop("cpu_before", 0.0) + time.process_time() - cpu, 1),
         **made,
         **made_with(),
     )
 
 
-def _train_sb3(run: Run) -> dict[str, Any]:
+def _train_sb3(run: Run, keep: Path | None) -> dict[str, Any]:
     size, _, cap = TASKS[run.task]
-    model, watch = build(run), Watch(cap)
-    model.learn(cap * size, callback=watch)
+    watch = Kept(cap)
+    if keep is None:
+        model = build(run)
+        model.learn(cap * size, callback=watch)
+    else:
+        folder = keep / f"{run.task}, {run.arm}, {run.seed}"
+        model = begun(run, folder)
+        saves = Checkpoints(folder, every=EPISODES_KEPT * size)
+        model.learn(cap * size - model.num_timesteps, callback=[watch, saves], reset_num_timesteps=False)
     return dict(
         goals=watch.goals,
+        cpu_before=watch.cpu_before,
+        resumed=watch.cpu_before > 0,
         act=lambda obs: int(np.asarray(model.predict(np.array([obs]), deterministic=True)[0])[0]),
         rows_per_step=model.batch_size * GRADIENT_STEPS,
         **sizes(model),

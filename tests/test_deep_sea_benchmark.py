@@ -38,6 +38,23 @@ def test_every_arm_runs(arm: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert row["commit"] and 0 < row["learned_parameters"] < row["all_parameters"]
 
 
+def test_a_run_that_was_stopped_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(deep_sea_runs, "EPISODES_KEPT", 10)
+    run, steps = deep_sea_runs.Run("tiny", "members, ever slower", 3), deep_sea_runs.Kept._on_step
+    seen: list[tuple[int, int, int]] = []
+
+    def stopped(watch: Any) -> bool:
+        seen.append((watch.num_timesteps, watch.goals.episodes, watch.model.replay_buffer.size()))
+        return steps(watch) and len(seen) != 110
+
+    monkeypatch.setattr(deep_sea_runs.Kept, "_on_step", stopped)
+    assert deep_sea_runs.train(run, tmp_path)["episodes"] == 36
+    row = deep_sea_runs.train(run, tmp_path)
+    assert row["resumed"] and row["episodes"] == 60
+    assert seen[109:112] == [(110, 36, 109), (91, 30, 89), (92, 30, 90)], "from the checkpoint, at the end of an episode"
+    assert not deep_sea_runs.train(run)["resumed"]
+
+
 def test_arms_differ_in_one_thing() -> None:
     for arm, (changes, noise) in deep_sea_runs.ARMS.items():
         if arm.startswith("members"):
