@@ -121,7 +121,7 @@ def learn(
     generator, target = np.random.default_rng(seed), copy.deepcopy(agent)
     optimizer = th.optim.Adam([p for p in agent.parameters() if p.requires_grad], learning_rate)
     stored: tuple[np.ndarray, ...] = tuple(
-        np.zeros(min(steps, 200_000), dtype) for dtype in (np.int64, np.int64, np.float32, np.float32, np.int64)
+        np.zeros(steps, dtype) for dtype in (np.int64, np.int64, np.float32, np.float32, np.int64)
     )
     size, (obs, _), index = len(stored[0]), env.reset(seed=seed), agent.draw(None)
     for step in range(steps):

@@ -147,7 +147,7 @@ def build(run: Run) -> DQN:
     settings: dict[str, Any] = dict(
         learning_rate=LEARNING_RATE,
         batch_size=ROWS,
-        buffer_size=min(200_000, cap * size),
+        buffer_size=cap * size,  # nothing is forgotten: what is would be searched again
         learning_starts=100,
         train_freq=1,
         gradient_steps=GRADIENT_STEPS,
@@ -271,7 +271,7 @@ def _train_plain(run: Run) -> dict[str, Any]:
         rows_per_step=ROWS * GRADIENT_STEPS,
         learned_parameters=sum(p.numel() for p in agent.parameters() if p.requires_grad),
         all_parameters=2 * sum(p.numel() for p in agent.parameters()),  # the target network's too
-        buffer_bytes=min(cap * size, 200_000) * 32,
+        buffer_bytes=cap * size * 32,
         settings=dict(batch_size=TRANSITIONS, **work),
     )
 
