@@ -127,10 +127,11 @@ has not been tried promised at the first cell (0.28), so 19 of 20 members walked
 more gradient steps on the transitions that it had, 0 of 20 members headed for what had not been tried; after 3,000 with a
 learning rate of 3e-4 8, with a target network that moves a tenth of the way 8, with Adam's epsilon 1e-5 7, with AMSGrad 4;
 after 9,000 with 3e-4 12, and 15 with twice the transitions besides: so the slower arms. At episode 2,110 of `slower`,
-values were wrong by 0.007, too high by 0.003, and 19 of 20 members headed for what is not in the buffer; but that held
-200,000 transitions then, 2,000 episodes, and the first ones, which had tried the upper rows, had left it. Since then it
-holds all of a run. [Tables in place of networks](deep_sea_table.md) had that limit too; with errors of 0.01 at each update
-they need twice the episodes at size 50, and without, with the newest sampled oftener, they learn size 100.
+values were wrong by 0.007, too high by 0.003, and 19 of 20 members headed for what is not in the buffer. But the buffer
+held 200,000 transitions, 2,000 episodes, and the first ones, which had tried the upper rows, had left it. Since then the
+buffer holds all of a run. [Tables in place of networks](deep_sea_table.md) had that limit, too. With errors of 0.01 at
+each update they needed twice the episodes at size 50, and without errors, with the newest sampled oftener, they learned
+size 100; one seed each.
 
 What was tried before, on seed 1, without gain: room for 10,000 transitions only (size 50 after 949 episodes, as in the
 table); at size 30, where the setting itself took 487 episodes, Adam's epsilon 1e-4 and 1e-5 instead of 1e-8 (495 and
@@ -161,9 +162,9 @@ Arms without members learn from as many rows, {ROWS} transitions in each gradien
 prior networks of the members' law, `index-head` a last layer that is linear in a point drawn on the unit sphere in R^4
 (HyperAgent's), both written out in `benchmarks/boot_dqn.py`, under the same settings.
 
-With the newest oftener, half of each batch is sampled so that the logarithm of its age is even. So do the slower arms, which
-besides have {2 * TRANSITIONS} transitions per gradient step and a lower learning rate: `slower` 3e-4, `ever slower`
-{LEARNING_RATE} for 10,000 environment steps and then falling with their root.
+With the newest oftener, half of each batch is sampled so that the logarithm of its age is even. The slower arms sample so,
+too, and have {2 * TRANSITIONS} transitions per gradient step and a lower learning rate: `slower` 3e-4, `ever slower`
+{LEARNING_RATE} for 10,000 environment steps, and then falling as one over the square root of the steps.
 
 A run is learned when more than 90 of the last 100 episodes were good (the treasure reached; stochastic: no action left the
 diagonal), and solved if the vote, or the mean weights, are good afterwards; one that is not counts as more than its cap. MiB:
@@ -192,11 +193,13 @@ def main() -> int:
     parser = options(__doc__, "docs/benchmarks/deep_sea.jsonl", 10, CONFIRMING)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=["sea-10", "sea-20", "sea-30", "sea-50", "sea-100"])
     parser.add_argument("--arms", nargs="+", choices=[*ARMS, *PLAIN], default=["members"])
-    parser.add_argument("--keep", type=Path, help="folder of checkpoints, from which a run that was stopped goes on")
+    parser.add_argument("--keep", type=Path, help="folder of checkpoints, from which a run of ours that was stopped goes on")
     args = parser.parse_args()
     if args.report:
         args.out.with_suffix(".md").write_text(report(read(args.out)))
         return 0
+    if args.keep and set(args.arms) & set(PLAIN):
+        parser.error(f"--keep is for runs of SB3's DQN, not of {', '.join(PLAIN)}")
     seeds = range(args.first_seed, args.first_seed + args.seeds)
     runs = [
         Run(task, arm, seed)

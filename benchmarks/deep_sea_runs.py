@@ -68,8 +68,8 @@ class NewestOftener(ReplayBuffer):
 
 def falling(steps: int) -> Callable[[float], float]:
     """
-    Let the learning rate fall with the root of the environment steps from ten thousand on, so that errors of the fit become
-    ever smaller; after as many steps it is the same, however long the run may last.
+    Let the learning rate fall as one over the square root of the environment steps, from ten thousand on. At a given step
+    it does not depend on the length of the run.
 
     :param steps: Steps of the whole run
     :return: Learning rate by the share of the run that is left, as SB3 takes it
@@ -88,7 +88,7 @@ ARMS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "members": (_GREEDY, _ENSEMBLE),
     "members, newest oftener": ({**_GREEDY, "replay_buffer_class": NewestOftener}, _ENSEMBLE),
     "members, slower": ({**_GREEDY, **_TWICE, "learning_rate": 3e-4}, _ENSEMBLE),
-    "members, ever slower": ({**_GREEDY, **_TWICE}, _ENSEMBLE),
+    "members, ever slower": ({**_GREEDY, **_TWICE, "learning_rate": falling}, _ENSEMBLE),
     "members, one key": (_GREEDY, {**_ENSEMBLE, "keys_per_transition": 1}),
     "members, 10": ({**_GREEDY, "batch_size": 10 * TRANSITIONS}, {**_ENSEMBLE, "members": 10, "keys_per_transition": 10}),
     "members, no prior": (_GREEDY, {**_ENSEMBLE, "prior_scale": 0.0}),
@@ -142,20 +142,20 @@ def sea(run: Run) -> gym.Env[Any, Any]:
 def build(run: Run) -> DQN:
     size, _, cap = TASKS[run.task]
     changes, noise = ARMS[run.arm]
+    if changes.get("learning_rate") is falling:
+        changes = {**changes, "learning_rate": falling(cap * size)}
     env = make_vec_env(lambda: sea(run), seed=run.seed)
     network = dict(net_arch=[50], features_extractor_class=OneHotExtractor, features_extractor_kwargs=dict(features_dim=50))
     settings: dict[str, Any] = dict(
         learning_rate=LEARNING_RATE,
         batch_size=ROWS,
-        buffer_size=cap * size,  # nothing is forgotten: what is would be searched again
+        buffer_size=cap * size,  # all of a run: what is forgotten would be searched again
         learning_starts=100,
         train_freq=1,
         gradient_steps=GRADIENT_STEPS,
         target_update_interval=4,
         gamma=0.99,
     )
-    if run.arm == "members, ever slower":
-        settings["learning_rate"] = falling(cap * size)
     policy = "MlpPolicy" if run.arm == "epsilon" else "FlipoutMlpPolicy"
     if run.arm == "epsilon":
         settings["exploration_fraction"] = min(1.0, 100 / cap)
@@ -175,6 +175,7 @@ class Kept(Watch):
         known: dict[str, Any] = self.model.__dict__
         self.goals = known.setdefault("goals", self.goals)
         self.cpu_before = known.setdefault("cpu_seconds", 0.0)
+        self.begun_at = known.setdefault("begun_at", made_with()["commit"])
         self._begun = time.process_time()
 
     def _on_step(self) -> bool:
@@ -183,12 +184,19 @@ class Kept(Watch):
 
 
 def begun(run: Run, folder: Path) -> DQN:
-    """Take a run up where it was stopped, or begin it."""
+    """
+    Take a run up where it was stopped, or begin it.
+
+    :param run: Run
+    :param folder: Its checkpoints
+    :return: Model; its replay buffer lacks the last step before the checkpoint, which SB3 had not stored yet
+    """
     try:
         model: Any = resume(folder, make_vec_env(lambda: sea(run), seed=run.seed), device="cpu")
     except FileNotFoundError:
         return build(run)
-    set_random_seed(run.seed + model.num_timesteps)  # what the replay buffer samples by is not saved
+    set_random_seed(run.seed + model.num_timesteps)  # what the replay buffer samples by is not saved, nor are slips
+    model.get_env().seed(run.seed + model.num_timesteps)
     model.set_logger(Logger(folder=None, output_formats=[]))
     return model
 
@@ -230,7 +238,7 @@ def _train_sb3(run: Run, keep: Path | None) -> dict[str, Any]:
     return dict(
         goals=watch.goals,
         cpu_before=watch.cpu_before,
-        resumed=watch.cpu_before > 0,
+        begun_at=watch.begun_at,
         act=lambda obs: int(np.asarray(model.predict(np.array([obs]), deterministic=True)[0])[0]),
         rows_per_step=model.batch_size * GRADIENT_STEPS,
         **sizes(model),

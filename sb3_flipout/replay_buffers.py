@@ -27,7 +27,7 @@ class NumberedBufferMixin(ReplayBuffer):
 
     numbers_key: int  # from which numbers are hashed, with how many there were before
     numbered: int  # transitions that have been given one
-    _samples: bool = False  # whether `sample` is running
+    sampling_numbered: bool = False  # whether `sample` is running
 
     def add(self, *args: Any, **kwargs: Any) -> None:
         """
@@ -40,15 +40,9 @@ class NumberedBufferMixin(ReplayBuffer):
             _widen(self)
         before = self.pos
         super().add(*args, **kwargs)
-        if self.pos == (before + 1) % self.buffer_size:
-            self.actions[before, :, 1] = self._new_numbers(self.n_envs)
-        else:  # a class of the user's stores several steps at once, or leaves some out, or stores elsewhere
-            self._number_others()
-
-    def _number_others(self) -> None:
-        """Give those a number that have none."""
-        without = self.actions[:, :, 1] == self.actions[:, :, 0]
-        self.actions[without, 1] = self._new_numbers(int(without.sum()))
+        # A class of the user's may store several steps at once; where it stores elsewhere, `sample` finds what has no number.
+        steps = 1 if self.buffer_size == 1 else (self.pos - before) % self.buffer_size
+        _number(self, (before + np.arange(steps)) % self.buffer_size)
 
     def _new_numbers(self, n: int) -> np.ndarray:
         counts = th.arange(self.numbered, self.numbered + n)
@@ -64,39 +58,30 @@ class NumberedBufferMixin(ReplayBuffer):
         :return: What the stock buffer gives
         :raises TypeError: If the buffer has not taken its actions from ``self.actions``
         """
-        samples = self._sample(*args, **kwargs)
-        actions = samples.actions
-        if bool((getattr(actions, _NAME) == actions[:, 0]).any()):  # somebody has written into the arrays
-            self._number_others()
-            samples = self._sample(*args, **kwargs)
-        return samples
-
-    def _sample(self, *args: Any, **kwargs: Any) -> Any:
-        self._samples = True
-        try:
-            return self._apart(super().sample(*args, **kwargs))
-        finally:
-            self._samples = False
+        for _ in range(2):
+            self.sampling_numbered = True
+            try:
+                samples = super().sample(*args, **kwargs)
+            finally:
+                self.sampling_numbered = False
+            both = samples.actions
+            if not _are_numbered(both):
+                break
+            if not bool(_without(both).any()):
+                return _apart(samples)
+            _number(self, np.arange(self.buffer_size))  # somebody has stored elsewhere, or written into the arrays
+        raise TypeError(
+            f"a sample of {type(self).__bases__[1].__name__} has actions of shape {tuple(both.shape)} and type {both.dtype}, "
+            "and has lost the numbers of its transitions, which stand beside them. Take actions from self.actions as "
+            "ReplayBuffer does, and leave their last dimension and their type as they are; or leave out bootstrap and "
+            "reward_noise."
+        )
 
     def _get_samples(self, *args: Any, **kwargs: Any) -> Any:
         """Other ways of sampling, which a class of the user's has beside `sample`, get actions as they know them."""
         samples = super()._get_samples(*args, **kwargs)
-        return samples if self._samples else self._apart(samples)
-
-    def _apart(self, samples: Any) -> Any:
-        """Take the numbers of a sample from beside its actions, and hang them on these."""
-        both = samples.actions
-        if both.dim() != 2 or both.shape[1] != 2 or both.dtype != th.int64:
-            kind = type(self).__bases__[1].__name__
-            raise TypeError(
-                f"a sample of {kind} has actions of shape {tuple(both.shape)} and type {both.dtype}, "
-                "and has lost the numbers of its transitions, which stand beside them. Take actions from self.actions as "
-                "ReplayBuffer does, and leave their last dimension and their type as they are; or leave out bootstrap and "
-                "reward_noise."
-            )
-        actions = both[:, :1]
-        setattr(actions, _NAME, both[:, 1])
-        return with_parts(samples, actions=actions)
+        others = not self.sampling_numbered and _are_numbered(getattr(samples, "actions", None))
+        return _apart(samples) if others else samples
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """
@@ -110,6 +95,30 @@ class NumberedBufferMixin(ReplayBuffer):
             return super().__reduce_ex__(protocol)
         state = getattr(self, "__getstate__", None)  # which Python 3.10 has in classes that define it only
         return _empty_numbered, (derived_from,), dict(self.__dict__) if state is None else state()
+
+
+def _are_numbered(actions: Any) -> bool:
+    return isinstance(actions, th.Tensor) and actions.dim() == 2 and actions.shape[1] == 2 and actions.dtype == th.int64
+
+
+def _without(both: Any) -> Any:
+    """Which actions have no number beside them: written as SB3 writes them they stand twice, or there is still a zero."""
+    return (both[..., 1] == both[..., 0]) | (both[..., 1] == 0)
+
+
+def _number(buffer: NumberedBufferMixin, places: np.ndarray) -> None:
+    """Give the transitions at these places a number, as far as they have none."""
+    both = buffer.actions[places]
+    without = _without(both)
+    both[without, 1] = buffer._new_numbers(int(without.sum()))
+    buffer.actions[places] = both
+
+
+def _apart(samples: Any) -> Any:
+    """Take the numbers of a sample from beside its actions, and hang them on these."""
+    actions = samples.actions[:, :1]
+    setattr(actions, _NAME, samples.actions[:, 1])
+    return with_parts(samples, actions=actions)
 
 
 def numbers_of(samples: Any) -> th.Tensor | None:
@@ -142,7 +151,8 @@ def numbered(buffer_class: type[ReplayBuffer]) -> type[ReplayBuffer]:
 
 def number_transitions(buffer: Any, key: int) -> int:
     """
-    Turn a replay buffer into the version of itself that numbers transitions, in place; one that does so already stays.
+    Turn a replay buffer into the version of itself that numbers transitions, in place; one that does so already keeps its
+    numbers, and takes the key for what is stored from now on.
 
     :param buffer: Replay buffer
     :param key: Key from which numbers are hashed, any integer
@@ -150,6 +160,7 @@ def number_transitions(buffer: Any, key: int) -> int:
     :raises TypeError: If it does not keep its actions as ``ReplayBuffer`` does
     """
     if isinstance(buffer, NumberedBufferMixin):
+        buffer.numbers_key = key
         return 0
     actions = getattr(buffer, "actions", None)
     shape = actions.shape if isinstance(actions, np.ndarray) else None  # tensors, say, have no column added to them here

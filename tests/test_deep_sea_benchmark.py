@@ -19,6 +19,7 @@ import boot_dqn
 import deep_sea
 import deep_sea_runs
 import deep_sea_table
+import runs
 
 from sb3_flipout.envs import DeepSea
 
@@ -48,14 +49,17 @@ def test_a_run_that_was_stopped_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_pat
         return steps(watch) and len(seen) != 110
 
     monkeypatch.setattr(deep_sea_runs.Kept, "_on_step", stopped)
+    monkeypatch.setattr(deep_sea_runs, "made_with", lambda: dict(commit="0ther"))
     assert deep_sea_runs.train(run, tmp_path)["episodes"] == 36
+    monkeypatch.setattr(deep_sea_runs, "made_with", runs.made_with)
     row = deep_sea_runs.train(run, tmp_path)
-    assert row["resumed"] and row["episodes"] == 60
-    assert seen[109:112] == [(110, 36, 109), (91, 30, 89), (92, 30, 90)], "from the checkpoint, at the end of an episode"
-    assert not deep_sea_runs.train(run)["resumed"]
+    assert row["episodes"] == 60 and row["begun_at"] == "0ther"
+    # From the checkpoint, at the end of an episode, the last step of which had not been stored.
+    assert seen[109:112] == [(110, 36, 109), (91, 30, 89), (92, 30, 90)]
+    assert deep_sea_runs.train(run)["begun_at"] == row["commit"]
 
 
-def test_arms_differ_in_one_thing() -> None:
+def test_arms_of_members_differ_in_what_the_page_names() -> None:
     for arm, (changes, noise) in deep_sea_runs.ARMS.items():
         if arm.startswith("members"):
             ours = deep_sea_runs.ARMS["members"]

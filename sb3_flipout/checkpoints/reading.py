@@ -20,8 +20,9 @@ def resume(folder: str | Path, env: Any, algorithm: type[BaseAlgorithm] | None =
 
     Then ``model.learn(total - model.num_timesteps, reset_num_timesteps=False, callback=Checkpoints(folder, ...))`` goes on.
     What goes on as it would have: weights, optimizers, the noise (each key, the bases, the scale and the position of its
-    schedule), the replay buffer. What does not, and SB3 does not save it: the environments begin new episodes, and the
-    generators of actions, of the replay buffer and of epsilon-greedy are where they are.
+    schedule), the replay buffer but for the last step before the checkpoint. What does not, and SB3 does not save it: the
+    environments begin new episodes, and the generators of actions, of the replay buffer and of epsilon-greedy are where they
+    are.
 
     :param folder: Folder that :class:`Checkpoints` wrote
     :param env: Environment, as the algorithm takes it; where there are statistics of ``VecNormalize``, it is wrapped so, if it

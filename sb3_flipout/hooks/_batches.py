@@ -12,7 +12,7 @@ from sb3_flipout.checks import warn_user
 from sb3_flipout.noise import Stream, fold
 from sb3_flipout.policies.base import FlipoutPolicyMixin
 from sb3_flipout.policies.observations import n_rows
-from sb3_flipout.replay_buffers import NumberedBufferMixin, number_transitions, numbers_of
+from sb3_flipout.replay_buffers import number_transitions, numbers_of
 from sb3_flipout.samples import repeat_rows, with_parts
 
 
@@ -43,7 +43,8 @@ def _check_divides(batch_size: int, times: int) -> None:
 
 def number_stored(algorithm: Any, policy: FlipoutPolicyMixin) -> None:
     """
-    Let the replay buffer number its transitions, where members draw something for each; say so if some had no number.
+    Let the replay buffer number its transitions by the policy's present seed, where members draw something for each; say so if
+    some had no number.
 
     :param algorithm: Algorithm
     :param policy: Its policy
@@ -52,28 +53,12 @@ def number_stored(algorithm: Any, policy: FlipoutPolicyMixin) -> None:
     bootstrap = _bootstrap(policy)
     if bootstrap is None:
         return
-    without = number_transitions(algorithm.replay_buffer, _numbers_key(policy))
+    without = number_transitions(algorithm.replay_buffer, fold(policy._noise_seed, Stream.TRANSITIONS))
     if without:
         warn_user(
             f"the replay buffer held {without} transitions without the numbers that bootstrap and reward_noise need: they "
             "were stored without these settings. They have been given numbers now.",
         )
-
-
-def reseed_numbers(algorithm: Any, policy: FlipoutPolicyMixin) -> None:
-    """
-    Hash the numbers of transitions that are stored from now on from the policy's present seed; those stored stay.
-
-    :param algorithm: Algorithm
-    :param policy: Its policy
-    """
-    buffer = getattr(algorithm, "replay_buffer", None)
-    if isinstance(buffer, NumberedBufferMixin):
-        buffer.numbers_key = _numbers_key(policy)
-
-
-def _numbers_key(policy: FlipoutPolicyMixin) -> int:
-    return fold(policy._noise_seed, Stream.TRANSITIONS)
 
 
 def _bootstrap(policy: Any) -> Any:

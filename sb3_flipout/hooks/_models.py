@@ -11,7 +11,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.save_util import load_from_zip_file
 
 from sb3_flipout.buffers import keyed, store_noise
-from sb3_flipout.hooks._batches import number_stored, reseed_numbers
+from sb3_flipout.hooks._batches import number_stored
 from sb3_flipout.policies.base import FlipoutPolicyMixin
 
 Method = Callable[..., Any]
@@ -77,7 +77,6 @@ def load(original: Method, cls: type[BaseAlgorithm], *args: Any, **kwargs: Any) 
     model = original(*args, **kwargs)
     if kwargs.get("seed") is not None and has_flipout_policy(model):
         policy_of(model).reseed_noise(kwargs["seed"])
-        reseed_numbers(model, policy_of(model))
     return model
 
 
@@ -86,7 +85,6 @@ def seed(original: Method, algorithm: Any, seed: int | None = None) -> None:
     original(algorithm, seed)
     if seed is not None and getattr(algorithm, "policy", None) is not None:
         policy_of(algorithm).reseed_noise(seed)
-        reseed_numbers(algorithm, policy_of(algorithm))
 
 
 def set_parameters(original: Method, algorithm: Any, load_path_or_dict: Any, *args: Any, **kwargs: Any) -> Any:

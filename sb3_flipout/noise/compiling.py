@@ -48,12 +48,13 @@ def steps_aside(method: F) -> F:
 
 def recording() -> bool:
     """
-    Tell whether torch records what is computed, to compile, trace or transform it: then numpy's results would be constants.
+    Tell whether torch records what is computed, or computes something else in its place: ``torch.compile``,
+    ``torch.jit.trace``, ``torch.func``, and modes that dispatch anew (``make_fx``). What numpy computed would be a constant.
 
     :return: Whether it does
     """
     compiled_or_traced = th.compiler.is_compiling() or th._C._get_tracing_state() is not None
-    return compiled_or_traced or th._C._are_functorch_transforms_active()
+    return compiled_or_traced or th._C._are_functorch_transforms_active() or th._C._len_torch_dispatch_stack() > 0
 
 
 @functools.cache

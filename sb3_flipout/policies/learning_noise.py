@@ -160,9 +160,9 @@ class LearningNoise:
 
     def learns_from(self, batch: SampledBatch | None, rows: int) -> None:
         """
-        Say once if members learn from what the replay buffer's ``sample`` has not given: it is neither repeated for them nor
-        are its rewards perturbed. Observations that were changed on the way, as where images are shifted at random, are told
-        by this: there are as many, and those that were sampled are not learned from themselves.
+        Say once if members learn from what the replay buffer's ``sample`` has not given, as far as that can be told. Changed
+        observations (images that are shifted at random) are not warned of: they are as many as were sampled, and the sampled
+        ones are never asked about.
 
         :param batch: The batch that the online network is asked about with gradients; ``None`` if it is none that was noted
         :param rows: Its rows
@@ -173,13 +173,14 @@ class LearningNoise:
             return
         if self._knows_batches or not self.batches or rows != self.batches[-1].rows:
             self._told = True
+            given = dict(keys_per_transition=self.keys_per_transition, reward_noise=self.bootstrap.reward_noise)
+            told = ", ".join(f"{name}={value}" for name, value in given.items() if value not in (0.0, 1))
             warn_user(
-                f"keys_per_transition={self.keys_per_transition}, reward_noise={self.bootstrap.reward_noise}: members learn "
-                f"from {rows} observations that are not those of a batch of replay_buffer.sample. What comes from elsewhere "
-                "(another buffer, another method of this one) is not repeated for its members, and its rewards get no noise "
-                "of theirs; in observations joined with others, rows and their targets are of different members. Ask the "
-                "network about samples.observations themselves, of the model's replay_buffer.sample; or leave these settings "
-                "out.",
+                f"{told}: the network is asked, with gradients, about {rows} observations that are not a batch of "
+                "replay_buffer.sample. If they are of transitions from elsewhere (another buffer, another method of this "
+                "one), these are neither repeated for their members nor do their rewards get noise; if they are joined with "
+                "others, or parts of a batch, rows may learn from another member's target. Ask about samples.observations "
+                "themselves, and look at others under torch.no_grad(); or leave these settings out.",
             )
 
     def base_key(self, role: Role) -> int:

@@ -14,6 +14,7 @@ from stable_baselines3.common.preprocessing import preprocess_obs
 from stable_baselines3.dqn.policies import QNetwork
 from torch import nn
 from torch.func import vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from sb3_flipout.envs import DeepSea
 from sb3_flipout.policies.dqn import FlipoutDQNPolicy
@@ -44,6 +45,7 @@ def test_what_is_traced_or_transformed_looks_up_what_it_is_given() -> None:
     wanted = extractor(eye)
     assert th.equal(traced(eye), wanted) and len(wanted.unique(dim=0)) > 5
     th.testing.assert_close(vmap(lambda one: extractor(one[None])[0])(eye), wanted)
+    assert th.equal(make_fx(extractor)(eye[[0, 1]])(eye[[4, 5]]), wanted[[4, 5]])
 
 
 @pytest.mark.parametrize(

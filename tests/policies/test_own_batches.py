@@ -14,8 +14,8 @@ from stable_baselines3 import DQN
 from stable_baselines3.common.buffers import ReplayBuffer
 from torch import nn
 
-import sb3_flipout.replay_buffers
 from sb3_flipout.noise import Stream, fold
+from sb3_flipout.replay_buffers import number_transitions, numbers_of
 
 K, B = 4, 16
 BOTH: dict[str, Any] = dict(bootstrap=0.5, reward_noise=0.1)
@@ -50,16 +50,38 @@ class Aside(AnywhereOld):
             self.pos = pos
 
 
-@pytest.mark.parametrize("kind", [AnywhereOld, Aside])
+class Beside(AnywhereOld):
+    """The same, and the position moves by one, over what stays."""
+
+    def add(self, *args: Any, **kwargs: Any) -> None:
+        pos, full = self.pos, self.full
+        super().add(*args, **kwargs)
+        if full:
+            self.pos = (pos + 1) % self.buffer_size
+
+
+class FirstColumn(ReplayBuffer):
+    """Writes actions by hand."""
+
+    def add(self, obs: Any, next_obs: Any, action: Any, *args: Any) -> None:
+        pos, numbers = self.pos, self.actions[self.pos, :, 1:].copy()
+        super().add(obs, next_obs, action, *args)
+        self.actions[pos, :, 1:] = numbers
+
+
+@pytest.mark.parametrize("kind", [AnywhereOld, Aside, Beside, FirstColumn])
 def test_a_transition_keeps_its_number_wherever_the_others_are_stored(kind: type[ReplayBuffer]) -> None:
     model = build(replay_buffer_class=kind, learning_starts=1000, train_freq=1).learn(50)
     buffer: Any = model.replay_buffer
-    for _ in range(60):
-        numbers, obs = buffer.actions[:, 0, 1].copy(), buffer.observations.copy()
-        model.learn(1, reset_num_timesteps=False)
-        stayed = (buffer.observations == obs).all((1, 2))
-        assert stayed.sum() == 49 and (buffer.actions[stayed, 0, 1] == numbers[stayed]).all()
-    assert len(np.unique(buffer.actions[:, 0, 1])) == 50 and buffer.numbered == 110
+    known: dict[bytes, int] = {}
+    for _ in range(40 if kind is FirstColumn else 100):
+        samples = buffer.sample(64)
+        numbers: Any = numbers_of(samples)
+        for obs, number in zip(samples.observations.numpy(), numbers.tolist(), strict=True):
+            assert known.setdefault(obs.tobytes(), number) == number
+        if kind is not FirstColumn:
+            model.learn(1, reset_num_timesteps=False)
+    assert len(set(known.values())) == len(known) >= 50
 
 
 def test_transitions_that_are_written_into_the_arrays_are_numbered_when_they_are_sampled() -> None:
@@ -68,7 +90,7 @@ def test_transitions_that_are_written_into_the_arrays_are_numbered_when_they_are
     old = buffer.actions[:20, 0, 1].copy()
     buffer.actions[20:40] = np.ones((20, 1, 1), np.int64)
     buffer.pos = 40
-    numbers = sb3_flipout.replay_buffers.numbers_of(buffer.sample(500))
+    numbers = numbers_of(buffer.sample(500))
     assert numbers is not None and len(numbers.unique()) == 40
     assert (buffer.actions[:20, 0, 1] == old).all(), "those that had one keep it"
 
@@ -84,7 +106,7 @@ def test_actions_that_are_no_array_are_refused_and_the_buffer_stays_as_it_was() 
         build(replay_buffer_class=OfTensors)
     buffer = OfTensors(10, *(getattr(vector_env("discrete", 1), f"{of}_space") for of in ("observation", "action")))
     with pytest.raises(TypeError):
-        sb3_flipout.replay_buffers.number_transitions(buffer, 1)
+        number_transitions(buffer, 1)
     assert type(buffer) is OfTensors
 
 
@@ -96,8 +118,8 @@ def test_numbers_are_hashed_from_the_seed_of_the_noise(tmp_path: Any) -> None:
     assert keys[0] == keys[1] and [one.replay_buffer.numbers_key for one in again] == keys
     for one in again:
         one.set_random_seed(5)
-    seeded = DQN.load(tmp_path / "model", env=vector_env("discrete", 1), seed=5)
-    found = {one.replay_buffer.numbers_key for one in [*again, seeded]}
+    again.append(DQN.load(tmp_path / "model", env=vector_env("discrete", 1), seed=5))
+    found = {one.learn(4, reset_num_timesteps=False).replay_buffer.numbers_key for one in again}
     assert found == {fold(again[0].policy._noise_seed, Stream.TRANSITIONS)} and found != {keys[0]}
 
 
@@ -111,6 +133,31 @@ class Weighted(ReplayBuffer):
         return self._get_samples(np.random.randint(0, self.size(), batch_size))
 
 
+class InPairs(ReplayBuffer):
+    """Its other way of sampling gives what it has made of a sample."""
+
+    def _get_samples(self, *args: Any, **kwargs: Any) -> Any:
+        samples = super()._get_samples(*args, **kwargs)
+        return samples if self.plain else (samples.observations, samples.actions[:, :1])
+
+    plain = True
+
+    def pairs(self, batch_size: int) -> Any:
+        self.plain = False
+        try:
+            return self._get_samples(np.random.randint(0, self.size(), batch_size))
+        finally:
+            self.plain = True
+
+
+class Imitated(ReplayBuffer):
+    """Puts other actions in."""
+
+    def _get_samples(self, *args: Any, **kwargs: Any) -> Any:
+        samples = super()._get_samples(*args, **kwargs)
+        return samples._replace(actions=th.where(th.rand(len(samples.actions), 1) < 0.5, 1, samples.actions))
+
+
 class WithSupport(ReplayBuffer):
     """Its batches hold what is not of rows."""
 
@@ -122,6 +169,16 @@ def test_other_ways_of_sampling_give_actions_as_they_are() -> None:
     buffer: Any = build(replay_buffer_class=Weighted).learn(20).replay_buffer
     actions = buffer.weighted(6).actions
     assert actions.shape == (6, 1) and set(actions.flatten().tolist()) <= {0, 1, 2}
+
+
+def test_other_ways_of_sampling_can_give_anything() -> None:
+    buffer: Any = build(replay_buffer_class=InPairs).learn(20).replay_buffer
+    assert [part.shape for part in buffer.pairs(6)] == [(6, 5), (6, 1)]
+
+
+def test_actions_that_are_put_in_have_lost_their_numbers() -> None:
+    with pytest.raises(TypeError, match=r"a sample of Imitated .* has lost the numbers of its transitions"):
+        build(replay_buffer_class=Imitated).learn(30)
 
 
 def test_what_is_not_of_rows_is_not_repeated() -> None:
@@ -204,7 +261,7 @@ NOISES: list[dict[str, Any]] = [dict(keys_per_transition=4), dict(reward_noise=0
 @pytest.mark.parametrize("algorithm", [FromDemonstrations, ByWeights, Joined])
 def test_what_is_not_repeated_or_perturbed_is_said_once(algorithm: Any, noise: dict[str, Any]) -> None:
     model = build(algorithm, noise, replay_buffer_class=Weighted)
-    with pytest.warns(UserWarning, match=r"keys_per_transition=.*members learn from \d+ observations that are not") as told:
+    with pytest.warns(UserWarning, match=r"=\S+: the network is asked, with gradients, about \d+ observations that") as told:
         model.learn(30)
     assert len(told) == 1
 
