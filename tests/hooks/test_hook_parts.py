@@ -185,8 +185,9 @@ def test_each_transition_has_the_next_number(kind: type[ReplayBuffer], size: int
         assert buffer.numbered == (at + 1) * stored * ENVS
         for place, first in expected.items():
             assert buffer.actions[place, :, 1].tolist() == fold_in(KEY, th.arange(first, first + ENVS)).tolist()
+    before = buffer.actions.copy()
     assert number_transitions(buffer, KEY + 1) == 0, "it does so already"
-    assert buffer.numbers_key == KEY
+    assert buffer.numbers_key == KEY + 1 and (buffer.actions == before).all(), "the key is for what comes"
 
 
 def test_a_sample_takes_its_arguments_by_place_and_name() -> None:
@@ -282,7 +283,7 @@ def test_what_cannot_be_numbered_is_refused(buffer: Any) -> None:
         number_transitions(buffer, KEY)
     assert str(told.value) == (
         f"replay_buffer_class={type(buffer).__name__} cannot be given numbers of transitions, which bootstrap and "
-        "reward_noise need: it must keep its actions in an array of shape (buffer_size, n_envs, 1). Derive it from "
+        "reward_noise need: it must keep its actions in a numpy array of shape (buffer_size, n_envs, 1). Derive it from "
         "ReplayBuffer, DictReplayBuffer or HerReplayBuffer, or leave out bootstrap and reward_noise."
     )
 

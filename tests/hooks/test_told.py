@@ -56,8 +56,8 @@ def test_a_buffer_that_was_filled_without_numbers() -> None:
     model = build(DQN, members)
     model.replay_buffer = filled.replay_buffer
     assert warned(lambda: _batches.number_stored(model, model.policy)) == [
-        "the replay buffer held 8 transitions without the numbers that bootstrap and reward_noise need: it was filled without "
-        "these settings. They have been given numbers now."
+        "the replay buffer held 8 transitions without the numbers that bootstrap and reward_noise need: they were stored "
+        "without these settings. They have been given numbers now."
     ]
     assert warned(lambda: _batches.number_stored(model, model.policy)) == []
 

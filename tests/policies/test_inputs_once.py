@@ -210,6 +210,7 @@ def test_a_wrong_number_of_inputs_is_refused() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:DQN explores by weight noise and by epsilon-greedy")
+@pytest.mark.filterwarnings("ignore:.*the network is asked, with gradients, about")
 @pytest.mark.parametrize("given", ["others", "another number", "augmented", "augmented in place", "joined"])
 def test_observations_that_are_no_copies_are_all_seen(given: str) -> None:
     """Only what the replay buffer has repeated is given once: a `train` of the user's may ask about anything."""
