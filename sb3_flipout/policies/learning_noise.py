@@ -173,10 +173,10 @@ class LearningNoise:
             return
         if self._knows_batches or not self.batches or rows != self.batches[-1].rows:
             self._told = True
-            given = dict(keys_per_transition=self.keys_per_transition, reward_noise=self.bootstrap.reward_noise)
-            told = ", ".join(f"{name}={value}" for name, value in given.items() if value not in (0.0, 1))
+            given = [f"keys_per_transition={self.keys_per_transition}"] if self.keys_per_transition > 1 else []
+            given += [f"reward_noise={self.bootstrap.reward_noise}"] if self.bootstrap.reward_noise > 0 else []
             warn_user(
-                f"{told}: the network is asked, with gradients, about {rows} observations that are not a batch of "
+                f"{', '.join(given)}: the network is asked, with gradients, about {rows} observations that are not a batch of "
                 "replay_buffer.sample. If they are of transitions from elsewhere (another buffer, another method of this "
                 "one), these are neither repeated for their members nor do their rewards get noise; if they are joined with "
                 "others, or parts of a batch, rows may learn from another member's target. Ask about samples.observations "
