@@ -123,7 +123,7 @@ def learn(
     stored: tuple[np.ndarray, ...] = tuple(
         np.zeros(steps, dtype) for dtype in (np.int64, np.int64, np.float32, np.float32, np.int64)
     )
-    size, (obs, _), index = len(stored[0]), env.reset(seed=seed), agent.draw(None)
+    (obs, _), index = env.reset(seed=seed), agent.draw(None)
     for step in range(steps):
         with th.no_grad():
             action = int(agent.values(th.tensor([int(obs)]), index)[0, 0].argmax())
@@ -131,11 +131,11 @@ def learn(
             action = int(generator.integers(env.action_space.n))
         then, reward, terminated, _, info = env.step(action)
         for array, value in zip(stored, (obs, action, reward, terminated, then), strict=True):
-            array[step % size] = value
+            array[step] = value
         obs = then
         if step >= learning_starts:
             for _ in range(gradient_steps):
-                rows = generator.integers(min(step + 1, size), size=batch)
+                rows = generator.integers(step + 1, size=batch)
                 _update(agent, target, optimizer, [th.from_numpy(array[rows]) for array in stored], keys, gamma)
         if step % target_interval == 0:
             target.load_state_dict(agent.state_dict())
