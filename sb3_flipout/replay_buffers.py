@@ -20,6 +20,7 @@ from sb3_flipout.noise.keys import signed
 from sb3_flipout.samples import with_parts
 
 _NAME = "transition_numbers"
+_OR_LEAVE_OUT = "or leave out bootstrap and reward_noise."
 
 
 class NumberedBufferMixin(ReplayBuffer):
@@ -56,26 +57,25 @@ class NumberedBufferMixin(ReplayBuffer):
         :param args: What the stock buffer takes
         :param kwargs: The same by name
         :return: What the stock buffer gives
-        :raises TypeError: If the buffer has not taken its actions from ``self.actions``
+        :raises TypeError: If the buffer has not taken its actions from ``self.actions``, or its sample has none
         """
+        if self.sampling_numbered:  # a class that asks itself once more, for a batch that it likes better
+            return super().sample(*args, **kwargs)
         for _ in range(2):
             self.sampling_numbered = True
             try:
                 samples = super().sample(*args, **kwargs)
             finally:
                 self.sampling_numbered = False
-            both = samples.actions
+            if samples is None:  # not yet, as a class of the user's may say
+                return None
+            both = getattr(samples, "actions", None)
             if not _are_numbered(both):
                 break
             if not bool(_without(both).any()):
                 return _apart(samples)
             _number(self, np.arange(self.buffer_size))  # somebody has stored elsewhere, or written into the arrays
-        raise TypeError(
-            f"a sample of {type(self).__bases__[1].__name__} has actions of shape {tuple(both.shape)} and type {both.dtype}, "
-            "and has lost the numbers of its transitions, which stand beside them. Take actions from self.actions as "
-            "ReplayBuffer does, and leave their last dimension and their type as they are; or leave out bootstrap and "
-            "reward_noise."
-        )
+        raise TypeError(f"a sample of {type(self).__bases__[1].__name__} {_lost(samples, both)}; {_OR_LEAVE_OUT}")
 
     def _get_samples(self, *args: Any, **kwargs: Any) -> Any:
         """Other ways of sampling, which a class of the user's has beside `sample`, get actions as they know them."""
@@ -101,6 +101,20 @@ def _are_numbered(actions: Any) -> bool:
     return isinstance(actions, th.Tensor) and actions.dim() == 2 and actions.shape[1] == 2 and actions.dtype == th.int64
 
 
+def _lost(samples: Any, actions: Any) -> str:
+    """Why the numbers of a sample cannot be found, and what to do."""
+    if not isinstance(actions, th.Tensor):
+        return (
+            f"is a {type(samples).__name__} without a tensor `actions`, beside which the numbers of its transitions stand. "
+            "Give a named tuple, a dataclass, or an object with attributes, as ReplayBufferSamples of stable_baselines3 is one"
+        )
+    return (
+        f"has actions of shape {tuple(actions.shape)} and type {actions.dtype}, and has lost the numbers of its transitions, "
+        "which stand beside them. Take actions from self.actions as ReplayBuffer does, and leave their last dimension and "
+        "their type as they are"
+    )
+
+
 def _without(both: Any) -> Any:
     """Which actions have no number beside them: written as SB3 writes them they stand twice, or there is still a zero."""
     return (both[..., 1] == both[..., 0]) | (both[..., 1] == 0)
@@ -119,6 +133,19 @@ def _apart(samples: Any) -> Any:
     actions = samples.actions[:, :1]
     setattr(actions, _NAME, samples.actions[:, 1])
     return with_parts(samples, actions=actions)
+
+
+def asked_of(buffer: Any) -> Any:
+    """
+    Find the ``sample`` that says how a buffer is asked for a batch.
+
+    :param buffer: Replay buffer, that numbers its transitions or not
+    :return: The method as the buffer's own class, or the user on the buffer itself, has it
+    """
+    if "sample" in vars(buffer):
+        return buffer.sample
+    kinds = [kind for kind in type(buffer).__mro__ if "sample" in vars(kind) and kind is not NumberedBufferMixin]
+    return vars(kinds[0])["sample"].__get__(buffer)
 
 
 def numbers_of(samples: Any) -> th.Tensor | None:
@@ -168,7 +195,7 @@ def number_transitions(buffer: Any, key: int) -> int:
         raise TypeError(
             f"replay_buffer_class={type(buffer).__name__} cannot be given numbers of transitions, which bootstrap and "
             "reward_noise need: it must keep its actions in a numpy array of shape (buffer_size, n_envs, 1). Derive it from "
-            "ReplayBuffer, DictReplayBuffer or HerReplayBuffer, or leave out bootstrap and reward_noise."
+            "ReplayBuffer, DictReplayBuffer or HerReplayBuffer, " + _OR_LEAVE_OUT
         )
     kind: type[ReplayBuffer] = type(buffer)
     buffer.__class__ = numbered(kind)

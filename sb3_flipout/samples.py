@@ -6,6 +6,7 @@ import copy
 import dataclasses
 from typing import Any
 
+import numpy as np
 import torch as th
 
 
@@ -30,15 +31,19 @@ def repeat_rows(samples: Any, times: int, rows: int) -> Any:
     """
     Repeat each row of a batch, one copy after the other: row n comes from row n // times.
 
-    :param samples: Tensor, or a dictionary, named tuple, dataclass or batch of tensors; what is none stays
+    :param samples: Tensor, array or list, or a dictionary, named tuple, dataclass or batch of them; what is none stays
     :param times: How often
-    :param rows: Rows of the batch; a tensor that has not as many, such as the atoms of a distribution, stays
+    :param rows: Rows of the batch; what has not as many, such as the atoms of a distribution, stays
     :return: The same with ``times`` as many rows; what was given is left as it was
     """
     if isinstance(samples, th.Tensor):
         return samples.repeat_interleave(times, dim=0) if samples.dim() and len(samples) == rows else samples
+    if isinstance(samples, np.ndarray):  # which transitions were sampled, say, whose priorities are to be set
+        return samples.repeat(times, axis=0) if samples.ndim and len(samples) == rows else samples
     if isinstance(samples, dict):
         return {name: repeat_rows(part, times, rows) for name, part in samples.items()}
+    if type(samples) in (list, tuple):
+        return _repeated_list(samples, times, rows)
     if hasattr(samples, "_asdict"):
         names = list(samples._asdict())
     elif dataclasses.is_dataclass(samples) and not isinstance(samples, type):
@@ -48,3 +53,10 @@ def repeat_rows(samples: Any, times: int, rows: int) -> Any:
     else:
         return samples
     return with_parts(samples, **{name: repeat_rows(getattr(samples, name), times, rows) for name in names})
+
+
+def _repeated_list(listed: Any, times: int, rows: int) -> Any:
+    """One thing of each row, such as its index; or several parts of a batch, each with all rows."""
+    if any(isinstance(part, th.Tensor | np.ndarray | dict) and len(part) == rows for part in listed):
+        return type(listed)(repeat_rows(part, times, rows) for part in listed)
+    return type(listed)(part for part in listed for _ in range(times)) if len(listed) == rows else listed

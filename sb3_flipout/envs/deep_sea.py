@@ -41,7 +41,8 @@ class DeepSea(gym.Env[NDArray[np.float32] | np.int64, np.int64]):
     :param flatten: Whether the observation has shape ``(size * size,)``, row by row, instead of ``(size, size)``.
     :param integer_observations: Whether the observation is the number of the cell, row by row from 0, in
         ``Discrete(size * size)``: SB3 makes the one-hot vector of it, and a replay buffer keeps 8 bytes in place of
-        ``4 * size * size``. After the last step it is 0, which no algorithm looks at: that state is terminal.
+        ``4 * size * size``. After the last step it is 0: that state is terminal, and no value of it is learned (though it
+        is among those that the unit of priors is measured on).
     :raises TypeError: If an argument has the wrong type.
     :raises ValueError: If an argument is out of its range.
     """

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from inspect import Parameter, signature
 from typing import Any
 
+import numpy as np
 import torch as th
 
 from sb3_flipout.checks import warn_user
 from sb3_flipout.noise import Stream, fold
 from sb3_flipout.policies.base import FlipoutPolicyMixin
 from sb3_flipout.policies.observations import n_rows
-from sb3_flipout.replay_buffers import number_transitions, numbers_of
+from sb3_flipout.replay_buffers import asked_of, number_transitions, numbers_of
 from sb3_flipout.samples import repeat_rows, with_parts
 
 
@@ -82,10 +84,20 @@ def batches_for_members(algorithm: Any, policy: FlipoutPolicyMixin) -> Iterator[
     number_stored(algorithm, policy)
     buffer = algorithm.replay_buffer
     sample, own = buffer.sample, vars(buffer).get("sample")  # a user can have put one on the buffer itself
+    first = next(iter(signature(asked_of(buffer)).parameters.values()), None)
+    inside = False
 
-    def for_members(batch_size: int, *args: Any, **kwargs: Any) -> Any:
-        _check_divides(batch_size, times)  # `train` can be called with another one
-        given = sample(batch_size // times, *args, **kwargs)
+    def for_members(*args: Any, **kwargs: Any) -> Any:
+        nonlocal inside
+        if inside:  # a buffer that asks itself once more, for a batch that it likes better
+            return sample(*args, **kwargs)
+        inside = True
+        try:
+            given = sample(*_share(first, args, kwargs, times), **kwargs) if times > 1 else sample(*args, **kwargs)
+        finally:
+            inside = False
+        if given is None:  # not yet, as a buffer of the user's may say
+            return None
         samples = _repeated(given, times) if times > 1 else given
         return _noted(policy, samples, None if bootstrap is None else _numbers(given).repeat_interleave(times))
 
@@ -98,6 +110,19 @@ def batches_for_members(algorithm: Any, policy: FlipoutPolicyMixin) -> Iterator[
             del buffer.sample  # the class's own is under it
         else:
             buffer.sample = own
+
+
+def _share(first: Parameter | None, args: tuple[Any, ...], named: dict[str, Any], times: int) -> tuple[Any, ...]:
+    """Positional arguments of `sample`: the first is the size of the batch, divided, and taken out of the named ones."""
+    name, default = ("batch_size", Parameter.empty) if first is None else (first.name, first.default)
+    size = args[0] if args else named.pop(name, default)
+    if not isinstance(size, int | np.integer):
+        raise TypeError(
+            f"keys_per_transition={times} divides the size of the batch, which must be the first argument of the replay "
+            f"buffer's sample, got {'none' if size is Parameter.empty else repr(size)}. Say replay_buffer.sample(batch_size)."
+        )
+    _check_divides(int(size), times)  # `train` can be called with another one
+    return (int(size) // times, *args[1:])
 
 
 def _repeated(given: Any, times: int) -> Any:

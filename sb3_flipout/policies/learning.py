@@ -21,6 +21,7 @@ from sb3_flipout.policies.extractors import GivesNumbers
 from sb3_flipout.policies.learning_noise import LearningNoise, Role
 from sb3_flipout.policies.observations import each_once, n_rows
 from sb3_flipout.policies.prior import Prior
+from sb3_flipout.policies.rows import nothing_own
 
 
 class LearnsUnderNoise(GivesNumbers):
@@ -50,6 +51,14 @@ class LearnsUnderNoise(GivesNumbers):
         :param is_perturbed: Whether it sees the noise, or the mean weights of layers that it shares
         """
         self.perturbed_network, self.learning, self.role, self.is_perturbed = network, learning, role, is_perturbed
+
+    def follow(self, other: LearnsUnderNoise) -> None:
+        """
+        Learn under the noise of another network of the same kind, of which this one is a copy.
+
+        :param other: Network of the policy that trains
+        """
+        self.learning = other.learning
 
     @contextmanager
     def step_noise(self, obs: PyTorchObs, role: Role | None = None) -> Iterator[None]:
@@ -94,26 +103,39 @@ class LearningValueNetwork(LearnsUnderNoise, BasePolicy):
     # trained nor copied by polyak.
     prior: tuple[Prior, float] | None = None
 
-    def forward(self, obs: PyTorchObs) -> th.Tensor:
+    def follow(self, other: LearnsUnderNoise) -> None:
+        """
+        Learn under the noise of another network of the same kind, of which this one is a copy, and with its prior.
+
+        :param other: Network of the policy that trains
+        """
+        super().follow(other)
+        self.prior = other.prior if isinstance(other, LearningValueNetwork) else None
+
+    def forward(self, obs: PyTorchObs, *args: Any, **kwargs: Any) -> th.Tensor:
         """
         Compute values under the active noise; while SB3 trains, under that of the gradient step.
 
         :param obs: Observations, shape (N, ...)
+        :param args: What the forward of a user's own network takes besides, such as masks; the prior gets it, too
+        :param kwargs: The same by name
         :return: Values, shape (N, n_actions), or quantiles, shape (N, n_quantiles, n_actions)
         """
         with self.step_noise(obs):
             noise = self.perturbed_network.active
             if not isinstance(noise, RowNoise):
-                plain: th.Tensor = super().forward(obs)
+                plain: th.Tensor = super().forward(obs, *args, **kwargs)
                 return plain
+            if args or kwargs:  # whose rows nobody knows
+                noise.rows_per_input = 1
             learning = self.learning if self.learning is not None and self.learning.active else None
             given = each_once(obs, noise.rows_per_input)
-            values: th.Tensor = super().forward(given)
+            values: th.Tensor = super().forward(given, *args, **kwargs)
             if self.prior is not None:
                 prior, scale = self.prior
                 if learning is not None:
-                    prior.measure(given, noise)
-                values = values + scale * prior(given, noise)
+                    prior.measure(noise, given, *args, **kwargs)
+                values = values + scale * prior(noise, given, *args, **kwargs)
             values = noise.in_order(values)
             if learning is None or self.role != Role.ONLINE or not th.is_grad_enabled():
                 return values
@@ -126,12 +148,19 @@ class LearningValueNetwork(LearnsUnderNoise, BasePolicy):
         """Where copies of an observation are told apart by their members alone, networks get it once."""
         batch = learning.batch_of(obs)
         times = learning.rows_per_input(obs, batch)
-        if times > 1 and times == learning.settings.members:
+        if times > 1 and times == learning.settings.members and self._is_sorted_unseen():
             return learning.rows_by_member(role, n_rows(obs), self.device, batch)
         noise = learning.rows(role, n_rows(obs), self.device, batch)
         if noise is not None:
             noise.rows_per_input = times
         return noise
+
+    def _is_sorted_unseen(self) -> bool:
+        """Whether nobody but us sees the rows inside the network, where they would be sorted by member."""
+        return nothing_own(self) and not any(
+            module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+            for module in self.modules()
+        )
 
 
 class LearningCritic(LearnsUnderNoise):

@@ -27,7 +27,8 @@ class Prior(nn.Module):
     truncated) of the priors in ``boot_dqn`` of bsuite, the agent of Osband et al. Its size would follow that of the
     observations: on a one-hot observation of d numbers, the first layer shrinks as 1/sqrt(d). So it is divided by its root
     mean square over the rows of the first gradient step, each under its own member (unit variance from data, as in Mishkin
-    and Matas 2016): beta is in standard deviations of the members' values. Before that gradient step it is not divided.
+    and Matas 2016): beta is in standard deviations of the members' values. Before that gradient step it is not divided. Which
+    rows those are, SB3 says: it asks the target network first, so they are the next observations of the first batch.
     The noise scale multiplies what comes out, once, and not the weights of each layer: a scale of 0 gives mean weights.
 
     Which functions these are is as much a part of the ensemble as its weights, so all of it is in the ``state_dict``. A prior
@@ -78,17 +79,23 @@ class Prior(nn.Module):
         """
         return super().train(False)
 
-    def measure(self, obs: Any, noise: RowNoise) -> None:
+    def measure(self, noise: RowNoise, *given: Any, **named: Any) -> None:
         """
         Fix the unit by the rows of a batch; later calls change nothing.
 
-        :param obs: Observations, shape (N, ...)
         :param noise: Which member each row is
+        :param given: Observations, shape (N, ...), and what else the network takes
+        :param named: The same by name
         """
         if self._is_measured():
             return
         with th.no_grad():
-            size = self._values(obs, noise).square().mean().sqrt()
+            values = self._values(noise, given, named)
+            # What no weight changes is none of the prior's: actions that the network masks, by some number far below.
+            of_means = self._values(None, given, named)
+            of_means = noise.for_rows(of_means) if noise.rows_per_input > 1 else of_means
+            drawn = values[(values != of_means) | (of_means == 0)]
+            size = drawn.square().mean().sqrt()
             if bool(size > 0):  # 0 tells nothing: then the next batch is asked
                 self.unit.copy_(size)
 
@@ -96,20 +103,24 @@ class Prior(nn.Module):
         self._known = self._known or bool(th.isfinite(self.unit))
         return self._known
 
-    def _values(self, obs: Any, noise: RowNoise) -> th.Tensor:
-        with th.no_grad(), self.perturbed_network.activate(noise):
-            values: th.Tensor = self.network(obs)
+    def _values(self, noise: RowNoise | None, given: tuple[Any, ...], named: dict[str, Any]) -> th.Tensor:
+        """Nothing in it learns, so no graph is built, but where somebody asks for gradients by the observations."""
+        with self.perturbed_network.activate(noise):
+            values: th.Tensor = self.network(*given, **named)
         return values
 
-    def forward(self, obs: Any, noise: RowNoise) -> th.Tensor:
+    def forward(self, noise: RowNoise, *given: Any, **named: Any) -> th.Tensor:
         """
         Compute the prior of each row's member.
 
-        :param obs: Observations, shape (N, ...)
         :param noise: Which member each row is, and its noise scale
+        :param given: Observations, shape (N, ...), and what else the network takes
+        :param named: The same by name
         :return: What the network gives, in the prior's unit
         """
-        values = self._values(obs, noise)
+        values = self._values(noise, given, named)
+        # Where the network masks an action by minus infinity, the values that the prior is added to do it.
+        values = values.nan_to_num(nan=th.nan, posinf=0.0, neginf=0.0)
         scale = noise.scale.to(values.dtype).view(-1, *[1] * (values.dim() - 1))
         return scale * (values / self.unit) if self._is_measured() else scale * values
 

@@ -113,11 +113,20 @@ def _says_the_same(
     )
 
 
+def nothing_own(module: nn.Module) -> bool:
+    """
+    Tell whether no module in a policy or network is of a class of the user's.
+
+    :param module: Policy or network
+    :return: Whether all are of torch, SB3 or this package
+    """
+    classes = {base for one in module.modules() for base in type(one).__mro__}
+    return all(base.__module__.split(".")[0] in _KNOWN for base in classes)
+
+
 def _is_stock(policy: BasePolicy, layers: Mapping[str, FlipoutLayer]) -> bool:
     """Whether nothing in a policy is the user's: then linear layers and convolutions get rows first, as SB3 builds them."""
-    classes = {base for module in policy.modules() for base in type(module).__mro__}
-    known = all(base.__module__.split(".")[0] in _KNOWN for base in classes)
-    return known and all(isinstance(layer, (nn.Linear, nn.Conv2d)) for layer in layers.values())
+    return nothing_own(policy) and all(isinstance(layer, (nn.Linear, nn.Conv2d)) for layer in layers.values())
 
 
 def _found(layers: Mapping[str, FlipoutLayer], run: Callable[[Any], Any], policy: BasePolicy) -> dict[str, Any]:

@@ -49,12 +49,14 @@ class SampledBatch:
 
     def is_repeated(self, obs: Any) -> bool:
         """
-        Tell whether observations are this batch's as they were given, copy next to copy: nobody has written into them since.
+        Tell whether observations are this batch's as they were given, copy next to copy, and may stand for one another: nobody
+        has written into them since, and nobody asks for the gradient of each of them.
 
         :param obs: Observations
         :return: Whether they are
         """
-        return self.is_of(obs) and all(self._versions[id(part)] == part._version for part in _parts(obs).values())
+        parts = _parts(obs).values()
+        return self.is_of(obs) and all(self._versions[id(part)] == part._version and not part.requires_grad for part in parts)
 
 
 def _parts(obs: Any) -> dict[Any, th.Tensor]:

@@ -58,7 +58,7 @@ def values_of(model, obs, scale=None):
     n = len(tensors)
     noise = RowNoise(th.arange(K).repeat_interleave(n), scale)
     with th.no_grad():
-        values = model.policy.prior(tensors.repeat(K, *[1] * (tensors.dim() - 1)), noise)
+        values = model.policy.prior(noise, tensors.repeat(K, *[1] * (tensors.dim() - 1)))
     return values.view(K, n, *values.shape[1:])
 
 

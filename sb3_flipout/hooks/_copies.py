@@ -1,0 +1,39 @@
+"""Copies of a policy's networks that an algorithm of the user's holds, such as further targets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from torch import nn
+
+from sb3_flipout.policies.base import FlipoutPolicyMixin
+from sb3_flipout.policies.learning import LearnsUnderNoise
+
+
+def copies_follow(algorithm: Any, policy: FlipoutPolicyMixin) -> None:
+    """
+    Let copies of networks learn under the noise of those that they are copied from: a copy belongs to no policy, and would see
+    the mean weights. Copies of whole policies are policies of their own, and stay so.
+
+    :param algorithm: Algorithm, whose attributes are searched, and lists and dictionaries that are among them
+    :param policy: Its policy
+    """
+    own: list[LearnsUnderNoise] = getattr(policy, "_learning_networks", list)()
+    for held in _held(vars(algorithm).values()):
+        like = next((net for net in own if type(net) is type(held)), None)
+        if like is not None and held.learning is not like.learning:
+            held.follow(like)
+
+
+def _held(values: Iterable[Any]) -> Iterator[LearnsUnderNoise]:
+    for value in values:
+        if isinstance(value, LearnsUnderNoise):
+            yield value
+        elif isinstance(value, nn.Module):
+            if not isinstance(value, FlipoutPolicyMixin):
+                yield from _held(value.children())
+        elif isinstance(value, Mapping):
+            yield from _held(value.values())
+        elif isinstance(value, list | tuple):
+            yield from _held(value)
