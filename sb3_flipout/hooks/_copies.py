@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import nn
@@ -10,13 +10,15 @@ from torch import nn
 from sb3_flipout.policies.base import FlipoutPolicyMixin
 from sb3_flipout.policies.learning import LearnsUnderNoise
 
+_DEPTH, _MOST = 3, 100  # how deep is searched, and in what of how many things
+
 
 def copies_follow(algorithm: Any, policy: FlipoutPolicyMixin) -> None:
     """
     Let copies of networks learn under the noise of those that they are copied from: a copy belongs to no policy, and would see
     the mean weights. Copies of whole policies are policies of their own, and stay so.
 
-    :param algorithm: Algorithm, whose attributes are searched, and lists and dictionaries that are among them
+    :param algorithm: Algorithm, whose attributes are searched, and lists, dictionaries and modules that are among them
     :param policy: Its policy
     """
     own: list[LearnsUnderNoise] = getattr(policy, "_learning_networks", list)()
@@ -26,14 +28,13 @@ def copies_follow(algorithm: Any, policy: FlipoutPolicyMixin) -> None:
             held.follow(like)
 
 
-def _held(values: Iterable[Any]) -> Iterator[LearnsUnderNoise]:
+def _held(values: Iterable[Any], depth: int = 0) -> Iterator[LearnsUnderNoise]:
+    """Networks among things and in what these hold; not in long records, which would be looked at in each training."""
     for value in values:
-        if isinstance(value, LearnsUnderNoise):
-            yield value
-        elif isinstance(value, nn.Module):
-            if not isinstance(value, FlipoutPolicyMixin):
-                yield from _held(value.children())
-        elif isinstance(value, Mapping):
-            yield from _held(value.values())
-        elif isinstance(value, list | tuple):
-            yield from _held(value)
+        if isinstance(value, nn.Module):
+            if isinstance(value, LearnsUnderNoise):
+                yield value
+            elif depth < _DEPTH and not isinstance(value, FlipoutPolicyMixin):
+                yield from _held(value.children(), depth + 1)
+        elif isinstance(value, (dict, list, tuple)) and depth < _DEPTH and len(value) <= _MOST:
+            yield from _held(value.values() if isinstance(value, dict) else value, depth + 1)
