@@ -163,8 +163,9 @@ prior networks of the members' law, `index-head` a last layer that is linear in 
 (HyperAgent's), both written out in `benchmarks/boot_dqn.py`, under the same settings.
 
 With the newest oftener, half of each batch is sampled so that the logarithm of its age is even. The slower arms sample so,
-too, and have {2 * TRANSITIONS} transitions per gradient step and a lower learning rate: `slower` 3e-4, `ever slower`
-{LEARNING_RATE} for 10,000 environment steps, and then falling as one over the square root of the steps.
+too, and have {2 * TRANSITIONS} transitions per gradient step and a lower learning rate: `slower` 3e-4; `ever slower` and
+`settling` {LEARNING_RATE} for 10,000 environment steps, and then falling as one over the square root of the steps, and as one
+over the steps.
 
 A run is learned when more than 90 of the last 100 episodes were good (the treasure reached; stochastic: no action left the
 diagonal), and solved if the vote, or the mean weights, are good afterwards; one that is not counts as more than its cap. MiB:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,15 +67,16 @@ class NewestOftener(ReplayBuffer):
         return self._get_samples((self.pos - 1 - ages(self.size(), batch_size, True)) % self.buffer_size, env=env)
 
 
-def falling(steps: int) -> Callable[[float], float]:
+def falling(steps: int, power: float) -> Callable[[float], float]:
     """
-    Let the learning rate fall as one over the square root of the environment steps, from ten thousand on. At a given step
-    it does not depend on the length of the run.
+    Let the learning rate fall as one over a power of the environment steps, from ten thousand on. At a given step it does
+    not depend on the length of the run.
 
     :param steps: Steps of the whole run
+    :param power: Power
     :return: Learning rate by the share of the run that is left, as SB3 takes it
     """
-    return lambda left: LEARNING_RATE * min(1.0, (10_000 / max(1.0, (1 - left) * steps)) ** 0.5)
+    return lambda left: LEARNING_RATE * min(1.0, (10_000 / max(1.0, (1 - left) * steps)) ** power)
 
 
 _ENSEMBLE: dict[str, Any] = dict(members=MEMBERS, prior_scale=PRIOR, keys_per_transition=MEMBERS)
@@ -88,7 +90,8 @@ ARMS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "members": (_GREEDY, _ENSEMBLE),
     "members, newest oftener": ({**_GREEDY, "replay_buffer_class": NewestOftener}, _ENSEMBLE),
     "members, slower": ({**_GREEDY, **_TWICE, "learning_rate": 3e-4}, _ENSEMBLE),
-    "members, ever slower": ({**_GREEDY, **_TWICE, "learning_rate": falling}, _ENSEMBLE),
+    "members, ever slower": ({**_GREEDY, **_TWICE, "learning_rate": partial(falling, power=0.5)}, _ENSEMBLE),
+    "members, settling": ({**_GREEDY, **_TWICE, "learning_rate": partial(falling, power=1.0)}, _ENSEMBLE),
     "members, one key": (_GREEDY, {**_ENSEMBLE, "keys_per_transition": 1}),
     "members, 10": ({**_GREEDY, "batch_size": 10 * TRANSITIONS}, {**_ENSEMBLE, "members": 10, "keys_per_transition": 10}),
     "members, no prior": (_GREEDY, {**_ENSEMBLE, "prior_scale": 0.0}),
@@ -142,8 +145,8 @@ def sea(run: Run) -> gym.Env[Any, Any]:
 def build(run: Run) -> DQN:
     size, _, cap = TASKS[run.task]
     changes, noise = ARMS[run.arm]
-    if changes.get("learning_rate") is falling:
-        changes = {**changes, "learning_rate": falling(cap * size)}
+    if callable(changes.get("learning_rate")):
+        changes = {**changes, "learning_rate": changes["learning_rate"](cap * size)}
     env = make_vec_env(lambda: sea(run), seed=run.seed)
     network = dict(net_arch=[50], features_extractor_class=OneHotExtractor, features_extractor_kwargs=dict(features_dim=50))
     settings: dict[str, Any] = dict(

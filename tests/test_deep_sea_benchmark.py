@@ -72,14 +72,14 @@ def test_arms_of_members_differ_in_what_the_page_names() -> None:
     assert settings.batch_size == deep_sea_runs.MEMBERS * deep_sea_runs.TRANSITIONS and settings.target_update_interval == 4
 
 
+@pytest.mark.parametrize(("arm", "quarter"), [("members, ever slower", 5e-4), ("members, settling", 2.5e-4)])
 @pytest.mark.parametrize("size", [10, 100])
-def test_the_learning_rate_is_the_same_after_as_many_steps_at_all_sizes(size: int) -> None:
-    of_rest = deep_sea_runs.falling(1000 * size)
-    rates = [of_rest(1 - step / (1000 * size)) for step in (0, 5_000, 10_000)]
+def test_the_learning_rate_is_the_same_after_as_many_steps_at_all_sizes(size: int, arm: str, quarter: float) -> None:
+    cap = deep_sea_runs.TASKS[f"sea-{size}"][2]
+    model = deep_sea_runs.build(deep_sea_runs.Run(f"sea-{size}", arm, 0))
+    rates = [model.lr_schedule(1 - step / (cap * size)) for step in (0, 5_000, 10_000)]
     assert rates == pytest.approx([1e-3] * 3)
-    assert size == 10 or of_rest(1 - 40_000 / (1000 * size)) == pytest.approx(5e-4)
-    model = deep_sea_runs.build(deep_sea_runs.Run("tiny", "members, ever slower", 0))
-    assert callable(model.learning_rate)
+    assert size == 10 or model.lr_schedule(1 - 40_000 / (cap * size)) == pytest.approx(quarter)
 
 
 @pytest.mark.parametrize("stored", [700, 1500], ids=["filling", "full"])
