@@ -112,26 +112,38 @@ def largest() -> str:
 
 #: Of runs that did not end, and of what was decided.
 REMARKS = """\
-Size 100 is not reached so far. `members` with seed 100 was stopped by hand after 2,604 episodes and 82 CPU minutes, at
-commit 5361428, without having met the treasure: the furthest that it had come along the diagonal was row 34 in the
-hundred episodes from 604 on, 51 in those from 1,004 on, and 71 in the end, ever more slowly, having seen 4,903 of 5,050
-cells. `members, newest oftener`, the same seed, at commit 0c73546, came to row 26 until episode 600, 52 until 1,050,
-and then more slowly too: 68 until 2,250, having seen 4,965 cells. `members, slower`, seed 101, at commit 72c3616 with
-this arm added, came to row 39 until 600, 62 until 1,050, 84 until 1,500 and 96 until 1,900, having seen 5,039 cells; no
-new one by 2,150, where it was stopped.
+Size 100 is not reached so far. Runs that were stopped by hand, none of which had met the treasure:
 
-What held them up, by looks into their networks (no script of which is kept). At episode 1,640 of `newest oftener`,
-values were wrong by 0.018 (root mean square of what is wrong in Bellman's equation); a maximum over two actions picks
-what is too high, and along the way it adds up. In rows 0 to 59 values were too high by 0.28 in the mean, as much as what
-has not been tried promised at the first cell (0.28), so 19 of 20 members walked where everything is known. After 2,000
-more gradient steps on the transitions that it had, 0 of 20 members headed for what had not been tried; after 3,000 with a
-learning rate of 3e-4 8, with a target network that moves a tenth of the way 8, with Adam's epsilon 1e-5 7, with AMSGrad 4;
-after 9,000 with 3e-4 12, and 15 with twice the transitions besides: so the slower arms. At episode 2,110 of `slower`,
-values were wrong by 0.007, too high by 0.003, and 19 of 20 members headed for what is not in the buffer. But the buffer
-held 200,000 transitions, 2,000 episodes, and the first ones, which had tried the upper rows, had left it. Since then the
-buffer holds all of a run. [Tables in place of networks](deep_sea_table.md) had that limit, too. With errors of 0.01 at
-each update they needed twice the episodes at size 50, and without errors, with the newest sampled oftener, they learned
-size 100; one seed each.
+| arm | seed | commit | furthest row of the diagonal, until episode | cells seen, of 5,050 | stopped after |
+|---|---:|---|---|---:|---:|
+| members | 100 | 5361428 | 34 until 700, 51 until 1,100, 71 until 2,604 | 4,903 | 2,604 |
+| members, newest oftener | 100 | 0c73546 | 26 until 600, 52 until 1,050, 68 until 2,250 | 4,965 | 2,250 |
+| members, slower, buffer 200,000 | 101 | 72c3616 | 39 until 600, 62 until 1,050, 96 until 1,900 | 5,039 | 2,150 |
+| members, ever slower | 100 | 428cddf | 67 until 1,233, 79 until 1,466, 86 until 1,838 | 5,018 | 1,858 |
+| members, ever slower | 101 | e3b47ce | 25 until 450, 32 until 595 | 4,410 | 650 |
+| members, slower | 100 | e3b47ce | 46 until 735, 65 until 1,256, 86 until 1,808 | 5,031 | 2,085 |
+| members, slower | 101 | e3b47ce | 45 until 724, 71 until 1,245, 92 until 1,790, 96 until 2,071 | 5,039 | 2,121 |
+
+What holds them up, by looks into their networks (no script of which is kept): values are a little wrong everywhere, a
+maximum over two actions picks what is too high, and along a hundred steps it adds up. At the end, what has not been tried
+promises no more than that at the first cell, and all members walk where everything is known. Residuals of Bellman's
+equation, how much values of rows 0 to 59 are too high, and what was promised at the first cell, in the mean over members:
+
+| run, seed, episode | residual (root mean square) | too high by | promised | members that head for it, of 20 |
+|---|---:|---:|---:|---:|
+| newest oftener, 100, 1,640 | 0.018 | 0.28 | 0.28 | 1 |
+| ever slower, 100, 1,850 | 0.014 | 0.24 | 0.20 | 0 |
+| slower, 101, 2,050 | 0.0091 | 0.17 | 0.07 | 0 |
+| the last, and 2,000 gradient steps on what it had, with a learning rate of 3e-4 | 0.0092 | 0.18 | 0.07 | 0 |
+| the same, 4,000 with 1e-4 | 0.0051 | 0.11 | 0.06 | 2 |
+
+So it is the learning rate at last, and hence `settling`. From the networks of `ever slower`, 1e-4 helped less (0.011, 0.20,
+6 members), as did 3e-5 (0.011, 0.21, 0) and, at 2.3e-4, a target network that moves a tenth of the way (0.014, 0.22, 5). A
+network that begins anew on its transitions with 1e-3 has values of 6 after 2,500 gradient steps, and of 7.7 where Adam's
+moments of cells that are not sampled stand still. From those of `newest oftener`, Adam's epsilon of 1e-5 and AMSGrad helped
+about as much as a learning rate of 3e-4. [Tables in place of networks](deep_sea_table.md) with errors of 0.01 at each
+update needed twice the episodes at size 50; without errors, with the newest sampled oftener, they learned size 100, one seed
+each.
 
 What was tried before, on seed 1, without gain: room for 10,000 transitions only (size 50 after 949 episodes, as in the
 table); at size 30, where the setting itself took 487 episodes, Adam's epsilon 1e-4 and 1e-5 instead of 1e-8 (495 and
@@ -180,7 +192,7 @@ The setting was chosen on the seeds below {CONFIRMING}, at the end of the page, 
 {exponent(fresh)}
 
 At size 100, replay buffer, networks, gradients and moments of `members` are {largest()} MiB; an episode took 1.9 CPU
-seconds, the mean over the run that is told of next.
+seconds, the mean over the run that is told of first below.
 
 {REMARKS}
 
