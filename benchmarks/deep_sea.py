@@ -138,13 +138,13 @@ equation, how much values of rows 0 to 59 are too high, and what was promised at
 | the same, 4,000 with 1e-4 | 0.0051 | 0.11 | 0.06 | 2 |
 
 That run, taken up at episode 2,100 with 1e-4 set by hand, met the treasure in episode 2,187 and had seen all cells by 2,300.
-So it is the learning rate at last, and hence `settling`, of which no run has ended yet. From the networks of `ever slower`, 1e-4 helped less (0.011, 0.20,
-6 members), as did 3e-5 (0.011, 0.21, 0) and, at 2.3e-4, a target network that moves a tenth of the way (0.014, 0.22, 5). A
-network that begins anew on its transitions with 1e-3 has values of 6 after 2,500 gradient steps, and of 7.7 where Adam's
-moments of cells that are not sampled stand still. From those of `newest oftener`, Adam's epsilon of 1e-5 and AMSGrad helped
-about as much as a learning rate of 3e-4. [Tables in place of networks](deep_sea_table.md) with errors of 0.01 at each
-update needed twice the episodes at size 50; without errors, with the newest sampled oftener, they learned size 100, one seed
-each.
+So it is the learning rate at last, and hence `settling`, of which no run has ended yet. From the networks of `ever slower`,
+1e-4 helped less (0.011, 0.20, 6 members), as did 3e-5 (0.011, 0.21, 0) and, at 2.3e-4, a target network that moves a tenth
+of the way (0.014, 0.22, 5). A network that begins anew on its transitions with 1e-3 has values of 6 after 2,500 gradient
+steps, and of 7.7 where Adam's moments of cells that are not sampled stand still. From those of `newest oftener`, Adam's
+epsilon of 1e-5 and AMSGrad helped about as much as a learning rate of 3e-4. [Tables in place of
+networks](deep_sea_table.md) with errors of 0.01 at each update needed twice the episodes at size 50; without errors, with
+the newest sampled oftener, they learned size 100, one seed each.
 
 What was tried before, on seed 1, without gain: room for 10,000 transitions only (size 50 after 949 episodes, as in the
 table); at size 30, where the setting itself took 487 episodes, Adam's epsilon 1e-4 and 1e-5 instead of 1e-8 (495 and
