@@ -14,7 +14,6 @@ from sb3_flipout.buffers import KeyedBufferMixin, store_noise
 from sb3_flipout.checks import warn_user
 from sb3_flipout.hooks import _numbers as numbers
 from sb3_flipout.hooks._batches import batches_for_members, check_batch_size, number_stored
-from sb3_flipout.hooks._copies import copies_follow
 from sb3_flipout.hooks._models import Method, policy_of
 
 
@@ -192,7 +191,7 @@ def train(original: Method, algorithm: Any, *args: Any, **kwargs: Any) -> Any:
     """Mark the update."""
     policy = policy_of(algorithm)
     policy.marks.differentiates_all = hasattr(algorithm, "_compute_actor_grad")
-    copies_follow(algorithm, policy)
+    policy.lead_copies(vars(algorithm).values())
     with numbers.explained(algorithm, policy), policy.updating(), batches_for_members(algorithm, policy):
         return original(algorithm, *args, **kwargs)
 

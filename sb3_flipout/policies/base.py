@@ -234,6 +234,13 @@ class FlipoutPolicyMixin(NoiseState):
                 "they are neither linear layers nor convolutions. Their sigma is in units of 1/sqrt(fan_in).",
             )
 
+    def lead_copies(self, held: Iterable[Any]) -> None:
+        """
+        Let copies of this policy's networks learn under its noise; on-policy, whole policies learn, and there are none.
+
+        :param held: What the algorithm holds
+        """
+
     def mean_outputs(self, obs: Any) -> list[th.Tensor]:
         """
         Compute what the policy says under its mean weights, to compare it with a plain one.

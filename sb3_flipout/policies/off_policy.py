@@ -8,7 +8,7 @@ one key per environment, held as ``resample`` says, under the acting base. Learn
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, ClassVar
 
@@ -20,6 +20,7 @@ from sb3_flipout.layers import Ask, FlipoutLayer, PerturbedNetwork
 from sb3_flipout.noise import RowNoise
 from sb3_flipout.policies.arguments import arguments_of, settings_from
 from sb3_flipout.policies.base import FlipoutPolicyMixin
+from sb3_flipout.policies.copies import follow
 from sb3_flipout.policies.learning import LearnsUnderNoise
 from sb3_flipout.policies.learning_noise import LearningNoise, Role
 from sb3_flipout.policies.learning_settings import LearningSettings
@@ -113,6 +114,14 @@ class OffPolicyMixin(FlipoutPolicyMixin):
         if base_key != self._acting_base_key:
             self._acting_base_key = base_key
             self.perturbed_network.redraw(base_key)
+
+    def lead_copies(self, held: Iterable[Any]) -> None:
+        """
+        Let copies of this policy's networks learn under its noise.
+
+        :param held: What the algorithm holds
+        """
+        follow(self._learning_networks(), held)
 
     @contextmanager
     def updating(self) -> Iterator[None]:

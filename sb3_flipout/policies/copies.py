@@ -13,17 +13,17 @@ from sb3_flipout.policies.learning import LearnsUnderNoise
 _DEPTH, _MOST = 3, 100  # how deep is searched, and in what of how many things
 
 
-def copies_follow(algorithm: Any, policy: FlipoutPolicyMixin) -> None:
+def follow(own: Iterable[LearnsUnderNoise], values: Iterable[Any]) -> None:
     """
     Let copies of networks learn under the noise of those that they are copied from: a copy belongs to no policy, and would see
     the mean weights. Copies of whole policies are policies of their own, and stay so.
 
-    :param algorithm: Algorithm, whose attributes are searched, and lists, dictionaries and modules that are among them
-    :param policy: Its policy
+    :param own: The networks of a policy
+    :param values: Where copies are looked for: these things, and lists, dictionaries and modules that are among them
     """
-    own: list[LearnsUnderNoise] = getattr(policy, "_learning_networks", list)()
-    for held in _held(vars(algorithm).values()):
-        like = next((net for net in own if type(net) is type(held)), None)
+    kinds = {type(net): net for net in own}
+    for held in _held(values):
+        like = kinds.get(type(held))
         if like is not None and held.learning is not like.learning:
             held.follow(like)
 
