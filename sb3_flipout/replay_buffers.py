@@ -142,10 +142,9 @@ def asked_of(buffer: Any) -> Any:
     :param buffer: Replay buffer, that numbers its transitions or not
     :return: The method as the buffer's own class, or the user on the buffer itself, has it
     """
-    if "sample" in vars(buffer):
-        return buffer.sample
-    kinds = [kind for kind in type(buffer).__mro__ if "sample" in vars(kind) and kind is not NumberedBufferMixin]
-    return vars(kinds[0])["sample"].__get__(buffer)
+    sample = buffer.sample
+    numbers = getattr(sample, "__func__", None) is NumberedBufferMixin.sample  # which takes whatever the class's own takes
+    return super(NumberedBufferMixin, buffer).sample if numbers else sample
 
 
 def numbers_of(samples: Any) -> th.Tensor | None:

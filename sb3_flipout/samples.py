@@ -57,6 +57,12 @@ def repeat_rows(samples: Any, times: int, rows: int) -> Any:
 
 def _repeated_list(listed: Any, times: int, rows: int) -> Any:
     """One thing of each row, such as its index; or several parts of a batch, each with all rows."""
-    if any(isinstance(part, th.Tensor | np.ndarray | dict) and len(part) == rows for part in listed):
+    if any(_has_rows(part, rows) for part in listed):
         return type(listed)(repeat_rows(part, times, rows) for part in listed)
     return type(listed)(part for part in listed for _ in range(times)) if len(listed) == rows else listed
+
+
+def _has_rows(part: Any, rows: int) -> bool:
+    if isinstance(part, dict):
+        return any(_has_rows(value, rows) for value in part.values())
+    return isinstance(part, th.Tensor | np.ndarray) and part.ndim > 0 and len(part) == rows

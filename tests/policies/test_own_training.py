@@ -79,6 +79,15 @@ def test_what_a_batch_tells_of_its_rows_is_repeated_with_them(times: int) -> Non
     assert found.both[0].tolist() == found.both[1].tolist() == found.places.tolist()
 
 
+def test_lists_hold_parts_of_a_batch_or_one_thing_of_each_row() -> None:
+    """A dictionary counts by what is in it, and not by how many things these are."""
+    infos = [{"a": 1, "b": 2}, {"a": 3, "b": 4}]
+    assert repeat_rows(infos, 2, 2) == [infos[0], infos[0], infos[1], infos[1]]
+    (part,) = repeat_rows([{"a": th.arange(2)}], 2, 2)
+    assert part["a"].tolist() == [0, 0, 1, 1]
+    assert [float(number) for number in repeat_rows([th.tensor(1.0), th.tensor(2.0)], 2, 2)] == [1.0, 1.0, 2.0, 2.0]
+
+
 def test_lists_that_are_of_no_rows_stay() -> None:
     assert repeat_rows([1, 2, 3], 2, 4) == [1, 2, 3]
     assert repeat_rows((1, 2), 2, 2) == (1, 1, 2, 2)
@@ -238,6 +247,15 @@ def test_rows_inside_the_network_are_in_the_order_of_the_batch(times: int, kept:
     th.testing.assert_close(model.seen, slow, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
+def test_rows_are_sorted_where_no_hook_sees_it(kind: str) -> None:
+    net = build().q_net
+    handle = getattr(net.q_net[1], f"register_{kind}_hook")(lambda *_: None)
+    assert not net._is_sorted_unseen()
+    handle.remove()
+    assert net._is_sorted_unseen()
+
+
 @pytest.mark.parametrize("times", [1, 2, K])
 def test_gradients_by_observations_are_those_of_each_row(times: int) -> None:
     class Differentiates(Learner):
@@ -319,6 +337,17 @@ def test_further_targets_say_what_the_first_one_says(times: int, noise: dict[str
     with th.no_grad():
         means = model.q_net_target(model.found.next_observations)
     assert not th.allclose(means, first)
+
+
+@pytest.mark.parametrize(("more", "depth", "found"), [(99, 3, True), (100, 3, False), (0, 4, False)])
+def test_copies_are_not_looked_for_in_long_records_nor_far_down(more: int, depth: int, found: bool) -> None:
+    model = build(DQN)
+    copied = copy.deepcopy(model.q_net)
+    model.kept = [copied, *range(more)]
+    for _ in range(depth - 1):
+        model.kept = (model.kept,)
+    model.learn(24)
+    assert (copied.learning is model.policy.learning) is found
 
 
 def test_a_copied_policy_is_another_policy() -> None:
