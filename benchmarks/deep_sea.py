@@ -77,18 +77,18 @@ def _told(episodes: float, cap: int) -> str:
     return f"{episodes:.0f}" if np.isfinite(episodes) else f">{cap}"
 
 
-def exponent(rows: list[Row], draws: int = 10_000) -> str:
-    """Fit episodes to size: slope of the logarithms over sizes from 10 on, with its bootstrap interval over seeds."""
+def exponent(rows: list[Row], arm: str, draws: int = 10_000) -> str:
+    """Fit an arm's episodes to size: slope of the logarithms over sizes from 10 on, with its bootstrap interval over seeds."""
     found: dict[int, list[float]] = {}
     for row in rows:
         size, deterministic, _ = TASKS[row["task"]]
-        if row["arm"] == "members" and deterministic and size >= 10:
+        if row["arm"] == arm and deterministic and size >= 10:
             found.setdefault(size, []).append(float(row["solved"] or np.inf))
     failed = [size for size in sorted(found) if not np.all(np.isfinite(found[size]))]
     found = {size: episodes for size, episodes in found.items() if size not in failed}
     without = f" Left out, since not all seeds are solved: {', '.join(map(str, failed))}." if failed else ""
     if len(found) < 3:
-        return f"Too few sizes have been run, and solved in all seeds, for an exponent.{without}"
+        return f"Of `{arm}` too few sizes have been run, and solved in all seeds, for an exponent.{without}"
     generator, sizes = np.random.default_rng(0), np.array(sorted(found))
 
     def slope(medians: list[float]) -> float:
@@ -100,7 +100,7 @@ def exponent(rows: list[Row], draws: int = 10_000) -> str:
     ]
     low, high = np.percentile(again, [2.5, 97.5])
     return (
-        f"Episodes of `members` grow as size to the power {fitted:.2f} (95 % bootstrap interval over seeds [{low:.2f}, "
+        f"Episodes of `{arm}` grow as size to the power {fitted:.2f} (95 % bootstrap interval over seeds [{low:.2f}, "
         f"{high:.2f}], sizes {', '.join(map(str, sizes))}).{without}"
     )
 
@@ -195,7 +195,7 @@ The setting was chosen on the seeds below {CONFIRMING}, at the end of the page, 
 
 {table(fresh)}
 
-{exponent(fresh)}
+{exponent(fresh, "members")} {exponent(fresh, "members, settling")}
 
 At size 100, replay buffer, networks, gradients and moments of `members` are {largest()} MiB; an episode took 1.9 CPU
 seconds, the mean over the run that is told of first below.

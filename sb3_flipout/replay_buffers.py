@@ -8,7 +8,7 @@ it gets its number: so those are found that were not stored by ``add`` at the pl
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, wraps
 from typing import Any
 
 import numpy as np
@@ -20,14 +20,16 @@ from sb3_flipout.noise.keys import signed
 from sb3_flipout.samples import with_parts
 
 _NAME = "transition_numbers"
+_GIVES_SAMPLES = ("_get_samples", "_get_real_samples", "_get_virtual_samples")  # by given places; the last two are HER's
 _OR_LEAVE_OUT = "or leave out bootstrap and reward_noise."
 
 
 class NumberedBufferMixin(ReplayBuffer):
     """Stands before a replay buffer class in the bases of the class that :func:`numbered` makes."""
 
-    numbers_key: int  # from which numbers are hashed, with how many there were before
-    numbered: int  # transitions that have been given one
+    # Class attributes, so that a buffer that is made from the class of another one has them, too.
+    numbers_key: int = 0  # from which numbers are hashed, with how many there were before
+    numbered: int = 0  # transitions that have been given one
     sampling_numbered: bool = False  # whether `sample` is running
 
     def add(self, *args: Any, **kwargs: Any) -> None:
@@ -77,12 +79,6 @@ class NumberedBufferMixin(ReplayBuffer):
             _number(self, np.arange(self.buffer_size))  # somebody has stored elsewhere, or written into the arrays
         raise TypeError(f"a sample of {type(self).__bases__[1].__name__} {_lost(samples, both)}; {_OR_LEAVE_OUT}")
 
-    def _get_samples(self, *args: Any, **kwargs: Any) -> Any:
-        """Other ways of sampling, which a class of the user's has beside `sample`, get actions as they know them."""
-        samples = super()._get_samples(*args, **kwargs)
-        others = not self.sampling_numbered and _are_numbered(getattr(samples, "actions", None))
-        return _apart(samples) if others else samples
-
     def __reduce_ex__(self, protocol: Any) -> Any:
         """
         Pickle by the class it was made from, since the class itself is made at run time.
@@ -95,6 +91,18 @@ class NumberedBufferMixin(ReplayBuffer):
             return super().__reduce_ex__(protocol)
         state = getattr(self, "__getstate__", None)  # which Python 3.10 has in classes that define it only
         return _empty_numbered, (derived_from,), dict(self.__dict__) if state is None else state()
+
+
+def _as_known(original: Any) -> Any:
+    """Other ways of sampling, which a class of the user's has beside `sample`, get actions as they know them."""
+
+    @wraps(original)
+    def method(self: NumberedBufferMixin, *args: Any, **kwargs: Any) -> Any:
+        samples = original(self, *args, **kwargs)
+        others = not self.sampling_numbered and _are_numbered(getattr(samples, "actions", None))
+        return _apart(samples) if others else samples
+
+    return method
 
 
 def _are_numbered(actions: Any) -> bool:
@@ -167,10 +175,11 @@ def numbered(buffer_class: type[ReplayBuffer]) -> type[ReplayBuffer]:
     """
     if issubclass(buffer_class, NumberedBufferMixin):
         return buffer_class
-    members = {
+    members: dict[str, Any] = {
         "DERIVED_FROM": buffer_class,
         "__module__": __name__,
         "__doc__": f"{buffer_class.__name__} that stores a number with each transition.",
+        **{name: _as_known(getattr(buffer_class, name)) for name in _GIVES_SAMPLES if hasattr(buffer_class, name)},
     }
     return type(f"Numbered{buffer_class.__name__}", (NumberedBufferMixin, buffer_class), members)
 
@@ -187,20 +196,31 @@ def number_transitions(buffer: Any, key: int) -> int:
     """
     if isinstance(buffer, NumberedBufferMixin):
         buffer.numbers_key = key
-        return 0
+        return _widen(buffer) if buffer.actions.shape[-1] == 1 else 0
     actions = getattr(buffer, "actions", None)
-    shape = actions.shape if isinstance(actions, np.ndarray) else None  # tensors, say, have no column added to them here
+    # Tensors, say, have no column added to them here; and whoever else reads a memory would not see the copy that has one.
+    shape = actions.shape if isinstance(actions, np.ndarray) and not _is_of_others(actions) else None
     if not isinstance(buffer, ReplayBuffer) or shape != (buffer.buffer_size, buffer.n_envs, 1):
         raise TypeError(
             f"replay_buffer_class={type(buffer).__name__} cannot be given numbers of transitions, which bootstrap and "
-            "reward_noise need: it must keep its actions in a numpy array of shape (buffer_size, n_envs, 1). Derive it from "
-            "ReplayBuffer, DictReplayBuffer or HerReplayBuffer, " + _OR_LEAVE_OUT
+            "reward_noise need: it must keep its actions in a numpy array of shape (buffer_size, n_envs, 1), and not in a "
+            "file or in memory that is shared. Derive it from ReplayBuffer, DictReplayBuffer or HerReplayBuffer, "
+            + _OR_LEAVE_OUT
         )
     kind: type[ReplayBuffer] = type(buffer)
     buffer.__class__ = numbered(kind)
     assert isinstance(buffer, NumberedBufferMixin), "that is what numbered makes"
     buffer.numbers_key, buffer.numbered = key, 0
     return _widen(buffer)
+
+
+def _is_of_others(array: np.ndarray) -> bool:
+    """Whether an array shows memory that is not its own: of a file, or shared with other processes."""
+    base: Any = array
+    while isinstance(base, np.ndarray):
+        base = base.base
+    base = base.obj if isinstance(base, memoryview) else base
+    return base is not None and not isinstance(base, (bytes, bytearray))  # of which an unpickled array is a view
 
 
 def _widen(buffer: NumberedBufferMixin) -> int:

@@ -157,10 +157,11 @@ def row(size: int, seed: int, solved: int | None, arm: str = "members") -> dict[
 
 def test_the_exponent_is_that_of_the_medians() -> None:
     rows = [row(size, seed, round(3 * size**1.5)) for size in (10, 20, 30, 50) for seed in range(3)]
-    assert "to the power 1.50 (95 % bootstrap interval over seeds [1.50, 1.50], sizes 10, 20, 30, 50)" in deep_sea.exponent(
-        rows
-    )
-    assert "Too few sizes" in deep_sea.exponent(rows[:6])
+    rows += [row(size, seed, size, "another") for size in (10, 20, 30) for seed in range(3)]
+    told = "to the power 1.50 (95 % bootstrap interval over seeds [1.50, 1.50], sizes 10, 20, 30, 50)"
+    assert f"Episodes of `members` grow as size {told}" in deep_sea.exponent(rows, "members")
+    assert "Episodes of `another` grow as size to the power 1.00" in deep_sea.exponent(rows, "another")
+    assert "Of `members` too few sizes" in deep_sea.exponent(rows[:6], "members")
 
 
 def test_runs_that_are_not_solved_count_as_more_than_the_cap() -> None:

@@ -164,9 +164,10 @@ class NoiseEvalCallback(_EpisodesEval):
 
     **Warning.** With constant weight noise an agent learns a policy that is good on average over the perturbations, and
     nothing asks the mean weights alone to be good. So the callback warns, once, when the mean weights lag behind the sampled
-    ones, unless the noise scale has fallen meanwhile, since annealing it is the remedy. It looks at every fifth evaluation, at
-    the later half of them all (the last 10 at least, where there are so many), and is strict enough that chance alone warns
-    in one *training* of a thousand, however long: the k-th look may err in 1/(k(k+1)) of a thousandth. They lag when
+    ones, unless the noise scale has fallen meanwhile, since annealing it is the remedy, or there are members: their vote acts,
+    and they are to keep their noise. It looks at every fifth evaluation, at the later half of them all (the last 10 at least,
+    where there are so many), and is strict enough that chance alone warns in one *training* of a thousand, however long: the
+    k-th look may err in 1/(k(k+1)) of a thousandth. They lag when
 
     - the mean of the differences of their returns exceeds 0 by Student's t, and is a tenth of the larger return at least;
     - or, from 10 evaluations on, a tenth of the perturbed episodes or more exceed *every* episode of the mean weights, by a
@@ -245,6 +246,8 @@ class NoiseEvalCallback(_EpisodesEval):
         logger.record("noise_eval/lag", self.returns["sampled"][-1] - self.returns["mean"][-1])
 
     def _warn_of_lag(self) -> None:
+        if has_members(self._policy):
+            return
         episodes, perturbed_episodes = self._episodes["mean"], self._episodes["sampled"]
         lags = self._lag.look(episodes, perturbed_episodes)
         last = self._lag.window(len(episodes))

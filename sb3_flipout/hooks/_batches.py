@@ -78,13 +78,13 @@ def batches_for_members(algorithm: Any, policy: FlipoutPolicyMixin) -> Iterator[
     :return: Context manager
     """
     times, bootstrap = _keys_per_transition(policy), _bootstrap(policy)
-    if times == 1 and bootstrap is None:
+    buffer: Any = getattr(algorithm, "replay_buffer", None)
+    if times == 1 and bootstrap is None and (policy.members is None or buffer is None):
         yield
         return
     number_stored(algorithm, policy)
-    buffer = algorithm.replay_buffer
     sample, own = buffer.sample, vars(buffer).get("sample")  # a user can have put one on the buffer itself
-    first = next(iter(signature(asked_of(buffer)).parameters.values()), None)
+    first = next(iter(signature(asked_of(buffer)).parameters.values()), None) if times > 1 else None
     inside = False
 
     def for_members(*args: Any, **kwargs: Any) -> Any:
@@ -155,7 +155,8 @@ def _noted(policy: Any, samples: Any, numbers: th.Tensor | None) -> Any:
     learning = _learning(policy)
     if numbers is not None:
         samples = with_parts(samples, rewards=learning.noise_on_rewards(samples.rewards, numbers))
-    learning.note(samples, numbers)
+    if all(hasattr(samples, name) for name in ("observations", "next_observations")):  # as where members alone do not need it
+        learning.note(samples, numbers)
     return samples
 
 

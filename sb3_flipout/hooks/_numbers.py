@@ -16,7 +16,7 @@ import numpy as np
 from sb3_flipout.finite import NonFiniteError, first_non_finite, is_finite, not_finite, parts
 from sb3_flipout.hooks._models import policy_of
 
-#: Steps, of all environments together, between two looks at the parameters.
+#: Steps of all environments together, or gradient steps, between two looks at the parameters.
 LOOK_EVERY = 1_000
 
 _STOCK = ("stable_baselines3.", "sb3_contrib.", "sb3_flipout.")
@@ -31,10 +31,13 @@ def check_parameters(algorithm: Any, policy: Any, now: bool = False) -> None:
     :param now: Whether to look even if that was a short while ago
     :raises NonFiniteError: If one is not
     """
-    marks, steps = policy.marks, algorithm.num_timesteps
-    if marks.numbers_guarded or not (now or steps >= marks.next_look or steps < marks.next_look - LOOK_EVERY):
+    marks = policy.marks
+    # Where nothing is collected, as in learning from a given buffer, gradient steps alone go on.
+    steps = (algorithm.num_timesteps, getattr(getattr(policy, "learning", None), "step", 0))
+    due = any(not look - LOOK_EVERY <= step < look for step, look in zip(steps, marks.next_looks, strict=True))
+    if marks.numbers_guarded or not (now or due):
         return
-    marks.next_look = steps + LOOK_EVERY
+    marks.next_looks = (steps[0] + LOOK_EVERY, steps[1] + LOOK_EVERY)
     name = first_non_finite(dict(policy.named_parameters()))
     if name is not None:
         raise _broken(algorithm, name)

@@ -193,7 +193,9 @@ def train(original: Method, algorithm: Any, *args: Any, **kwargs: Any) -> Any:
     policy.marks.differentiates_all = hasattr(algorithm, "_compute_actor_grad")
     policy.lead_copies(vars(algorithm).values())
     with numbers.explained(algorithm, policy), policy.updating(), batches_for_members(algorithm, policy):
-        return original(algorithm, *args, **kwargs)
+        found = original(algorithm, *args, **kwargs)
+    numbers.check_parameters(algorithm, policy)
+    return found
 
 
 def train_on_rollout(original: Method, algorithm: Any, *args: Any, **kwargs: Any) -> Any:

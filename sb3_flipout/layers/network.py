@@ -112,7 +112,8 @@ class PerturbedNetwork:
                 f"a perturbed {type(layer).__name__} was called in an update without noise, so what it learned from would not "
                 "be what was collected. Call the policy's own methods with the observations of the batch, which carry their "
                 "noise; in an evaluate_actions of your own, write its lines into `with sb3_flipout.perturbed(self, "
-                "sb3_flipout.noise.noise_of(obs)):`; ask for mean weights with `with sb3_flipout.perturbed(policy, None):`; "
+                "sb3_flipout.noise.noise_of(obs)):`; off-policy, ask the whole network, self.q_net(samples.observations) say, "
+                "and not parts of it; ask for mean weights with `with sb3_flipout.perturbed(policy, None):`; "
                 'or leave the module out with policy_kwargs=dict(skip=["its.name"]).'
             )
         view = None if now.views is None else now.views[slot]

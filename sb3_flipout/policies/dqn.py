@@ -218,11 +218,7 @@ class ValueMixin(OffPolicyMixin):
         shape = self.observation_space.shape
         if isinstance(observation, th.Tensor) and shape == () and observation.dim() == 2 and observation.shape[1] == 1:
             observation = observation[:, 0]  # as replay buffers give them
-        if isinstance(observation, th.Tensor) and shape is not None and observation.dim() != len(shape) + 1:
-            raise ValueError(
-                f"member_values takes tensors of the shape (N, {', '.join(map(str, shape)) or '...'}), got "
-                f"{tuple(observation.shape)}; of one observation, observation[None]."
-            )
+        self._check_batch(observation)
         tensors: Any = observation if isinstance(observation, th.Tensor) else self._as_tensors(observation)
         n = n_rows(tensors)
         repeated = (
@@ -235,6 +231,19 @@ class ValueMixin(OffPolicyMixin):
             values = self.online(repeated)
         values = values.mean(dim=1) if values.dim() == 3 else values
         return values.view(members, n, -1)
+
+    def _check_batch(self, observation: Any) -> None:
+        spaces_of = getattr(self.observation_space, "spaces", {None: self.observation_space})
+        for name, value in (observation if isinstance(observation, dict) else {None: observation}).items():
+            shape = getattr(spaces_of.get(name), "shape", None)
+            # Replay buffers give a Discrete part of a dictionary as (N, 1).
+            dims = () if shape is None else (len(shape) + 1, *([2] if name is not None and shape == () else []))
+            if isinstance(value, th.Tensor) and dims and value.dim() not in dims:
+                of = "" if name is None else f" of {name!r}"
+                raise ValueError(
+                    f"member_values takes tensors{of} of the shape (N, {', '.join(map(str, shape or ())) or '...'}), got "
+                    f"{tuple(value.shape)}; of one observation, observation[None]."
+                )
 
     def _as_tensors(self, observation: Any) -> Any:
         if isinstance(observation, dict) and all(isinstance(value, th.Tensor) for value in observation.values()):

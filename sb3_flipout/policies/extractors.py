@@ -75,9 +75,17 @@ class OneHotExtractor(BaseFeaturesExtractor):
         :param observations: One-hot observations, as SB3 makes them, shape (N, n) or (N, 1, n); or the numbers,
             shape (N,) or (N, 1)
         :return: Features, shape (N, features_dim)
-        :raises ValueError: If they are neither
+        :raises ValueError: If they are neither, or, on a processor, a number is not of the space
         """
-        return nn.functional.relu(self.linear(self._numbers(observations)))
+        numbers = self._numbers(observations)
+        try:
+            return nn.functional.relu(self.linear(numbers))
+        except IndexError as error:
+            values = self.linear.num_embeddings
+            raise ValueError(
+                f"OneHotExtractor got observations from {int(numbers.min())} to {int(numbers.max())}, and its space has "
+                f"{values}, 0 to {values - 1}. Mend the environment, or its observation space."
+            ) from error
 
     def _numbers(self, observations: th.Tensor) -> th.Tensor:
         if observations.dim() == 1:

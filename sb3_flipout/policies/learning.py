@@ -17,6 +17,7 @@ from torch import nn
 
 from sb3_flipout.layers import PerturbedNetwork
 from sb3_flipout.noise import RowNoise
+from sb3_flipout.noise.compiling import recording
 from sb3_flipout.policies.extractors import GivesNumbers
 from sb3_flipout.policies.learning_noise import LearningNoise, Role
 from sb3_flipout.policies.observations import each_once, n_rows
@@ -85,6 +86,19 @@ class LearnsUnderNoise(GivesNumbers):
         with network.activate(noise):
             yield
 
+    def _told_of_learning(self, values: Any) -> Any:
+        """Give values of the network on, and say if somebody learns from them whom no update has announced."""
+        learning = self.learning
+        if learning is None or self.perturbed_network.is_said or recording():
+            return values
+        if not (self.training and self.is_perturbed) or learning.noise_of(self.role) == "mean":
+            return values
+        warn, kind = learning.warn_of_unannounced, type(self).__name__
+        for value in values if isinstance(values, tuple) else (values,):
+            if isinstance(value, th.Tensor) and value.requires_grad:
+                value.register_hook(lambda _: warn(kind))  # type: ignore[no-untyped-call]
+        return values
+
     def _noise_of_acting(self, obs: PyTorchObs, learning: LearningNoise) -> RowNoise | None:
         noise = learning.acting
         acts = noise is not None and self.acts and self.role == Role.ONLINE and n_rows(obs) == len(noise)
@@ -124,7 +138,7 @@ class LearningValueNetwork(LearnsUnderNoise, BasePolicy):
         with self.step_noise(obs):
             noise = self.perturbed_network.active
             if not isinstance(noise, RowNoise):
-                plain: th.Tensor = super().forward(obs, *args, **kwargs)
+                plain: th.Tensor = self._told_of_learning(super().forward(obs, *args, **kwargs))
                 return plain
             if args or kwargs:  # whose rows nobody knows
                 noise.rows_per_input = 1
@@ -175,7 +189,7 @@ class LearningCritic(LearnsUnderNoise):
         :return: What the plain critic gives
         """
         with self.step_noise(obs):
-            return super().forward(obs, actions)
+            return self._told_of_learning(super().forward(obs, actions))
 
     def q1_forward(self, obs: PyTorchObs, actions: th.Tensor) -> th.Tensor:
         """
@@ -186,7 +200,7 @@ class LearningCritic(LearnsUnderNoise):
         :return: Values, shape (N, 1)
         """
         with self.step_noise(obs):
-            return super().q1_forward(obs, actions)  # type: ignore[misc]
+            return self._told_of_learning(super().q1_forward(obs, actions))  # type: ignore[misc]
 
 
 class _LearningActor(LearnsUnderNoise, BasePolicy):
@@ -209,7 +223,7 @@ class LearningDeterministicActor(_LearningActor):
         :return: Actions, shape (N, n_actions)
         """
         with self.step_noise(obs, self._actor_role()):
-            return super().forward(obs)
+            return self._told_of_learning(super().forward(obs))
 
 
 class LearningStochasticActor(_LearningActor):
@@ -223,7 +237,7 @@ class LearningStochasticActor(_LearningActor):
         :return: Mean, logarithm of the standard deviation, further arguments of the distribution
         """
         with self.step_noise(obs, self._actor_role()):
-            return super().get_action_dist_params(obs)  # type: ignore[misc]
+            return self._told_of_learning(super().get_action_dist_params(obs))  # type: ignore[misc]
 
 
 # Classes made at run time, so that networks of one kind have one class.

@@ -44,7 +44,9 @@ class LearningNoise:
         self.keys_per_transition: int = getattr(settings, "keys_per_transition", 1)  # a setting of value-based policies
         self.bootstrap = Bootstrap(getattr(settings, "bootstrap", 1.0), getattr(settings, "reward_noise", 0.0))
         self.batches: list[SampledBatch] = []  # that somebody may still learn from
-        self._knows_batches = self._told = False  # whether batches were learned from as they were given; what has been said
+        self._knows_batches = False  # whether batches were learned from as they were given
+        self._warned: set[str] = set()  # of what
+        self._target_pass = (-1, 0)  # gradient step, and rows, of the last pass of a target network about no noted batch
         self.inputs_once = False  # whether networks may get a repeated observation once; found out when they are built
         # Whether gradient steps need bases of their own: not with members, whose base is frozen, and not where the factors
         # alone are the noise.
@@ -86,6 +88,8 @@ class LearningNoise:
             return None
         if self.keys_per_transition > 1:
             return RowNoise(self._stratified(role, n, device, batch), self.scale)
+        if role == Role.TARGET and batch is None:
+            self._target_pass = (self.step, n)
         rows = th.arange(n, device=device)
         keys = fold_in(fold(self.seed, Stream.LEARNING_KEYS, self._step_of(batch), self._role(role)), rows)
         return RowNoise(restrict(keys, self.settings.members), self.scale)
@@ -162,25 +166,49 @@ class LearningNoise:
         """
         Say once if members learn from what the replay buffer's ``sample`` has not given, as far as that can be told. Changed
         observations (images that are shifted at random) are not warned of: they are as many as were sampled, and the sampled
-        ones are never asked about.
+        ones are never asked about. Where members are all that is asked for, nor are rows that may have a target of as many.
 
         :param batch: The batch that the online network is asked about with gradients; ``None`` if it is none that was noted
         :param rows: Its rows
         """
         if batch is not None:
             self._knows_batches = True
-        if batch is not None or self._told or (self.keys_per_transition == 1 and not self.bootstrap.needs_numbers):
+        if batch is not None or "elsewhere" in self._warned:
             return
-        if self._knows_batches or not self.batches or rows != self.batches[-1].rows:
-            self._told = True
-            given = [f"keys_per_transition={self.keys_per_transition}"] if self.keys_per_transition > 1 else []
-            given += [f"reward_noise={self.bootstrap.reward_noise}"] if self.bootstrap.reward_noise > 0 else []
+        given = [f"keys_per_transition={self.keys_per_transition}"] if self.keys_per_transition > 1 else []
+        given += [f"reward_noise={self.bootstrap.reward_noise}"] if self.bootstrap.reward_noise > 0 else []
+        loses = bool(given) or self._may_differ(rows)
+        if loses and (self._knows_batches or not self.batches or rows != self.batches[-1].rows):
+            self._warned.add("elsewhere")
+            settings = ", ".join(given) or f"members={self.settings.members}"
             warn_user(
-                f"{', '.join(given)}: the network is asked, with gradients, about {rows} observations that are not a batch of "
+                f"{settings}: the network is asked, with gradients, about {rows} observations that are not a batch of "
                 "replay_buffer.sample. If they are of transitions from elsewhere (another buffer, another method of this "
                 "one), these are neither repeated for their members nor do their rewards get noise; if they are joined with "
                 "others, or parts of a batch, rows may learn from another member's target. Ask about samples.observations "
                 "themselves, and look at others under torch.no_grad(); or leave these settings out.",
+            )
+
+    def _may_differ(self, rows: int) -> bool:
+        """Whether rows of no noted batch may be under other members than their target, which is that of each member."""
+        own_target = self.settings.members is not None and self.settings.target_noise == "same"
+        return own_target and bool(self.batches) and self._target_pass != (self.step, rows)
+
+    def warn_of_unannounced(self, network: str) -> None:
+        """
+        Say once that somebody learns whom no update has announced: by the mean weights, and without priors.
+
+        :param network: Class of the network that is learned
+        """
+        if "unannounced" not in self._warned:
+            self._warned.add("unannounced")
+            warn_user(
+                f"{network} gets gradients outside of an update that its policy knows of, so it learns by the mean weights, "
+                "and settings of members, priors and noise in updates have no effect. If this is an algorithm of your own, "
+                "call sb3_flipout.register(YourAlgorithm, aliases={'FlipoutMlpPolicy': ...}) before you make the model: "
+                "its `train` then learns under noise. Other gradient steps belong in the `train` of a subclass, or in `with "
+                "model.policy.updating():`. `with sb3_flipout.perturbed(model.policy, None):` says that mean weights are "
+                "meant; where gradients are only looked at, call policy.set_training_mode(False) first.",
             )
 
     def base_key(self, role: Role) -> int:

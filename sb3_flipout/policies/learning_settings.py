@@ -131,7 +131,7 @@ class ValueSettings(LearningSettings):
     :param bootstrap: Probability, in (0, 1], that a stored transition is in a member's bootstrap sample, from which alone it
         learns (Osband et al. 2016)
     :param reward_noise: Standard deviation, in units of the reward, of the N(0, 1) draw that each member adds to the reward
-        of each stored transition, always the same one (Osband et al. 2018)
+        of each stored transition, always the same one (Osband et al. 2018); with ``n_steps`` above 1, once to their return
     """
 
     learn_sigma: bool | None = None  # type: ignore[assignment]

@@ -84,14 +84,16 @@ class Bootstrap:
         """
         Perturb rewards.
 
-        :param rewards: Rewards, shape (N, 1)
+        :param rewards: Rewards, shape (N, 1), or of a buffer of the user's (N,); floating-point or integer numbers
         :param numbers: Numbers of the transitions, shape (N,)
         :param members: Member of each row, shape (N,)
-        :return: Perturbed rewards, the same shape
+        :return: Perturbed rewards, floating-point numbers of the same shape
         """
         if self.reward_noise == 0:
             return rewards
-        return rewards + self.reward_noise * reward_draws(numbers, members, rewards.dtype)[:, None]
+        dtype = rewards.dtype if rewards.is_floating_point() else th.float32
+        draws = reward_draws(numbers, members, dtype).view(-1, *[1] * (rewards.dim() - 1))
+        return rewards + self.reward_noise * draws
 
     def only_its_own(self, values: th.Tensor, batch: SampledBatch | None, members: th.Tensor) -> th.Tensor:
         """

@@ -39,7 +39,7 @@ class RunMarks:
         self.updates = False  # SB3's `train` is running
         self.differentiates_all = False  # and takes the gradient by every parameter that it finds, as TRPO's does
         self.acted_unmarked = False  # somebody acts under noise whom no algorithm has announced
-        self.next_look = 0  # step from which the parameters are looked at again
+        self.next_looks = (0, 0)  # steps, and gradient steps, from which the parameters are looked at again
         self.warned: set[str] = set()
         self.begin_learning()
 

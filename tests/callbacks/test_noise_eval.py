@@ -296,6 +296,29 @@ def test_it_does_not_warn_while_the_noise_is_annealed() -> None:
     assert min(callback.returns["sampled"]) > 0 == max(callback.returns["mean"])
 
 
+class Chosen(Sized):
+    """Pays the number of the action: mean weights of 0 choose the first of four."""
+
+    action_space: Any = spaces.Discrete(4)
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        return super().step(np.array([action], np.float32))
+
+
+@pytest.mark.parametrize(("members", "warns"), [(None, True), (5, False)])
+def test_members_whose_vote_acts_are_not_told_to_lose_their_noise(members: int | None, warns: bool) -> None:
+    env = DummyVecEnv([lambda: Monitor(Chosen())] * 2)
+    noise = dict(net_arch=[8], members=members, schedule="constant", resample="episode")
+    model = make(DQN, env=env, learning_rate=0.0, policy_kwargs=noise)
+    for parameter in (model.q_net.q_net[-1].weight, model.q_net.q_net[-1].bias):
+        th.nn.init.zeros_(parameter)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        callback, _ = evaluate(model, 320, eval_env=DummyVecEnv([lambda: Monitor(Chosen())]))
+    assert min(callback.returns["sampled"]) > 0 == max(callback.returns["mean"])
+    assert any("the mean weights lag" in str(one.message) for one in caught) is warns
+
+
 def lags(mean: Any, sampled: Any) -> bool:
     """The rule of averages on one episode in each evaluation, at 99.9 %."""
     return mean_lags([[one] for one in mean], [[one] for one in sampled], 0.001)

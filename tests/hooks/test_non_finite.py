@@ -108,11 +108,11 @@ def test_when_parameters_are_looked_at(next_look: int, steps: int, now: bool, lo
     model = build()
     with th.no_grad():
         model.policy.action_net.weight[0, 0] = th.nan
-    model.policy.marks.next_look, model.num_timesteps = next_look, steps
+    model.policy.marks.next_looks, model.num_timesteps = (next_look, 1000), steps
     if looks:
         with pytest.raises(NonFiniteError, match=r"^action_net\.weight of the policy of A2C is not finite"):
             _numbers.check_parameters(model, model.policy, now)
-        assert model.policy.marks.next_look == steps + _numbers.LOOK_EVERY
+        assert model.policy.marks.next_looks == (steps + _numbers.LOOK_EVERY, _numbers.LOOK_EVERY)
     model.policy.marks.numbers_guarded = True
     _numbers.check_parameters(model, model.policy, now)
 

@@ -68,6 +68,12 @@ def test_what_is_neither_numbers_nor_one_hot_is_refused(observations: th.Tensor)
         OneHotExtractor(spaces.Discrete(9))(observations)
 
 
+@pytest.mark.parametrize("wrong", [9, -1])
+def test_numbers_that_are_not_of_the_space_are_told(wrong: int) -> None:
+    with pytest.raises(ValueError, match=r"OneHotExtractor got observations from .* to .*, and its space has 9, 0 to 8"):
+        OneHotExtractor(spaces.Discrete(9))(th.tensor([0, wrong, 1]))
+
+
 class ContinuousSea(gym.ActionWrapper[Any, Any, Any]):
     """One whose actions are numbers."""
 
