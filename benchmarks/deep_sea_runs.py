@@ -67,18 +67,16 @@ class NewestOftener(ReplayBuffer):
         return self._get_samples((self.pos - 1 - ages(self.size(), batch_size, True)) % self.buffer_size, env=env)
 
 
-def falling(steps: int, power: float, rate: float = LEARNING_RATE, first: int = 10_000) -> Callable[[float], float]:
+def falling(steps: int, power: float) -> Callable[[float], float]:
     """
-    Let the learning rate fall as one over a power of the environment steps, after the first ones. At a given step it does
+    Let the learning rate fall as one over a power of the environment steps, from ten thousand on. At a given step it does
     not depend on the length of the run.
 
     :param steps: Steps of the whole run
     :param power: Power
-    :param rate: Learning rate of the first steps
-    :param first: How many these are
     :return: Learning rate by the share of the run that is left, as SB3 takes it
     """
-    return lambda left: rate * min(1.0, (first / max(1.0, (1 - left) * steps)) ** power)
+    return lambda left: LEARNING_RATE * min(1.0, (10_000 / max(1.0, (1 - left) * steps)) ** power)
 
 
 def dropping(steps: int) -> Callable[[float], float]:
@@ -104,10 +102,6 @@ ARMS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "members, slower": ({**_GREEDY, **_TWICE, "learning_rate": 3e-4}, _ENSEMBLE),
     "members, ever slower": ({**_GREEDY, **_TWICE, "learning_rate": partial(falling, power=0.5)}, _ENSEMBLE),
     "members, settling": ({**_GREEDY, **_TWICE, "learning_rate": partial(falling, power=1.0)}, _ENSEMBLE),
-    "members, slower, falling": (
-        {**_GREEDY, **_TWICE, "learning_rate": partial(falling, power=1.0, rate=3e-4, first=50_000)},
-        _ENSEMBLE,
-    ),
     "members, slower, dropping": ({**_GREEDY, **_TWICE, "learning_rate": dropping}, _ENSEMBLE),
     "members, one key": (_GREEDY, {**_ENSEMBLE, "keys_per_transition": 1}),
     "members, 10": ({**_GREEDY, "batch_size": 10 * TRANSITIONS}, {**_ENSEMBLE, "members": 10, "keys_per_transition": 10}),

@@ -34,8 +34,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_arm_runs(arm: str, monkeypatch: pytest.MonkeyPatch) -> None:
     row = deep_sea_runs.train(deep_sea_runs.Run("tiny stochastic" if "reward noise" in arm else "tiny", arm, 3))
     assert row["episodes"] == 60 and row["learned"] is None  # a hundred episodes are not made
-    slower = ("members, slower", "members, slower, falling", "members, slower, dropping")
-    twice = (*slower, "members, ever slower", "members, settling")
+    twice = ("members, slower", "members, slower, dropping", "members, ever slower", "members, settling")
     others = {"members, 10": 640} | dict.fromkeys(twice, 2560)
     assert row["rows_per_step"] == deep_sea_runs.GRADIENT_STEPS * others.get(arm, deep_sea_runs.ROWS)
     assert row["commit"] and 0 < row["learned_parameters"] < row["all_parameters"]
