@@ -132,7 +132,8 @@ def test_what_was_said_of_the_rows() -> None:
         "a perturbed FlipoutLinear was called in an update without noise, so what it learned from would not be what was "
         "collected. Call the policy's own methods with the observations of the batch, which carry their noise; in an "
         "evaluate_actions of your own, write its lines into `with sb3_flipout.perturbed(self, "
-        "sb3_flipout.noise.noise_of(obs)):`; ask for mean weights with `with sb3_flipout.perturbed(policy, None):`; or leave "
+        "sb3_flipout.noise.noise_of(obs)):`; off-policy, ask the whole network, self.q_net(samples.observations) say, and not "
+        "parts of it; ask for mean weights with `with sb3_flipout.perturbed(policy, None):`; or leave "
         'the module out with policy_kwargs=dict(skip=["its.name"]).'
     )
 
