@@ -67,16 +67,17 @@ class NewestOftener(ReplayBuffer):
         return self._get_samples((self.pos - 1 - ages(self.size(), batch_size, True)) % self.buffer_size, env=env)
 
 
-def falling(steps: int, power: float) -> Callable[[float], float]:
+def falling(steps: int, power: float, first: int = 10_000) -> Callable[[float], float]:
     """
-    Let the learning rate fall as one over a power of the environment steps, from ten thousand on. At a given step it does
+    Let the learning rate fall as one over a power of the environment steps, after the first ones. At a given step it does
     not depend on the length of the run.
 
     :param steps: Steps of the whole run
     :param power: Power
+    :param first: Steps before it falls
     :return: Learning rate by the share of the run that is left, as SB3 takes it
     """
-    return lambda left: LEARNING_RATE * min(1.0, (10_000 / max(1.0, (1 - left) * steps)) ** power)
+    return lambda left: LEARNING_RATE * min(1.0, (first / max(1.0, (1 - left) * steps)) ** power)
 
 
 def dropping(steps: int) -> Callable[[float], float]:
@@ -101,6 +102,7 @@ ARMS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "members, newest oftener": ({**_GREEDY, "replay_buffer_class": NewestOftener}, _ENSEMBLE),
     "members, slower": ({**_GREEDY, **_TWICE, "learning_rate": 3e-4}, _ENSEMBLE),
     "members, ever slower": ({**_GREEDY, **_TWICE, "learning_rate": partial(falling, power=0.5)}, _ENSEMBLE),
+    "members, soon slower": ({**_GREEDY, **_TWICE, "learning_rate": partial(falling, power=0.5, first=2_000)}, _ENSEMBLE),
     "members, settling": ({**_GREEDY, **_TWICE, "learning_rate": partial(falling, power=1.0)}, _ENSEMBLE),
     "members, slower, dropping": ({**_GREEDY, **_TWICE, "learning_rate": dropping}, _ENSEMBLE),
     "members, one key": (_GREEDY, {**_ENSEMBLE, "keys_per_transition": 1}),

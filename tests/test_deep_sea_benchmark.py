@@ -34,7 +34,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_arm_runs(arm: str, monkeypatch: pytest.MonkeyPatch) -> None:
     row = deep_sea_runs.train(deep_sea_runs.Run("tiny stochastic" if "reward noise" in arm else "tiny", arm, 3))
     assert row["episodes"] == 60 and row["learned"] is None  # a hundred episodes are not made
-    twice = ("members, slower", "members, slower, dropping", "members, ever slower", "members, settling")
+    slower = ("slower", "slower, dropping", "ever slower", "soon slower", "settling")
+    twice = [f"members, {how}" for how in slower]
     others = {"members, 10": 640} | dict.fromkeys(twice, 2560)
     assert row["rows_per_step"] == deep_sea_runs.GRADIENT_STEPS * others.get(arm, deep_sea_runs.ROWS)
     assert row["commit"] and 0 < row["learned_parameters"] < row["all_parameters"]
