@@ -146,7 +146,7 @@ So `slower, dropping` goes on from `slower` with a third of its learning rate af
 chosen on seeds 100 and 101, whose runs were taken up there from the checkpoints of `slower` in the table above; 101 met the
 treasure in episode 2,060 and had learned after 2,248, 100 in 2,300 and after 2,471. A fresh one, 102, is not at its end yet:
 row 75 and 4,973 cells at episode 1,500. At size 10 it takes more episodes than `members`, 219 against 157. So `soon slower`
-begins as `members` does and has come to 1e-4 by step 200,000, too; it has not been run at size 100 yet.
+begins as `members` does and has come to 1e-4 by step 200,000, too; at size 100 no run of it has ended yet.
 
 `settling` had a sixth of that learning rate, and larger errors: in a network that begins with 1e-3, the layers above the
 first grow larger, and stay so (norms of their sigma 17.9 and 4.8, of `slower`, seed 101, 13.7 and 1.5), so that a step in
