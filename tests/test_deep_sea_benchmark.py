@@ -165,6 +165,23 @@ def test_the_exponent_is_that_of_the_medians() -> None:
     assert "Of `members` too few sizes" in deep_sea.exponent(rows[:6], "members")
 
 
+def test_learning_rates_that_fall_do_so_by_the_steps_made() -> None:
+    root, soon, drop = deep_sea_runs.falling(600, 0.5, 20), deep_sea_runs.falling(600, 1.0), deep_sea_runs.dropping(600_000)
+    assert [root(1 - steps / 600) for steps in (0, 20, 80, 500)] == pytest.approx([1e-3, 1e-3, 5e-4, 2e-4])
+    assert soon(0.0) == 1e-3, "600 steps are fewer than 10,000"
+    assert [drop(1 - steps / 600_000) for steps in (0, 199_999, 200_001, 600_000)] == [3e-4, 3e-4, 1e-4, 1e-4]
+
+
+def test_seeds_that_a_choice_was_made_on_are_not_fresh() -> None:
+    chosen, fresh = (row(100, seed, 2248, "members, slower, dropping") for seed in (101, 102))
+    others = row(100, 101, 2248), row(10, 99, 150)
+    assert [deep_sea.is_fresh(one) for one in (chosen, fresh, *others)] == [False, True, True, False]
+    made = dict(commit="1234567", date="2026-11-30", torch="2", stable_baselines3="2")
+    found = deep_sea.report([one | made for one in (chosen, row(10, 100, 150))])
+    before, after = found.split("## Seeds that the choice was made on")
+    assert "| sea-100 |" in after and "| sea-100 |" not in before and "| sea-10 |" in before
+
+
 def test_runs_that_are_not_solved_count_as_more_than_the_cap() -> None:
     rows = [row(20, 100, 300), row(20, 101, None), row(20, 102, None)]
     (line,) = deep_sea.table(rows).splitlines()[2:]

@@ -79,7 +79,8 @@ def batches_for_members(algorithm: Any, policy: FlipoutPolicyMixin) -> Iterator[
     """
     times, bootstrap = _keys_per_transition(policy), _bootstrap(policy)
     buffer: Any = getattr(algorithm, "replay_buffer", None)
-    if times == 1 and bootstrap is None and (policy.members is None or buffer is None):
+    # Members alone need nothing of a buffer: it is listened to where it can be.
+    if times == 1 and bootstrap is None and (policy.members is None or not _can_be_heard(buffer)):
         yield
         return
     number_stored(algorithm, policy)
@@ -110,6 +111,11 @@ def batches_for_members(algorithm: Any, policy: FlipoutPolicyMixin) -> Iterator[
             del buffer.sample  # the class's own is under it
         else:
             buffer.sample = own
+
+
+def _can_be_heard(buffer: Any) -> bool:
+    """Whether a buffer of whatever kind has a `sample` that another can be put before."""
+    return hasattr(buffer, "sample") and hasattr(buffer, "__dict__")
 
 
 def _share(first: Parameter | None, args: tuple[Any, ...], named: dict[str, Any], times: int) -> tuple[Any, ...]:
@@ -155,8 +161,7 @@ def _noted(policy: Any, samples: Any, numbers: th.Tensor | None) -> Any:
     learning = _learning(policy)
     if numbers is not None:
         samples = with_parts(samples, rewards=learning.noise_on_rewards(samples.rewards, numbers))
-    if all(hasattr(samples, name) for name in ("observations", "next_observations")):  # as where members alone do not need it
-        learning.note(samples, numbers)
+    learning.note(samples, numbers)
     return samples
 
 

@@ -194,7 +194,9 @@ def train(original: Method, algorithm: Any, *args: Any, **kwargs: Any) -> Any:
     policy.lead_copies(vars(algorithm).values())
     with numbers.explained(algorithm, policy), policy.updating(), batches_for_members(algorithm, policy):
         found = original(algorithm, *args, **kwargs)
-    numbers.check_parameters(algorithm, policy)
+    if algorithm.num_timesteps == policy.marks.trained_at:  # nothing is collected, so no start of a rollout will look
+        numbers.check_parameters(algorithm, policy)
+    policy.marks.trained_at = algorithm.num_timesteps
     return found
 
 

@@ -233,6 +233,7 @@ class ValueMixin(OffPolicyMixin):
         return values.view(members, n, -1)
 
     def _check_batch(self, observation: Any) -> None:
+        """Refuse tensors of one observation, or of another shape than the space's."""
         spaces_of = getattr(self.observation_space, "spaces", {None: self.observation_space})
         for name, value in (observation if isinstance(observation, dict) else {None: observation}).items():
             shape = getattr(spaces_of.get(name), "shape", None)

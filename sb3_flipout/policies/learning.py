@@ -17,7 +17,6 @@ from torch import nn
 
 from sb3_flipout.layers import PerturbedNetwork
 from sb3_flipout.noise import RowNoise
-from sb3_flipout.noise.compiling import recording
 from sb3_flipout.policies.extractors import GivesNumbers
 from sb3_flipout.policies.learning_noise import LearningNoise, Role
 from sb3_flipout.policies.observations import each_once, n_rows
@@ -89,7 +88,7 @@ class LearnsUnderNoise(GivesNumbers):
     def _told_of_learning(self, values: Any) -> Any:
         """Give values of the network on, and say if somebody learns from them whom no update has announced."""
         learning = self.learning
-        if learning is None or self.perturbed_network.is_said or recording():
+        if learning is None or self.perturbed_network.is_said:
             return values
         if not (self.training and self.is_perturbed) or learning.noise_of(self.role) == "mean":
             return values

@@ -46,7 +46,7 @@ class LearningNoise:
         self.batches: list[SampledBatch] = []  # that somebody may still learn from
         self._knows_batches = False  # whether batches were learned from as they were given
         self._warned: set[str] = set()  # of what
-        self._target_pass = (-1, 0)  # gradient step, and rows, of the last pass of a target network about no noted batch
+        self._target_pass = (-1, 0)  # gradient step, and rows, of the last pass of a target network
         self.inputs_once = False  # whether networks may get a repeated observation once; found out when they are built
         # Whether gradient steps need bases of their own: not with members, whose base is frozen, and not where the factors
         # alone are the noise.
@@ -88,7 +88,7 @@ class LearningNoise:
             return None
         if self.keys_per_transition > 1:
             return RowNoise(self._stratified(role, n, device, batch), self.scale)
-        if role == Role.TARGET and batch is None:
+        if role == Role.TARGET:
             self._target_pass = (self.step, n)
         rows = th.arange(n, device=device)
         keys = fold_in(fold(self.seed, Stream.LEARNING_KEYS, self._step_of(batch), self._role(role)), rows)
@@ -145,13 +145,15 @@ class LearningNoise:
 
     def note(self, samples: Any, numbers: th.Tensor | None) -> None:
         """
-        Note a batch that the replay buffer gives in the present gradient step, and let go of those that are gone.
+        Note a batch that the replay buffer gives in the present gradient step, if it can be known again, and let go of those
+        that are gone.
 
         :param samples: The batch, as networks will be asked about it
         :param numbers: Number of the transition of each row, shape (N,); ``None`` where nobody needs them
         """
         self.batches = [batch for batch in self.batches if not batch.is_gone]
-        self.batches.append(SampledBatch(samples, self.step, numbers))
+        if SampledBatch.is_knowable(samples):
+            self.batches.append(SampledBatch(samples, self.step, numbers))
 
     def batch_of(self, obs: Any) -> SampledBatch | None:
         """

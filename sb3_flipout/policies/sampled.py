@@ -29,6 +29,17 @@ class SampledBatch:
         self._given = [{name: weakref.ref(part) for name, part in parts.items()} for parts in of_both]
         self._versions = {id(part): part._version for parts in of_both for part in parts.values()}
 
+    @staticmethod
+    def is_knowable(samples: Any) -> bool:
+        """
+        Tell whether a batch can be known again. A user's may have arrays, or other names.
+
+        :param samples: What a buffer gave
+        :return: Whether its observations, and next ones, are tensors
+        """
+        of_both = [_parts(getattr(samples, name, None)) for name in ("observations", "next_observations")]
+        return all(isinstance(part, th.Tensor) for parts in of_both for part in parts.values())
+
     @property
     def is_gone(self) -> bool:
         """Whether nobody holds its observations any more, so that no network will be asked about them."""

@@ -40,6 +40,7 @@ class RunMarks:
         self.differentiates_all = False  # and takes the gradient by every parameter that it finds, as TRPO's does
         self.acted_unmarked = False  # somebody acts under noise whom no algorithm has announced
         self.next_looks = (0, 0)  # steps, and gradient steps, from which the parameters are looked at again
+        self.trained_at = 0  # steps that had been made when SB3's `train` ran last
         self.warned: set[str] = set()
         self.begin_learning()
 

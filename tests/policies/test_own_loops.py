@@ -6,7 +6,7 @@ import pickle
 import warnings
 from collections.abc import Iterator
 from multiprocessing import shared_memory
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import gymnasium as gym
@@ -18,10 +18,12 @@ import torch as th
 from helpers import vector_env
 from stable_baselines3 import DQN, SAC, HerReplayBuffer
 from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.envs import BitFlippingEnv
 from torch.nn import functional as F
 
 import sb3_flipout
+import sb3_flipout.hooks._numbers
 from sb3_flipout.finite import NonFiniteError
 from sb3_flipout.noise import RowNoise
 from sb3_flipout.noise.transitions import reward_draws
@@ -66,6 +68,13 @@ def test_a_copied_sac_is_told_that_it_loses_the_noise() -> None:
         mine(FlipoutSACPolicy, vector_env("box", 1), learning_starts=8, batch_size=8, device="cpu").learn(20)
 
 
+def test_a_copied_sac_that_learns_by_the_mean_weights_loses_nothing() -> None:
+    mine, settings = copied(stable_baselines3.sac.sac, "SAC"), dict(learning_starts=8, batch_size=8, device="cpu")
+    mine(FlipoutSACPolicy, vector_env("box", 1), policy_kwargs=dict(update_noise="mean", learn_sigma=False), **settings).learn(
+        20
+    )
+
+
 @pytest.fixture
 def registered() -> Iterator[Any]:
     mine = copied(stable_baselines3.dqn.dqn, "DQN")
@@ -90,6 +99,12 @@ def test_gradient_steps_outside_an_update_are_told_once() -> None:
         values_of(model).backward()
         values_of(model).backward()
     assert len(told) == 1
+
+
+def test_gradients_by_functions_of_torch_are_told_too() -> None:
+    net = build().q_net
+    with pytest.warns(UserWarning, match=UNANNOUNCED):
+        th.func.grad(lambda given: th.func.functional_call(net, given, (th.ones(2, 5),)).sum())(dict(net.named_parameters()))
 
 
 def test_who_only_looks_or_says_what_is_meant_is_not_warned() -> None:
@@ -242,9 +257,39 @@ class LearnsTuples(DQN):
         self.policy.optimizer.step()
 
 
+class OfArrays(ReplayBuffer):
+    def sample(self, batch_size: int, env: Any = None) -> Any:
+        samples = super().sample(batch_size, env)
+        return samples._replace(observations=samples.observations.numpy())
+
+
+class LearnsArrays(DQN):
+    def train(self, gradient_steps: int, batch_size: int = B) -> None:
+        samples: Any = self.replay_buffer.sample(batch_size)  # type: ignore[union-attr]
+        self.q_net(th.as_tensor(samples.observations)).sum().backward()
+        self.policy.optimizer.step()
+
+
 def test_members_alone_need_no_buffer_nor_batches_of_sb3s() -> None:
     assert build(Elsewhere).learn(40).policy.learning.step > 0
     assert build(LearnsTuples, replay_buffer_class=OfTuples).learn(40).policy.learning.step > 0
+    assert build(LearnsArrays, replay_buffer_class=OfArrays).learn(40).policy.learning.step > 0
+
+
+class Slotted:
+    """Cannot be listened to: nothing can be put before its method."""
+
+    __slots__ = ()
+
+    def sample(self) -> None: ...
+
+
+@pytest.mark.parametrize("buffer", [[], SimpleNamespace(), Slotted()])
+def test_members_alone_train_beside_any_buffer(buffer: Any) -> None:
+    model = build(Elsewhere).learn(40)
+    model.replay_buffer, steps = buffer, model.policy.learning.step
+    model.train(1, B)
+    assert model.policy.learning.step == steps + 1
 
 
 # ---- rewards ------------------------------------------------------------------------------------------------------------
@@ -357,6 +402,10 @@ class AsksInside(HerReplayBuffer):
         places = np.flatnonzero((self.ep_length > 0).flatten())[:size]
         return self._get_real_samples(np.unravel_index(places, self.ep_length.shape)[0], np.zeros(size, np.int64))
 
+    def relabelled(self, size: int) -> Any:
+        places = np.flatnonzero((self.ep_length > 0).flatten())[:size]
+        return self._get_virtual_samples(np.unravel_index(places, self.ep_length.shape)[0], np.zeros(size, np.int64))
+
 
 def test_other_ways_of_sampling_of_her_give_actions_as_they_know_them() -> None:
     env: gym.Env[Any, Any] = BitFlippingEnv(4, max_steps=4)
@@ -364,8 +413,8 @@ def test_other_ways_of_sampling_of_her_give_actions_as_they_know_them() -> None:
     settings: dict[str, Any] = dict(learning_starts=20, batch_size=B, buffer_size=50, device="cpu", policy_kwargs=noise)
     settings |= dict(exploration_initial_eps=0.0, exploration_final_eps=0.0, replay_buffer_class=AsksInside)
     model: Any = DQN("FlipoutMultiInputPolicy", env, **settings).learn(40)
-    samples = model.replay_buffer.stored(8)
-    assert samples.actions.shape == (8, 1) and numbers_of(samples) is not None
+    for samples in (model.replay_buffer.stored(8), model.replay_buffer.relabelled(8)):
+        assert samples.actions.shape == (8, 1) and numbers_of(samples) is not None
     assert numbers_of(model.replay_buffer.sample(8)) is not None
 
 
@@ -382,6 +431,32 @@ def test_learning_without_collection_looks_at_the_parameters(algorithm: str) -> 
     with pytest.raises(NonFiniteError, match="not finite"):
         for _ in range(11):
             model.train(100, B)
+
+
+class Breaks(DQN):
+    def train(self, gradient_steps: int, batch_size: int = B) -> None:
+        super().train(gradient_steps, batch_size)
+        with th.no_grad():
+            self.q_net.q_net[0].bias.fill_(th.nan)
+
+
+class Mends(BaseCallback):
+    def _on_rollout_start(self) -> None:
+        with th.no_grad():
+            self.model.q_net.q_net[0].bias.fill_(0.0)  # type: ignore[attr-defined]
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_training_end(self) -> None:
+        self._on_rollout_start()
+
+
+def test_a_callback_may_mend_parameters_before_they_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sb3_flipout.hooks._numbers, "LOOK_EVERY", 1)
+    build(Breaks).learn(60, Mends())
+    with pytest.raises(NonFiniteError):
+        build(Breaks).learn(60)
 
 
 # ---- what is asked ------------------------------------------------------------------------------------------------------
