@@ -8,20 +8,22 @@ it gets its number: so those are found that were not stored by ``add`` at the pl
 
 from __future__ import annotations
 
-from functools import cache, wraps
+from collections.abc import Callable
+from functools import cache, partial, wraps
 from typing import Any
 
 import numpy as np
 import torch as th
 from stable_baselines3.common.buffers import ReplayBuffer
 
-from sb3_flipout.noise import fold_in
+from sb3_flipout.noise import fold, fold_in
 from sb3_flipout.noise.keys import signed
 from sb3_flipout.samples import with_parts
 
 _NAME = "transition_numbers"
 _GIVES_SAMPLES = ("_get_samples", "_get_real_samples", "_get_virtual_samples")  # by given places; the last two are HER's
 _OR_LEAVE_OUT = "or leave out bootstrap and reward_noise."
+_FEW = 16  # numbers that are hashed sooner one by one than by torch
 
 
 class NumberedBufferMixin(ReplayBuffer):
@@ -40,17 +42,12 @@ class NumberedBufferMixin(ReplayBuffer):
         :param kwargs: The same by name
         """
         if self.actions.shape[-1] == 1:  # made anew by a `reset` of the user's
-            _widen(self)
+            self.numbered += _widen(self, self.numbers_key, self.numbered)
         before = self.pos
         super().add(*args, **kwargs)
         # A class of the user's may store several steps at once; where it stores elsewhere, `sample` finds what has no number.
         steps = 1 if self.buffer_size == 1 else (self.pos - before) % self.buffer_size
         _number(self, (before + np.arange(steps)) % self.buffer_size)
-
-    def _new_numbers(self, n: int) -> np.ndarray:
-        counts = th.arange(self.numbered, self.numbered + n)
-        self.numbered += n
-        return fold_in(signed(self.numbers_key), counts).numpy()
 
     def sample(self, *args: Any, **kwargs: Any) -> Any:
         """
@@ -63,21 +60,17 @@ class NumberedBufferMixin(ReplayBuffer):
         """
         if self.sampling_numbered:  # a class that asks itself once more, for a batch that it likes better
             return super().sample(*args, **kwargs)
-        for _ in range(2):
-            self.sampling_numbered = True
-            try:
-                samples = super().sample(*args, **kwargs)
-            finally:
-                self.sampling_numbered = False
-            if samples is None:  # not yet, as a class of the user's may say
-                return None
-            both = getattr(samples, "actions", None)
-            if not _are_numbered(both):
-                break
-            if not bool(_without(both).any()):
-                return _apart(samples)
-            _number(self, np.arange(self.buffer_size))  # somebody has stored elsewhere, or written into the arrays
-        raise TypeError(f"a sample of {type(self).__bases__[1].__name__} {_lost(samples, both)}; {_OR_LEAVE_OUT}")
+        self.sampling_numbered = True
+        try:
+            samples = _with_numbers(self, partial(super().sample, *args, **kwargs))
+        finally:
+            self.sampling_numbered = False
+        if samples is None:  # not yet, as a class of the user's may say
+            return None
+        both = getattr(samples, "actions", None)
+        if not _are_numbered(both) or _without(both).any():
+            raise TypeError(f"a sample of {type(self).__bases__[1].__name__} {_lost(samples, both)}; {_OR_LEAVE_OUT}")
+        return _apart(samples)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """
@@ -98,11 +91,22 @@ def _as_known(original: Any) -> Any:
 
     @wraps(original)
     def method(self: NumberedBufferMixin, *args: Any, **kwargs: Any) -> Any:
-        samples = original(self, *args, **kwargs)
-        others = not self.sampling_numbered and _are_numbered(getattr(samples, "actions", None))
-        return _apart(samples) if others else samples
+        if self.sampling_numbered:
+            return original(self, *args, **kwargs)
+        samples = _with_numbers(self, partial(original, self, *args, **kwargs))
+        return _apart(samples) if _are_numbered(getattr(samples, "actions", None)) else samples
 
     return method
+
+
+def _with_numbers(buffer: NumberedBufferMixin, ask: Callable[[], Any]) -> Any:
+    """Ask for a sample; and once more where somebody has stored elsewhere, or written into the arrays, and all get numbers."""
+    samples = ask()
+    both = getattr(samples, "actions", None)
+    if _are_numbered(both) and _without(both).any():
+        _number(buffer)
+        samples = ask()
+    return samples
 
 
 def _are_numbered(actions: Any) -> bool:
@@ -128,12 +132,19 @@ def _without(both: Any) -> Any:
     return (both[..., 1] == both[..., 0]) | (both[..., 1] == 0)
 
 
-def _number(buffer: NumberedBufferMixin, places: np.ndarray) -> None:
-    """Give the transitions at these places a number, as far as they have none."""
-    both = buffer.actions[places]
-    without = _without(both)
-    both[without, 1] = buffer._new_numbers(int(without.sum()))
-    buffer.actions[places] = both
+def _number(buffer: NumberedBufferMixin, places: np.ndarray | None = None) -> None:
+    """Give the transitions at these places, or all of them, a number, as far as they have none."""
+    rows, envs = np.nonzero(_without(buffer.actions if places is None else buffer.actions[places]))
+    numbers = _numbers_from(buffer.numbers_key, buffer.numbered, len(rows))
+    buffer.actions[rows if places is None else places[rows], envs, 1] = numbers
+    buffer.numbered += len(rows)
+
+
+def _numbers_from(key: int, first: int, n: int) -> np.ndarray:
+    """Hash the next numbers."""
+    if n <= _FEW:
+        return np.array([fold(key, count) for count in range(first, first + n)], dtype=np.int64)
+    return fold_in(signed(key), th.arange(first, first + n, device="cpu")).numpy()
 
 
 def _apart(samples: Any) -> Any:
@@ -143,14 +154,14 @@ def _apart(samples: Any) -> Any:
     return with_parts(samples, actions=actions)
 
 
-def asked_of(buffer: Any) -> Any:
+def asked_of(buffer: Any, sample: Any) -> Any:
     """
     Find the ``sample`` that says how a buffer is asked for a batch.
 
     :param buffer: Replay buffer, that numbers its transitions or not
+    :param sample: Its ``sample``
     :return: The method as the buffer's own class, or the user on the buffer itself, has it
     """
-    sample = buffer.sample
     numbers = getattr(sample, "__func__", None) is NumberedBufferMixin.sample  # which takes whatever the class's own takes
     return super(NumberedBufferMixin, buffer).sample if numbers else sample
 
@@ -196,22 +207,29 @@ def number_transitions(buffer: Any, key: int) -> int:
     """
     if isinstance(buffer, NumberedBufferMixin):
         buffer.numbers_key = key
-        return _widen(buffer) if buffer.actions.shape[-1] == 1 else 0
+        fresh = _widen(buffer, key, buffer.numbered) if buffer.actions.shape[-1] == 1 else 0
+        buffer.numbered += fresh
+        return fresh
     actions = getattr(buffer, "actions", None)
     # Tensors, say, have no column added to them here; and whoever else reads a memory would not see the copy that has one.
     shape = actions.shape if isinstance(actions, np.ndarray) and not _is_of_others(actions) else None
     if not isinstance(buffer, ReplayBuffer) or shape != (buffer.buffer_size, buffer.n_envs, 1):
-        raise TypeError(
-            f"replay_buffer_class={type(buffer).__name__} cannot be given numbers of transitions, which bootstrap and "
-            "reward_noise need: it must keep its actions in a numpy array of shape (buffer_size, n_envs, 1), and not in a "
-            "file or in memory that is shared. Derive it from ReplayBuffer, DictReplayBuffer or HerReplayBuffer, "
-            + _OR_LEAVE_OUT
-        )
+        raise _unfit(buffer)
     kind: type[ReplayBuffer] = type(buffer)
-    buffer.__class__ = numbered(kind)
+    stored = _widen(buffer, key, 0)
+    buffer.__class__ = numbered(kind)  # last, so that a buffer that is refused stays as it was
     assert isinstance(buffer, NumberedBufferMixin), "that is what numbered makes"
-    buffer.numbers_key, buffer.numbered = key, 0
-    return _widen(buffer)
+    buffer.numbers_key, buffer.numbered = key, stored
+    return stored
+
+
+def _unfit(buffer: Any) -> TypeError:
+    given = "replay_buffer=None" if buffer is None else f"replay_buffer_class={type(buffer).__name__}"
+    return TypeError(
+        f"{given} cannot be given numbers of transitions, which bootstrap and reward_noise need: it must keep its actions in "
+        "a numpy array of shape (buffer_size, n_envs, 1) that can be replaced, and not in a file or in memory that is shared. "
+        "Derive it from ReplayBuffer, DictReplayBuffer or HerReplayBuffer, " + _OR_LEAVE_OUT
+    )
 
 
 def _is_of_others(array: np.ndarray) -> bool:
@@ -223,11 +241,17 @@ def _is_of_others(array: np.ndarray) -> bool:
     return base is not None and not isinstance(base, (bytes, bytearray))  # of which an unpickled array is a view
 
 
-def _widen(buffer: NumberedBufferMixin) -> int:
+def _widen(buffer: ReplayBuffer, key: int, first: int) -> int:
     """Give the array of actions a column of numbers, and the transitions that are stored theirs; how many these are."""
     numbers, rows = np.zeros_like(buffer.actions, dtype=np.int64), buffer.size()
-    numbers[:rows, :, 0] = buffer._new_numbers(rows * buffer.n_envs).reshape(rows, buffer.n_envs)
-    buffer.actions = np.concatenate([buffer.actions.astype(np.int64), numbers], axis=2)
+    numbers[:rows, :, 0] = _numbers_from(key, first, rows * buffer.n_envs).reshape(rows, buffer.n_envs)
+    both = np.concatenate([buffer.actions.astype(np.int64), numbers], axis=2)
+    try:
+        buffer.actions = both
+    except AttributeError as error:  # a property of the user's
+        raise _unfit(buffer) from error
+    if np.shape(buffer.actions) != both.shape:  # one that does something else with what it is given
+        raise _unfit(buffer)
     return rows * buffer.n_envs
 
 

@@ -16,12 +16,13 @@ def with_parts(samples: Any, **parts: Any) -> Any:
 
     :param samples: Batch: a named tuple, a dataclass, or another object with attributes
     :param parts: What to put in, by name
-    :return: The same batch with these parts; an object that is neither tuple nor dataclass is changed in place
+    :return: Another batch with these parts and the others of the given one
     """
     if hasattr(samples, "_replace"):
         return samples._replace(**parts)
     if dataclasses.is_dataclass(samples) and not isinstance(samples, type):
         return dataclasses.replace(samples, **parts)
+    samples = copy.copy(samples)
     for name, part in parts.items():
         setattr(samples, name, part)
     return samples
@@ -49,7 +50,7 @@ def repeat_rows(samples: Any, times: int, rows: int) -> Any:
     elif dataclasses.is_dataclass(samples) and not isinstance(samples, type):
         names = [field.name for field in dataclasses.fields(samples)]
     elif hasattr(samples, "observations") and hasattr(samples, "__dict__"):  # a batch of a user's own
-        names, samples = list(vars(samples)), copy.copy(samples)
+        names = list(vars(samples))
     else:
         return samples
     return with_parts(samples, **{name: repeat_rows(getattr(samples, name), times, rows) for name in names})

@@ -18,10 +18,6 @@ from sb3_flipout.replay_buffers import asked_of, number_transitions, numbers_of
 from sb3_flipout.samples import repeat_rows, with_parts
 
 
-def _keys_per_transition(policy: FlipoutPolicyMixin) -> int:
-    return int(getattr(policy.noise_settings, "keys_per_transition", 1))
-
-
 def check_batch_size(algorithm: Any, policy: FlipoutPolicyMixin) -> None:
     """
     Look, before training, whether the batch can be made of repeated transitions.
@@ -30,9 +26,14 @@ def check_batch_size(algorithm: Any, policy: FlipoutPolicyMixin) -> None:
     :param policy: Its policy
     :raises ValueError: If the batch size is no multiple of ``keys_per_transition``
     """
-    times = _keys_per_transition(policy)
-    if times > 1:
-        _check_divides(algorithm.batch_size, times)
+    learning = _learning(policy)
+    if learning is not None and learning.keys_per_transition > 1:
+        _check_divides(algorithm.batch_size, learning.keys_per_transition)
+
+
+def _learning(policy: Any) -> Any:
+    """The noise of a policy's gradient steps; those that learn from rollouts have none of their own."""
+    return getattr(policy, "learning", None)
 
 
 def _check_divides(batch_size: int, times: int) -> None:
@@ -52,8 +53,8 @@ def number_stored(algorithm: Any, policy: FlipoutPolicyMixin) -> None:
     :param policy: Its policy
     :raises TypeError: If the buffer cannot be given numbers
     """
-    bootstrap = _bootstrap(policy)
-    if bootstrap is None:
+    learning = _learning(policy)
+    if learning is None or not learning.bootstrap.needs_numbers:
         return
     without = number_transitions(algorithm.replay_buffer, fold(policy._noise_seed, Stream.TRANSITIONS))
     if without:
@@ -63,72 +64,149 @@ def number_stored(algorithm: Any, policy: FlipoutPolicyMixin) -> None:
         )
 
 
-def _bootstrap(policy: Any) -> Any:
-    found = getattr(getattr(policy, "learning", None), "bootstrap", None)
-    return found if found is not None and found.needs_numbers else None
-
-
 @contextmanager
 def batches_for_members(algorithm: Any, policy: FlipoutPolicyMixin) -> Iterator[None]:
     """
-    Let the replay buffer give what members learn from while SB3 trains.
+    Let the replay buffer give what members learn from while SB3 trains. Where mean weights learn it gives what it always does.
 
     :param algorithm: Algorithm
     :param policy: Its policy, whose settings say what that is
     :return: Context manager
+    :raises TypeError: If members need something of a buffer that has no ``sample``
     """
-    times, bootstrap = _keys_per_transition(policy), _bootstrap(policy)
+    learning = _learning(policy)
     buffer: Any = getattr(algorithm, "replay_buffer", None)
-    # Members alone need nothing of a buffer: it is listened to where it can be.
-    if times == 1 and bootstrap is None and (policy.members is None or not _can_be_heard(buffer)):
+    if learning is None or not learning.active or policy.members is None:
         yield
         return
     number_stored(algorithm, policy)
-    sample, own = buffer.sample, vars(buffer).get("sample")  # a user can have put one on the buffer itself
-    first = next(iter(signature(asked_of(buffer)).parameters.values()), None) if times > 1 else None
-    inside = False
-
-    def for_members(*args: Any, **kwargs: Any) -> Any:
-        nonlocal inside
-        if inside:  # a buffer that asks itself once more, for a batch that it likes better
-            return sample(*args, **kwargs)
-        inside = True
-        try:
-            given = sample(*_share(first, args, kwargs, times), **kwargs) if times > 1 else sample(*args, **kwargs)
-        finally:
-            inside = False
-        if given is None:  # not yet, as a buffer of the user's may say
-            return None
-        samples = _repeated(given, times) if times > 1 else given
-        return _noted(policy, samples, None if bootstrap is None else _numbers(given).repeat_interleave(times))
-
-    buffer.sample = for_members
+    if not (hasattr(buffer, "sample") and hasattr(buffer, "__dict__")):  # in which another `sample` can stand
+        if learning.keys_per_transition > 1:
+            raise TypeError(
+                f"keys_per_transition={learning.keys_per_transition} needs batches of the model's replay_buffer, and "
+                f"{'None' if buffer is None else type(buffer).__name__} has no `sample` that can be listened to. Give a "
+                "replay buffer of SB3's or one that derives from it, or leave keys_per_transition out."
+            )
+        yield  # members alone need nothing of it
+        return
+    batches = _BatchesForMembers(buffer, learning)
+    buffer.sample = batches
     try:
         yield
     finally:
-        _learning(policy).batches.clear()
-        if own is None:
-            del buffer.sample  # the class's own is under it
-        else:
-            buffer.sample = own
+        batches.leave()
 
 
-def _can_be_heard(buffer: Any) -> bool:
-    """Whether a buffer of whatever kind has a `sample` that another can be put before."""
-    return hasattr(buffer, "sample") and hasattr(buffer, "__dict__")
+class _BatchesForMembers:
+    """
+    Stands in the place of a replay buffer's ``sample``, on the buffer itself, while members learn from it.
+
+    :param buffer: Replay buffer
+    :param learning: The noise that they learn under
+    """
+
+    def __init__(self, buffer: Any, learning: Any) -> None:
+        self.buffer, self.learning = buffer, learning
+        # A user can have put one on the buffer; and a model can train inside another's `train`, on the same buffer.
+        self.own = vars(buffer).get("sample")
+        self.sample: Any = self.own.sample if isinstance(self.own, _BatchesForMembers) else buffer.sample
+        self.asks = False  # whether `sample` is running
+        times = learning.keys_per_transition
+        self.size = _SizeOfBatch(asked_of(buffer, self.sample), times) if times > 1 else None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """
+        Sample transitions for members.
+
+        :param args: What the buffer's own ``sample`` takes
+        :param kwargs: The same by name
+        :return: What it gives, made for members
+        """
+        if self.asks:  # a buffer that asks itself once more, for a batch that it likes better
+            return self.sample(*args, **kwargs)
+        if self.size is not None:
+            args, kwargs = self.size.divided(args, kwargs)
+        self.asks = True
+        try:
+            given = self.sample(*args, **kwargs)
+        finally:
+            self.asks = False
+        return None if given is None else self._for_members(given)  # not yet, as a buffer of the user's may say
+
+    def _for_members(self, given: Any) -> Any:
+        """Each transition once for each of its members, with the rewards of that member; networks know the batch again."""
+        learning, times = self.learning, self.learning.keys_per_transition
+        samples = _repeated(given, times) if times > 1 else given
+        numbers = None
+        if learning.bootstrap.needs_numbers:
+            numbers = _numbers(given).repeat_interleave(times)
+            samples = with_parts(samples, rewards=learning.noise_on_rewards(samples.rewards, numbers))
+        learning.batches.note(samples, learning.step, numbers)
+        return samples
+
+    def leave(self) -> None:
+        """Put the buffer's own ``sample`` back, and let go of batches that nobody holds."""
+        self.learning.batches.let_go()
+        vars(self.buffer).pop("sample", None)  # the class's own is under it
+        if self.own is not None:
+            self.buffer.sample = self.own
+
+    def __reduce__(self) -> Any:
+        """
+        Have in copies of the buffer, and in files, that are made while SB3 trains, what they would have at other times.
+
+        :return: How to make it again
+        """
+        return (getattr, (self.buffer, "sample")) if self.own is None else (_itself, (self.own,))
 
 
-def _share(first: Parameter | None, args: tuple[Any, ...], named: dict[str, Any], times: int) -> tuple[Any, ...]:
-    """Positional arguments of `sample`: the first is the size of the batch, divided, and taken out of the named ones."""
-    name, default = ("batch_size", Parameter.empty) if first is None else (first.name, first.default)
-    size = args[0] if args else named.pop(name, default)
-    if not isinstance(size, int | np.integer):
-        raise TypeError(
-            f"keys_per_transition={times} divides the size of the batch, which must be the first argument of the replay "
-            f"buffer's sample, got {'none' if size is Parameter.empty else repr(size)}. Say replay_buffer.sample(batch_size)."
-        )
-    _check_divides(int(size), times)  # `train` can be called with another one
-    return (int(size) // times, *args[1:])
+def _itself(given: Any) -> Any:
+    return given
+
+
+class _SizeOfBatch:
+    """
+    The argument of a buffer's ``sample`` that says how many: the one that is called ``batch_size``, else the first.
+
+    :param sample: What is asked for a batch
+    :param times: By how much it is divided
+    """
+
+    def __init__(self, sample: Any, times: int) -> None:
+        parameters = signature(sample).parameters
+        by_place = [
+            one for one in parameters.values() if one.kind in (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
+        ]
+        found = parameters.get("batch_size") or next(iter(by_place), None)
+        self.times = times
+        self.name = "batch_size" if found is None else found.name
+        self.default: Any = Parameter.empty if found is None else found.default
+        # It comes first where `sample` takes whatever comes, and has no place where it takes it by name alone.
+        self.place = 0 if found is None else by_place.index(found) if found in by_place else -1
+
+    def divided(self, args: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """
+        Ask for a batch of as many transitions as make, repeated, the batch that was asked for.
+
+        :param args: Arguments of ``sample``
+        :param named: The same by name
+        :return: Both, with the size divided
+        :raises TypeError: If the size is not among them
+        :raises ValueError: If it cannot be divided
+        """
+        by_place = self.name not in named and 0 <= self.place < len(args)
+        size = args[self.place] if by_place else named.get(self.name, self.default)
+        if not isinstance(size, int | np.integer):
+            raise TypeError(
+                f"keys_per_transition={self.times} divides the size of the batch, which must be the argument {self.name} of "
+                f"the replay buffer's sample, got {'none' if size is Parameter.empty else repr(size)}. Say "
+                "replay_buffer.sample(batch_size)."
+            )
+        _check_divides(int(size), self.times)  # `train` can be called with another one
+        share = int(size) // self.times
+        if by_place:
+            return (*args[: self.place], share, *args[self.place + 1 :]), named
+        return args, {**named, self.name: share}
 
 
 def _repeated(given: Any, times: int) -> Any:
@@ -154,16 +232,3 @@ def _numbers(samples: Any) -> th.Tensor:
             "was put in place of its `sample` makes the actions anew. Hand on the actions that `sample` of the class gives."
         )
     return numbers
-
-
-def _noted(policy: Any, samples: Any, numbers: th.Tensor | None) -> Any:
-    """The batch with the rewards of its rows' members; it is noted, so that networks know it again."""
-    learning = _learning(policy)
-    if numbers is not None:
-        samples = with_parts(samples, rewards=learning.noise_on_rewards(samples.rewards, numbers))
-    learning.note(samples, numbers)
-    return samples
-
-
-def _learning(policy: Any) -> Any:
-    return policy.learning

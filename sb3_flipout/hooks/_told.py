@@ -15,6 +15,7 @@ from sb3_flipout.checks import warn_user
 from sb3_flipout.hooks import _numbers as numbers
 from sb3_flipout.hooks._batches import batches_for_members, check_batch_size, number_stored
 from sb3_flipout.hooks._models import Method, policy_of
+from sb3_flipout.hooks._steps import own_steps_counted
 
 
 class _TellsOfOthers(BaseCallback):
@@ -57,7 +58,7 @@ def set_up_learning(original: Method, algorithm: Any, *args: Any, **kwargs: Any)
     check_batch_size(algorithm, policy)
     if getattr(algorithm, "replay_buffer", None) is not None:  # one that was loaded since
         number_stored(algorithm, policy)
-    policy.marks.begin_learning()
+    policy.begin_learning()
     before, end_before = algorithm._last_obs, algorithm._total_timesteps
     total, callback = original(algorithm, *args, **kwargs)
     policy.marks.goes_on = algorithm._num_timesteps_at_start > 0 and algorithm._total_timesteps == end_before
@@ -192,8 +193,9 @@ def train(original: Method, algorithm: Any, *args: Any, **kwargs: Any) -> Any:
     policy = policy_of(algorithm)
     policy.marks.differentiates_all = hasattr(algorithm, "_compute_actor_grad")
     policy.lead_copies(vars(algorithm).values())
-    with numbers.explained(algorithm, policy), policy.updating(), batches_for_members(algorithm, policy):
-        found = original(algorithm, *args, **kwargs)
+    with numbers.explained(algorithm, policy), policy.updating(), own_steps_counted(algorithm, policy):
+        with batches_for_members(algorithm, policy):
+            found = original(algorithm, *args, **kwargs)
     if algorithm.num_timesteps == policy.marks.trained_at:  # nothing is collected, so no start of a rollout will look
         numbers.check_parameters(algorithm, policy)
     policy.marks.trained_at = algorithm.num_timesteps

@@ -211,6 +211,10 @@ class FlipoutPolicyMixin(NoiseState):
         """
         return plain_copy(self, NoiseState)
 
+    def begin_learning(self) -> None:
+        """Tell that a call of ``learn`` begins."""
+        self.marks.begin_learning()
+
     def meet_observations(self, obs: Any) -> None:
         """
         Tell the first observations of a training; with ``sigma_unit="inputs"`` they are what sigma is measured by, once.

@@ -63,8 +63,7 @@ class ValueMixin(OffPolicyMixin):
     :param init: ``"keep"`` SB3's initialisation, or ``"noisynet"``
     :param schedule: How the noise falls over training: ``"constant"``, ``"linear"``, ``"cosine"`` or ``"exponential"``; by
         default ``"linear"``, with members it is constant
-    :param schedule_end: What is left of the noise at the end of the schedule, as a share of the noise scale; default 0, for
-        ``"exponential"`` 0.01
+    :param schedule_end: What is left of the noise at the end, as a share of the noise scale; default 0, ``"exponential"`` 0.01
     :param schedule_fraction: Share of training over which it falls; default 0.3
     :param target_noise: Noise of the target network: ``"independent"`` (NoisyNet's rule, the default), the ``"same"`` (the
         default with members), or ``"mean"`` weights
@@ -83,6 +82,7 @@ class ValueMixin(OffPolicyMixin):
 
     noise_settings: ValueSettings
     online_name: ClassVar[str]
+    _known_modules: Sequence[int] = ()
 
     def __init__(
         self,
@@ -136,10 +136,20 @@ class ValueMixin(OffPolicyMixin):
         for layer, model in self._paired_layers(f"{self.online_name}_target", self.online_name):
             layer.row_layout = model.row_layout
         self._add_prior()
-        times = self.noise_settings.keys_per_transition
-        if times > 1:
-            self.learning.inputs_once = takes_inputs_once(self.online, self.perturbed_network, self, times)
+        self._find_inputs_once()
         self.optimizer = self._make_optimizer(self.online.parameters(), lr_schedule, self.optimizer)
+
+    def _find_inputs_once(self) -> None:
+        """Find out whether networks may get a repeated observation once, if that is not known of their present modules."""
+        modules, times = [id(module) for module in self.online.modules()], self.noise_settings.keys_per_transition
+        if times > 1 and modules != self._known_modules:
+            self._known_modules = modules
+            self.learning.inputs_once = takes_inputs_once(self.online, self.perturbed_network, self, times)
+
+    def begin_learning(self) -> None:
+        """Tell that a call of ``learn`` begins, before which modules can have been put into the networks."""
+        super().begin_learning()
+        self._find_inputs_once()
 
     def _left_out(self) -> tuple[str, ...]:
         """What is left out of one network is left out of the other, which is copied from it."""

@@ -19,7 +19,7 @@ from sb3_flipout.layers import PerturbedNetwork
 from sb3_flipout.noise import RowNoise
 from sb3_flipout.policies.extractors import GivesNumbers
 from sb3_flipout.policies.learning_noise import LearningNoise, Role
-from sb3_flipout.policies.observations import each_once, n_rows
+from sb3_flipout.policies.observations import each_once, n_rows, to_take_from
 from sb3_flipout.policies.prior import Prior
 from sb3_flipout.policies.rows import nothing_own
 
@@ -143,7 +143,7 @@ class LearningValueNetwork(LearnsUnderNoise, BasePolicy):
                 noise.rows_per_input = 1
             learning = self.learning if self.learning is not None and self.learning.active else None
             given = each_once(obs, noise.rows_per_input)
-            values: th.Tensor = super().forward(given, *args, **kwargs)
+            values: th.Tensor = super().forward(to_take_from(given), *args, **kwargs)
             if self.prior is not None:
                 prior, scale = self.prior
                 if learning is not None:
@@ -152,14 +152,14 @@ class LearningValueNetwork(LearnsUnderNoise, BasePolicy):
             values = noise.in_order(values)
             if learning is None or self.role != Role.ONLINE or not th.is_grad_enabled():
                 return values
-            batch = learning.batch_of(obs)
+            batch = learning.batches.of(obs)
             values = learning.bootstrap.only_its_own(values, batch, noise.in_order(noise.keys))
             learning.learns_from(batch, n_rows(obs))
             return values
 
     def _noise_for(self, obs: PyTorchObs, learning: LearningNoise, role: Role) -> RowNoise | None:
         """Where copies of an observation are told apart by their members alone, networks get it once."""
-        batch = learning.batch_of(obs)
+        batch = learning.batches.of(obs)
         times = learning.rows_per_input(obs, batch)
         if times > 1 and times == learning.settings.members and self._is_sorted_unseen():
             return learning.rows_by_member(role, n_rows(obs), self.device, batch)

@@ -14,7 +14,7 @@ from sb3_flipout.checks import warn_user
 from sb3_flipout.noise import RowNoise, RowsByKey, Stream, fold, fold_in
 from sb3_flipout.noise.keys import restrict
 from sb3_flipout.policies.learning_settings import LearningSettings
-from sb3_flipout.policies.sampled import Bootstrap, SampledBatch
+from sb3_flipout.policies.sampled import Bootstrap, SampledBatch, SampledBatches
 
 
 class Role(IntEnum):
@@ -43,9 +43,8 @@ class LearningNoise:
         self.scale = 1.0
         self.keys_per_transition: int = getattr(settings, "keys_per_transition", 1)  # a setting of value-based policies
         self.bootstrap = Bootstrap(getattr(settings, "bootstrap", 1.0), getattr(settings, "reward_noise", 0.0))
-        self.batches: list[SampledBatch] = []  # that somebody may still learn from
-        self._knows_batches = False  # whether batches were learned from as they were given
-        self._warned: set[str] = set()  # of what
+        self.batches = SampledBatches()
+        self.warned: set[str] = set()  # of what
         self._target_pass = (-1, 0)  # gradient step, and rows, of the last pass of a target network
         self.inputs_once = False  # whether networks may get a repeated observation once; found out when they are built
         # Whether gradient steps need bases of their own: not with members, whose base is frozen, and not where the factors
@@ -143,45 +142,22 @@ class LearningNoise:
         once = self.inputs_once and batch is not None and batch.is_repeated(obs)
         return self.keys_per_transition if once else 1
 
-    def note(self, samples: Any, numbers: th.Tensor | None) -> None:
-        """
-        Note a batch that the replay buffer gives in the present gradient step, if it can be known again, and let go of those
-        that are gone.
-
-        :param samples: The batch, as networks will be asked about it
-        :param numbers: Number of the transition of each row, shape (N,); ``None`` where nobody needs them
-        """
-        self.batches = [batch for batch in self.batches if not batch.is_gone]
-        if SampledBatch.is_knowable(samples):
-            self.batches.append(SampledBatch(samples, self.step, numbers))
-
-    def batch_of(self, obs: Any) -> SampledBatch | None:
-        """
-        Find the batch whose observations, or next observations, a network is asked about.
-
-        :param obs: Observations
-        :return: The batch; ``None`` if they are those of none
-        """
-        return next((batch for batch in reversed(self.batches) if batch.is_of(obs)), None)
-
     def learns_from(self, batch: SampledBatch | None, rows: int) -> None:
         """
-        Say once if members learn from what the replay buffer's ``sample`` has not given, as far as that can be told. Changed
-        observations (images that are shifted at random) are not warned of: they are as many as were sampled, and the sampled
-        ones are never asked about. Where members are all that is asked for, nor are rows that may have a target of as many.
+        Say once if members learn from what the replay buffer's ``sample`` has not given, as far as that can be told: not of
+        what may be a changed batch, nor, where members are all that is asked for, of rows that may have a target of as many.
 
         :param batch: The batch that the online network is asked about with gradients; ``None`` if it is none that was noted
         :param rows: Its rows
         """
         if batch is not None:
-            self._knows_batches = True
-        if batch is not None or "elsewhere" in self._warned:
+            self.batches.learn_as_given()
+        if batch is not None or "elsewhere" in self.warned or self.batches.may_be_changed(rows):
             return
         given = [f"keys_per_transition={self.keys_per_transition}"] if self.keys_per_transition > 1 else []
         given += [f"reward_noise={self.bootstrap.reward_noise}"] if self.bootstrap.reward_noise > 0 else []
-        loses = bool(given) or self._may_differ(rows)
-        if loses and (self._knows_batches or not self.batches or rows != self.batches[-1].rows):
-            self._warned.add("elsewhere")
+        if given or self._may_differ(rows):
+            self.warned.add("elsewhere")
             settings = ", ".join(given) or f"members={self.settings.members}"
             warn_user(
                 f"{settings}: the network is asked, with gradients, about {rows} observations that are not a batch of "
@@ -194,7 +170,7 @@ class LearningNoise:
     def _may_differ(self, rows: int) -> bool:
         """Whether rows of no noted batch may be under other members than their target, which is that of each member."""
         own_target = self.settings.members is not None and self.settings.target_noise == "same"
-        return own_target and bool(self.batches) and self._target_pass != (self.step, rows)
+        return own_target and bool(self.batches.noted) and self._target_pass != (self.step, rows)
 
     def warn_of_unannounced(self, network: str) -> None:
         """
@@ -202,8 +178,8 @@ class LearningNoise:
 
         :param network: Class of the network that is learned
         """
-        if "unannounced" not in self._warned:
-            self._warned.add("unannounced")
+        if "unannounced" not in self.warned:
+            self.warned.add("unannounced")
             warn_user(
                 f"{network} gets gradients outside of an update that its policy knows of, so it learns by the mean weights, "
                 "and settings of members, priors and noise in updates have no effect. If this is an algorithm of your own, "
@@ -228,4 +204,4 @@ class LearningNoise:
 
         :return: Attributes
         """
-        return {**self.__dict__, "active": False, "acting": None, "batches": []}
+        return {**self.__dict__, "active": False, "acting": None, "batches": SampledBatches()}

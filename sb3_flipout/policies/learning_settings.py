@@ -116,6 +116,18 @@ class ActorSettings(LearningSettings):
             )
 
 
+#: Settings that say something of members, each with the value that says nothing, and what it says.
+_OF_MEMBERS: Mapping[str, tuple[float, str]] = {
+    "prior_scale": (0.0, "a prior belongs to a member"),
+    "keys_per_transition": (1, "it says how many of them learn from each transition"),
+    "bootstrap": (1.0, "it says what each of them learns from"),
+    "reward_noise": (0.0, "it says what each of them learns from"),
+}
+
+
+_LEAST_SHARE = 2.0**-53  # one step of the draws that are compared with it
+
+
 @dataclass(frozen=True)
 class ValueSettings(LearningSettings):
     """
@@ -154,33 +166,26 @@ class ValueSettings(LearningSettings):
             self._set(learn_sigma=self.members is not None)
         super().__post_init__()
         self._set(prior_scale=check_number("prior_scale", self.prior_scale, 0.0, hint="Use 0.0 for no prior."))
-        if self.prior_scale > 0 and self.members is None:
-            raise ValueError(
-                f"prior_scale={self.prior_scale} needs members: a prior belongs to a member. Give members=10, say."
-            )
         hint = "Use 1 to learn each transition under one key."
         self._set(keys_per_transition=check_integer("keys_per_transition", self.keys_per_transition, 1, hint=hint))
-        if self.keys_per_transition > 1 and self.members is None:
-            raise ValueError(
-                f"keys_per_transition={self.keys_per_transition} needs members: it says how many of them learn from each "
-                "transition. Give members=10, say."
-            )
         if self.members is not None and self.keys_per_transition > self.members:
             raise ValueError(
                 f"keys_per_transition={self.keys_per_transition} is more than members={self.members}: no member learns twice "
                 f"from one transition. Use {self.members}, with which all of them do."
             )
-
         self._check_bootstrap()
+        for name, (nothing, what) in _OF_MEMBERS.items():
+            value = getattr(self, name)
+            if self.members is None and value != nothing:
+                raise ValueError(f"{name}={value} needs members: {what}. Give members=10, say.")
 
     def _check_bootstrap(self) -> None:
         hint = "Use 1.0 to let each member learn from all transitions."
         share = check_number("bootstrap", self.bootstrap, 0.0, 1.0, hint, above=True)
+        if share < _LEAST_SHARE:
+            raise ValueError(f"bootstrap={share} is so small that nothing would be in a sample, and no member learn. {hint}")
         noise = check_number("reward_noise", self.reward_noise, 0.0, hint="Use 0.0 for none.")
         self._set(bootstrap=share, reward_noise=noise)
-        given = f"bootstrap={share}" if share < 1 else f"reward_noise={noise}" if noise > 0 else None
-        if given is not None and self.members is None:
-            raise ValueError(f"{given} needs members: it says what each of them learns from. Give members=10, say.")
 
     def unlike(self, saved: Mapping[str, Any]) -> list[str]:
         """

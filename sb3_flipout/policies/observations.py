@@ -36,6 +36,16 @@ def each_once(obs: Any, times: int) -> Any:
     return {name: part[::times] for name, part in obs.items()} if isinstance(obs, dict) else obs[::times]
 
 
+def to_take_from(obs: Any) -> Any:
+    """
+    Hand a dictionary of observations to one of several networks, which may take parts out of it.
+
+    :param obs: Tensor, or dictionary of tensors
+    :return: The same; a dictionary is another one
+    """
+    return dict(obs) if isinstance(obs, dict) else obs
+
+
 @contextmanager
 def looked_at(*networks: nn.Module) -> Iterator[None]:
     """

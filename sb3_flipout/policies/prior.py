@@ -14,6 +14,7 @@ from sb3_flipout.layers.convert import Wanted, perturb_named
 from sb3_flipout.layers.interface import flipout_layers
 from sb3_flipout.layers.row_layout import RowLayout
 from sb3_flipout.noise import RowNoise
+from sb3_flipout.policies.observations import to_take_from
 
 # The layers of the prior are numbered from here, apart from those of the learned network: the same keys give them other signs.
 FIRST_NUMBER = 1000
@@ -106,7 +107,7 @@ class Prior(nn.Module):
     def _values(self, noise: RowNoise | None, given: tuple[Any, ...], named: dict[str, Any]) -> th.Tensor:
         """Nothing in it learns, so no graph is built, but where somebody asks for gradients by the observations."""
         with self.perturbed_network.activate(noise):
-            values: th.Tensor = self.network(*given, **named)
+            values: th.Tensor = self.network(to_take_from(given[0]), *given[1:], **named)
         return values
 
     def forward(self, noise: RowNoise, *given: Any, **named: Any) -> th.Tensor:

@@ -74,6 +74,53 @@ def _parts(obs: Any) -> dict[Any, th.Tensor]:
     return obs if isinstance(obs, dict) else {None: obs}
 
 
+class SampledBatches:
+    """The batches that somebody may still learn from."""
+
+    def __init__(self) -> None:
+        self.noted: list[SampledBatch] = []
+        self._learned_as_given = False
+
+    def note(self, samples: Any, step: int, numbers: th.Tensor | None) -> None:
+        """
+        Note a batch that the replay buffer gives, if it can be known again, and let go of those that are gone.
+
+        :param samples: The batch, as networks will be asked about it
+        :param step: Gradient step
+        :param numbers: Number of the transition of each row, shape (N,); ``None`` where nobody needs them
+        """
+        self.let_go()
+        if SampledBatch.is_knowable(samples):
+            self.noted.append(SampledBatch(samples, step, numbers))
+
+    def let_go(self) -> None:
+        """Let go of batches that nobody holds any more; others can be learned from whenever that happens."""
+        self.noted = [batch for batch in self.noted if not batch.is_gone]
+
+    def of(self, obs: Any) -> SampledBatch | None:
+        """
+        Find the batch whose observations, or next observations, a network is asked about.
+
+        :param obs: Observations
+        :return: The batch; ``None`` if they are those of none
+        """
+        return next((batch for batch in reversed(self.noted) if batch.is_of(obs)), None)
+
+    def learn_as_given(self) -> None:
+        """Note that a network has been asked, with gradients, about the observations of a batch themselves."""
+        self._learned_as_given = True
+
+    def may_be_changed(self, rows: int) -> bool:
+        """
+        Tell whether observations of no batch may be those of the last one, changed (images that are shifted at random): they
+        are as many, and sampled ones are never asked about themselves.
+
+        :param rows: How many they are
+        :return: Whether they may be
+        """
+        return bool(self.noted) and rows == self.noted[-1].rows and not self._learned_as_given
+
+
 class Bootstrap:
     """
     What each member learns from, and what it adds to rewards.

@@ -283,9 +283,9 @@ def test_what_cannot_be_numbered_is_refused(buffer: Any) -> None:
         number_transitions(buffer, KEY)
     assert str(told.value) == (
         f"replay_buffer_class={type(buffer).__name__} cannot be given numbers of transitions, which bootstrap and "
-        "reward_noise need: it must keep its actions in a numpy array of shape (buffer_size, n_envs, 1), and not in a file "
-        "or in memory that is shared. Derive it from ReplayBuffer, DictReplayBuffer or HerReplayBuffer, or leave out "
-        "bootstrap and reward_noise."
+        "reward_noise need: it must keep its actions in a numpy array of shape (buffer_size, n_envs, 1) that can be "
+        "replaced, and not in a file or in memory that is shared. Derive it from ReplayBuffer, DictReplayBuffer or "
+        "HerReplayBuffer, or leave out bootstrap and reward_noise."
     )
 
 

@@ -129,7 +129,7 @@ def test_members_learn_from_their_own_samples_and_rewards() -> None:
     assert model.logger.name_to_value["train/loss"] == pytest.approx(float(total.detach()), rel=1e-5)
     for (name, weight), gradient in zip(weights.items(), expected, strict=True):
         th.testing.assert_close(weight.grad, gradient, rtol=1e-4, atol=1e-6, msg=name)
-    assert model.policy.learning.batches == []
+    assert model.policy.learning.batches.noted == []
 
 
 def test_without_them_nothing_is_stored_and_nothing_changes() -> None:
@@ -173,8 +173,8 @@ def test_of_two_batches_each_has_its_own_numbers() -> None:
     class Own(DQN):
         def train(self, gradient_steps: int, batch_size: int = 100) -> None:
             learning, inputs = self.policy.learning, [self.replay_buffer.sample(batch_size).observations for _ in range(2)]
-            assert [batch.is_of(obs) for batch in learning.batches for obs in inputs] == [True, False, False, True]
-            for batch, obs in zip(learning.batches, inputs, strict=True):
+            assert [batch.is_of(obs) for batch in learning.batches.noted for obs in inputs] == [True, False, False, True]
+            for batch, obs in zip(learning.batches.noted, inputs, strict=True):
                 values = self.q_net(obs)
                 (gradient,) = th.autograd.grad(values.sum(), [self.q_net.q_net[-1].weight], retain_graph=True)
                 kept = in_bootstrap(batch.numbers, learning.rows(0, batch_size, values.device).keys, 0.5)
@@ -201,8 +201,8 @@ def test_a_batch_keeps_its_members_whenever_it_is_learned_from(way: str, members
             )
             keys = learning.rows(0, batch_size, th.device("cpu")).keys
             for given in batches:
-                noted = learning.batch_of(given.observations)
-                assert noted is learning.batch_of(given.next_observations)
+                noted = learning.batches.of(given.observations)
+                assert noted is learning.batches.of(given.next_observations)
                 assert th.allclose(given.rewards, 1 + 0.3 * reward_draws(noted.numbers, keys, th.float32)[:, None])
                 for net, obs in ((self.q_net, given.observations), (self.q_net_target, given.next_observations)):
                     values = net(obs)
@@ -227,7 +227,7 @@ def test_batches_are_those_of_one_gradient_step() -> None:
             sample = self.replay_buffer.sample
             self.replay_buffer.sample = lambda *args, **kwargs: (
                 sample(*args, **kwargs),
-                held.append(len(self.policy.learning.batches)),
+                held.append(len(self.policy.learning.batches.noted)),
             )[0]
             try:
                 super().train(5, batch_size)

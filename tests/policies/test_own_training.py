@@ -215,7 +215,7 @@ def of(net: type[QNetwork]) -> type[FlipoutDQNPolicy]:
 
 
 def members_of(model: Any) -> th.Tensor:
-    batch = model.policy.learning.batch_of(model.found.observations)
+    batch = model.policy.learning.batches.of(model.found.observations)
     return model.policy.learning.rows(0, B, th.device("cpu"), batch).keys
 
 
