@@ -194,7 +194,7 @@ class _SizeOfBatch:
         :raises TypeError: If the size is not among them
         :raises ValueError: If it cannot be divided
         """
-        by_place = self.name not in named and 0 <= self.place < len(args)
+        by_place = 0 <= self.place < len(args)
         size = args[self.place] if by_place else named.get(self.name, self.default)
         if not isinstance(size, int | np.integer):
             raise TypeError(
