@@ -25,7 +25,7 @@ def own_steps_counted(algorithm: Any, policy: Any) -> Iterator[None]:
     :return: Context manager
     """
     learning: Any = getattr(policy, "learning", None)
-    if learning is None or not learning.active:
+    if learning is None:
         yield
         return
     known: th.optim.Optimizer = policy.step_optimizer
