@@ -80,14 +80,20 @@ def falling(steps: int, power: float, first: int = 10_000) -> Callable[[float], 
     return lambda left: LEARNING_RATE * min(1.0, (first / max(1.0, (1 - left) * steps)) ** power)
 
 
-def dropping(steps: int) -> Callable[[float], float]:
+def dropping(steps: int, first: int = 0) -> Callable[[float], float]:
     """
-    Learn with 3e-4 for 200,000 environment steps, and with a third of it from there on.
+    Learn with 3e-4 up to environment step 200,000, and with a third of it from there on; the first steps with 1e-3.
 
     :param steps: Steps of the whole run
+    :param first: How many first steps
     :return: Learning rate by the share of the run that is left, as SB3 takes it
     """
-    return lambda left: 3e-4 if (1 - left) * steps < 200_000 else 1e-4
+
+    def rate(left: float) -> float:
+        step = (1 - left) * steps
+        return LEARNING_RATE if step < first else 3e-4 if step < 200_000 else 1e-4
+
+    return rate
 
 
 _ENSEMBLE: dict[str, Any] = dict(members=MEMBERS, prior_scale=PRIOR, keys_per_transition=MEMBERS)
@@ -105,6 +111,7 @@ ARMS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "members, soon slower": ({**_GREEDY, **_TWICE, "learning_rate": partial(falling, power=0.5, first=2_000)}, _ENSEMBLE),
     "members, settling": ({**_GREEDY, **_TWICE, "learning_rate": partial(falling, power=1.0)}, _ENSEMBLE),
     "members, slower, dropping": ({**_GREEDY, **_TWICE, "learning_rate": dropping}, _ENSEMBLE),
+    "members, dropping twice": ({**_GREEDY, **_TWICE, "learning_rate": partial(dropping, first=2_000)}, _ENSEMBLE),
     "members, one key": (_GREEDY, {**_ENSEMBLE, "keys_per_transition": 1}),
     "members, 10": ({**_GREEDY, "batch_size": 10 * TRANSITIONS}, {**_ENSEMBLE, "members": 10, "keys_per_transition": 10}),
     "members, no prior": (_GREEDY, {**_ENSEMBLE, "prior_scale": 0.0}),

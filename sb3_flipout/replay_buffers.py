@@ -217,6 +217,8 @@ def number_transitions(buffer: Any, key: int) -> int:
         raise _unfit(buffer)
     kind: type[ReplayBuffer] = type(buffer)
     stored = _widen(buffer, key, 0)
+    if getattr(vars(buffer).get("sample"), "__func__", None) is kind.sample:
+        del buffer.sample  # the class's own, bound: copies have it that were made in the middle of an update
     buffer.__class__ = numbered(kind)  # last, so that a buffer that is refused stays as it was
     assert isinstance(buffer, NumberedBufferMixin), "that is what numbered makes"
     buffer.numbers_key, buffer.numbered = key, stored
@@ -224,11 +226,13 @@ def number_transitions(buffer: Any, key: int) -> int:
 
 
 def _unfit(buffer: Any) -> TypeError:
-    given = "replay_buffer=None" if buffer is None else f"replay_buffer_class={type(buffer).__name__}"
+    what = "numbers of transitions, which bootstrap and reward_noise need"
+    if buffer is None:
+        return TypeError(f"the model has no replay_buffer that could be given {what}. Give it one, {_OR_LEAVE_OUT}")
     return TypeError(
-        f"{given} cannot be given numbers of transitions, which bootstrap and reward_noise need: it must keep its actions in "
-        "a numpy array of shape (buffer_size, n_envs, 1) that can be replaced, and not in a file or in memory that is shared. "
-        "Derive it from ReplayBuffer, DictReplayBuffer or HerReplayBuffer, " + _OR_LEAVE_OUT
+        f"replay_buffer_class={type(buffer).__name__} cannot be given {what}: it must keep its actions in a numpy array of "
+        "shape (buffer_size, n_envs, 1) that can be replaced, and not in a file or in memory that is shared. Derive it from "
+        f"ReplayBuffer, DictReplayBuffer or HerReplayBuffer, {_OR_LEAVE_OUT}"
     )
 
 

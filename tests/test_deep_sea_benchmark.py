@@ -34,7 +34,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_arm_runs(arm: str, monkeypatch: pytest.MonkeyPatch) -> None:
     row = deep_sea_runs.train(deep_sea_runs.Run("tiny stochastic" if "reward noise" in arm else "tiny", arm, 3))
     assert row["episodes"] == 60 and row["learned"] is None  # a hundred episodes are not made
-    slower = ("slower", "slower, dropping", "ever slower", "soon slower", "settling")
+    slower = ("slower", "slower, dropping", "dropping twice", "ever slower", "soon slower", "settling")
     twice = [f"members, {how}" for how in slower]
     others = {"members, 10": 640} | dict.fromkeys(twice, 2560)
     assert row["rows_per_step"] == deep_sea_runs.GRADIENT_STEPS * others.get(arm, deep_sea_runs.ROWS)
@@ -170,6 +170,8 @@ def test_learning_rates_that_fall_do_so_by_the_steps_made() -> None:
     assert [root(1 - steps / 600) for steps in (0, 20, 80, 500)] == pytest.approx([1e-3, 1e-3, 5e-4, 2e-4])
     assert soon(0.0) == 1e-3, "600 steps are fewer than 10,000"
     assert [drop(1 - steps / 600_000) for steps in (0, 199_999, 200_001, 600_000)] == [3e-4, 3e-4, 1e-4, 1e-4]
+    twice = deep_sea_runs.dropping(600_000, 2_000)
+    assert [twice(1 - steps / 600_000) for steps in (0, 1_999, 2_001, 200_001)] == [1e-3, 1e-3, 3e-4, 1e-4]
 
 
 def test_seeds_that_a_choice_was_made_on_are_not_fresh() -> None:

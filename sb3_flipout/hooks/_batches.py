@@ -1,4 +1,4 @@
-"""What members need of the batches that a replay buffer gives: repeated, numbered, and with rewards of their own."""
+"""The batches that a replay buffer gives in updates: gradient steps are told by them, and members need them made otherwise."""
 
 from __future__ import annotations
 
@@ -26,14 +26,20 @@ def check_batch_size(algorithm: Any, policy: FlipoutPolicyMixin) -> None:
     :param policy: Its policy
     :raises ValueError: If the batch size is no multiple of ``keys_per_transition``
     """
-    learning = _learning(policy)
+    learning = learning_of(policy)
     if learning is not None and learning.keys_per_transition > 1:
         _check_divides(algorithm.batch_size, learning.keys_per_transition)
 
 
-def _learning(policy: Any) -> Any:
-    """The noise of a policy's gradient steps; those that learn from rollouts have none of their own."""
-    return getattr(policy, "learning", None)
+def learning_of(policy: Any) -> Any:
+    """
+    Find the noise of a policy's gradient steps.
+
+    :param policy: Policy
+    :return: The noise; ``None`` for policies that learn from rollouts, in which the name is free for the user's own
+    """
+    found = getattr(policy, "learning", None)
+    return found if hasattr(found, "batches") else None
 
 
 def _check_divides(batch_size: int, times: int) -> None:
@@ -53,7 +59,7 @@ def number_stored(algorithm: Any, policy: FlipoutPolicyMixin) -> None:
     :param policy: Its policy
     :raises TypeError: If the buffer cannot be given numbers
     """
-    learning = _learning(policy)
+    learning = learning_of(policy)
     if learning is None or not learning.bootstrap.needs_numbers:
         return
     without = number_transitions(algorithm.replay_buffer, fold(policy._noise_seed, Stream.TRANSITIONS))
@@ -65,18 +71,19 @@ def number_stored(algorithm: Any, policy: FlipoutPolicyMixin) -> None:
 
 
 @contextmanager
-def batches_for_members(algorithm: Any, policy: FlipoutPolicyMixin) -> Iterator[None]:
+def batches_of_update(algorithm: Any, policy: FlipoutPolicyMixin) -> Iterator[None]:
     """
-    Let the replay buffer give what members learn from while SB3 trains. Where mean weights learn it gives what it always does.
+    Listen to the replay buffer while SB3 trains, and let it give what members learn from. Where mean weights learn it gives
+    what it always does.
 
     :param algorithm: Algorithm
-    :param policy: Its policy, whose settings say what that is
+    :param policy: Its policy, whose settings say what members learn from
     :return: Context manager
     :raises TypeError: If members need something of a buffer that has no ``sample``
     """
-    learning = _learning(policy)
+    learning = learning_of(policy)
     buffer: Any = getattr(algorithm, "replay_buffer", None)
-    if learning is None or not learning.active or policy.members is None:
+    if learning is None or not learning.active:
         yield
         return
     number_stored(algorithm, policy)
@@ -87,9 +94,9 @@ def batches_for_members(algorithm: Any, policy: FlipoutPolicyMixin) -> Iterator[
                 f"{'None' if buffer is None else type(buffer).__name__} has no `sample` that can be listened to. Give a "
                 "replay buffer of SB3's or one that derives from it, or leave keys_per_transition out."
             )
-        yield  # members alone need nothing of it
+        yield  # others need nothing of it
         return
-    batches = _BatchesForMembers(buffer, learning)
+    batches = _HeardBatches(buffer, learning)
     buffer.sample = batches
     try:
         yield
@@ -97,26 +104,26 @@ def batches_for_members(algorithm: Any, policy: FlipoutPolicyMixin) -> Iterator[
         batches.leave()
 
 
-class _BatchesForMembers:
+class _HeardBatches:
     """
-    Stands in the place of a replay buffer's ``sample``, on the buffer itself, while members learn from it.
+    Stands in the place of a replay buffer's ``sample``, on the buffer itself, while a policy learns from it.
 
     :param buffer: Replay buffer
-    :param learning: The noise that they learn under
+    :param learning: The noise that it learns under
     """
 
     def __init__(self, buffer: Any, learning: Any) -> None:
         self.buffer, self.learning = buffer, learning
         # A user can have put one on the buffer; and a model can train inside another's `train`, on the same buffer.
         self.own = vars(buffer).get("sample")
-        self.sample: Any = self.own.sample if isinstance(self.own, _BatchesForMembers) else buffer.sample
+        self.sample: Any = self.own.sample if isinstance(self.own, _HeardBatches) else buffer.sample
         self.asks = False  # whether `sample` is running
         times = learning.keys_per_transition
         self.size = _SizeOfBatch(asked_of(buffer, self.sample), times) if times > 1 else None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """
-        Sample transitions for members.
+        Sample transitions, for members.
 
         :param args: What the buffer's own ``sample`` takes
         :param kwargs: The same by name
@@ -124,6 +131,7 @@ class _BatchesForMembers:
         """
         if self.asks:  # a buffer that asks itself once more, for a batch that it likes better
             return self.sample(*args, **kwargs)
+        self.learning.unseen.at_batch()
         if self.size is not None:
             args, kwargs = self.size.divided(args, kwargs)
         self.asks = True
@@ -131,7 +139,9 @@ class _BatchesForMembers:
             given = self.sample(*args, **kwargs)
         finally:
             self.asks = False
-        return None if given is None else self._for_members(given)  # not yet, as a buffer of the user's may say
+        if given is None or self.learning.settings.members is None:  # None: not yet, as a buffer of the user's may say
+            return given
+        return self._for_members(given)
 
     def _for_members(self, given: Any) -> Any:
         """Each transition once for each of its members, with the rewards of that member; networks know the batch again."""

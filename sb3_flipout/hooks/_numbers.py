@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from sb3_flipout.finite import NonFiniteError, first_non_finite, is_finite, not_finite, parts
+from sb3_flipout.hooks._batches import learning_of
 from sb3_flipout.hooks._models import policy_of
 
 #: Steps of all environments together, or gradient steps, between two looks at the parameters.
@@ -33,7 +34,7 @@ def check_parameters(algorithm: Any, policy: Any, now: bool = False) -> None:
     """
     marks = policy.marks
     # Where nothing is collected, as in learning from a given buffer, gradient steps alone go on.
-    steps = (algorithm.num_timesteps, getattr(getattr(policy, "learning", None), "step", 0))
+    steps = (algorithm.num_timesteps, getattr(learning_of(policy), "step", 0))
     due = any(not look - LOOK_EVERY <= step < look for step, look in zip(steps, marks.next_looks, strict=True))
     if marks.numbers_guarded or not (now or due):
         return

@@ -13,9 +13,8 @@ from stable_baselines3.common.callbacks import BaseCallback, CallbackList
 from sb3_flipout.buffers import KeyedBufferMixin, store_noise
 from sb3_flipout.checks import warn_user
 from sb3_flipout.hooks import _numbers as numbers
-from sb3_flipout.hooks._batches import batches_for_members, check_batch_size, number_stored
+from sb3_flipout.hooks._batches import batches_of_update, check_batch_size, learning_of, number_stored
 from sb3_flipout.hooks._models import Method, policy_of
-from sb3_flipout.hooks._steps import own_steps_counted
 
 
 class _TellsOfOthers(BaseCallback):
@@ -54,7 +53,7 @@ def set_up_learning(original: Method, algorithm: Any, *args: Any, **kwargs: Any)
     _warn_of_epsilon(algorithm)
     policy = policy_of(algorithm)
     policy.guard.check_whole(policy, policy.perturbed_network)
-    policy.guard.check_own(_networks(algorithm), getattr(policy, "learning", None))
+    policy.guard.check_own(_networks(algorithm), learning_of(policy))
     check_batch_size(algorithm, policy)
     if getattr(algorithm, "replay_buffer", None) is not None:  # one that was loaded since
         number_stored(algorithm, policy)
@@ -193,9 +192,8 @@ def train(original: Method, algorithm: Any, *args: Any, **kwargs: Any) -> Any:
     policy = policy_of(algorithm)
     policy.marks.differentiates_all = hasattr(algorithm, "_compute_actor_grad")
     policy.lead_copies(vars(algorithm).values())
-    with numbers.explained(algorithm, policy), policy.updating(), own_steps_counted(algorithm, policy):
-        with batches_for_members(algorithm, policy):
-            found = original(algorithm, *args, **kwargs)
+    with numbers.explained(algorithm, policy), policy.updating(), batches_of_update(algorithm, policy):
+        found = original(algorithm, *args, **kwargs)
     if algorithm.num_timesteps == policy.marks.trained_at:  # nothing is collected, so no start of a rollout will look
         numbers.check_parameters(algorithm, policy)
     policy.marks.trained_at = algorithm.num_timesteps

@@ -42,6 +42,7 @@ from torch import nn
 from sb3_flipout.layers import FlipoutLSTM
 from sb3_flipout.policies.base import FlipoutPolicyMixin
 from sb3_flipout.policies.dqn import ValueMixin
+from sb3_flipout.policies.learning import LearningJoinedCritic
 from sb3_flipout.policies.observations import n_rows
 from sb3_flipout.policies.on_policy import ACTOR_CRITIC_ALIASES, OnPolicyMixin
 from sb3_flipout.policies.sac_td3 import ActorMixin
@@ -185,8 +186,8 @@ class FlipoutCrossQPolicy(ActorMixin, CrossQPolicy):
     """
     ``"FlipoutMlpPolicy"`` of CrossQ.
 
-    Its critic sees present and next transitions in one batch. So with ``perturb="all"`` both are under the online noise;
-    ``target_noise`` is that of the next actions alone.
+    Its critic sees present and next transitions in one batch. So with ``perturb="all"`` both are under the online noise, with
+    members each row and its next one under the same member; ``target_noise`` is that of the next actions alone.
 
     :param observation_space: Observation space, of vectors
     :param action_space: Action space, Box
@@ -196,6 +197,7 @@ class FlipoutCrossQPolicy(ActorMixin, CrossQPolicy):
     :raises ValueError: If observations are images or dictionaries, for which CrossQ has no policy
     """
 
+    critic_mixin = LearningJoinedCritic
     targets: ClassVar[tuple[tuple[str, str], ...]] = ()
     last_to_step = "critic"  # the actor's steps are delayed, and its whole loss comes after the critic's
 

@@ -82,7 +82,7 @@ class ValueMixin(OffPolicyMixin):
 
     noise_settings: ValueSettings
     online_name: ClassVar[str]
-    _known_modules: Sequence[int] = ()
+    _known_modules: tuple[nn.Module, ...] = ()
 
     def __init__(
         self,
@@ -141,7 +141,8 @@ class ValueMixin(OffPolicyMixin):
 
     def _find_inputs_once(self) -> None:
         """Find out whether networks may get a repeated observation once, if that is not known of their present modules."""
-        modules, times = [id(module) for module in self.online.modules()], self.noise_settings.keys_per_transition
+        modules = tuple(module for module in self.online.modules() if not hasattr(module, "_orig_mod"))  # as torch compiles
+        times = self.noise_settings.keys_per_transition
         if times > 1 and modules != self._known_modules:
             self._known_modules = modules
             self.learning.inputs_once = takes_inputs_once(self.online, self.perturbed_network, self, times)
@@ -193,8 +194,7 @@ class ValueMixin(OffPolicyMixin):
 
     def _make_value_net(self) -> nn.Module:
         """Make one more network of the same form."""
-        make: Any = getattr(self, f"make_{self.online_name}")
-        net: nn.Module = mixed_in(make(), GivesNumbers)
+        net: nn.Module = mixed_in(getattr(self, f"make_{self.online_name}")(), GivesNumbers)
         return net
 
     # ---- predictions --------------------------------------------------------------------------------------------

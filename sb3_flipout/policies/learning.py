@@ -82,6 +82,8 @@ class LearnsUnderNoise(GivesNumbers):
         noise = self._noise_for(obs, learning, role) if self.is_perturbed else None
         if noise is not None and learning.base_moves:
             network.redraw(learning.base_key(role))
+        if noise is not None and learning.unseen is not None and self.role == Role.ONLINE and th.is_grad_enabled():
+            learning.unseen.asked = True
         with network.activate(noise):
             yield
 
@@ -104,7 +106,7 @@ class LearnsUnderNoise(GivesNumbers):
         return noise if acts else None
 
     def _noise_for(self, obs: PyTorchObs, learning: LearningNoise, role: Role) -> RowNoise | None:
-        return learning.rows(role, n_rows(obs), self.device)
+        return learning.rows(role, n_rows(obs), self.device, learning.batches.of(obs))
 
 
 class LearningValueNetwork(LearnsUnderNoise, BasePolicy):
@@ -200,6 +202,18 @@ class LearningCritic(LearnsUnderNoise):
         """
         with self.step_noise(obs):
             return self._told_of_learning(super().q1_forward(obs, actions))  # type: ignore[misc]
+
+
+class LearningJoinedCritic(LearningCritic):
+    """Mixin of CrossQ's critic, which is asked about observations with the next ones behind them."""
+
+    def _noise_for(self, obs: PyTorchObs, learning: LearningNoise, role: Role) -> RowNoise | None:
+        """A row's target, half a batch further on, comes from its own member."""
+        batch = learning.batches.joined_in(obs)
+        if batch is None:
+            return super()._noise_for(obs, learning, role)
+        noise = learning.rows(role, batch.rows, self.device, batch)
+        return None if noise is None else RowNoise(noise.keys.repeat(2), learning.scale)
 
 
 class _LearningActor(LearnsUnderNoise, BasePolicy):

@@ -15,6 +15,7 @@ from sb3_flipout.noise import RowNoise, RowsByKey, Stream, fold, fold_in
 from sb3_flipout.noise.keys import restrict
 from sb3_flipout.policies.learning_settings import LearningSettings
 from sb3_flipout.policies.sampled import Bootstrap, SampledBatch, SampledBatches
+from sb3_flipout.policies.unseen_steps import UnseenSteps
 
 
 class Role(IntEnum):
@@ -34,6 +35,8 @@ class LearningNoise:
 
     #: What the environments' rows see in the collection step that goes on.
     acting: RowNoise | None = None
+    #: Gradient steps of the update that goes on that the policy's optimizer does not make.
+    unseen: UnseenSteps | None = None
 
     def __init__(self, seed: int, settings: LearningSettings) -> None:
         self.seed = seed
@@ -58,6 +61,23 @@ class LearningNoise:
         :param _: What torch hands to hooks
         """
         self.step += 1
+
+    def begin_update(self) -> None:
+        """Look for gradient steps that nobody counts from now on."""
+        self.unseen = UnseenSteps(lambda: self.step, self.count)
+
+    def end_update(self) -> None:
+        """Count a last such step, and say once if all of an update may have learned under the noise of one."""
+        unseen, self.unseen = self.unseen, None
+        if unseen is None or not unseen.look() or unseen.batches or "steps" in self.warned:
+            return
+        if self.active and self.noise_of(Role.ONLINE) != "mean":
+            self.warned.add("steps")
+            warn_user(
+                "an update has learned without a step of the policy's own optimizer, and without a batch of "
+                "replay_buffer.sample, so all of it was under the noise of one gradient step. If it made several of them, "
+                "call model.policy.learning.count() after each.",
+            )
 
     def noise_of(self, role: Role) -> str:
         """
@@ -204,4 +224,4 @@ class LearningNoise:
 
         :return: Attributes
         """
-        return {**self.__dict__, "active": False, "acting": None, "batches": SampledBatches()}
+        return {**self.__dict__, "active": False, "acting": None, "unseen": None, "batches": SampledBatches()}

@@ -138,6 +138,7 @@ class OffPolicyMixin(FlipoutPolicyMixin):
         # Hung on here, not once for all: copies of an optimizer, and another one put in its place, have no hooks.
         hook = self.step_optimizer.register_step_post_hook(self.learning.count)
         self.learning.active, self.learning.scale = not said, self.effective_scale
+        self.learning.begin_update()
         self.marks.updates = True
         try:
             with ExitStack() as stack:
@@ -147,6 +148,7 @@ class OffPolicyMixin(FlipoutPolicyMixin):
                 if not self.guard.done:
                     stack.enter_context(self.guard.update(self.perturbed_network))
                 yield
+            self.learning.end_update()
             if not self.guard.done:
                 by_mean = self.learning.noise_of(Role.ONLINE) == "mean"
                 self.guard.compare(self, self.perturbed_network, self._acting_network(), by_mean)

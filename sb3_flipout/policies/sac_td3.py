@@ -67,8 +67,7 @@ class ActorMixin(OffPolicyMixin):
     :param init: ``"keep"`` SB3's initialisation, or ``"noisynet"``
     :param schedule: How the noise falls over training: ``"constant"``, ``"linear"``, ``"cosine"`` or ``"exponential"``; by
         default it is constant
-    :param schedule_end: What is left of the noise at the end of the schedule, as a share of the noise scale; default 0, for
-        ``"exponential"`` 0.01
+    :param schedule_end: What is left of the noise at the end, as a share of the noise scale; default 0, ``"exponential"`` 0.01
     :param schedule_fraction: Share of training over which it falls; default 0.3
     :param target_noise: Noise of the next actions, and of target critics where critics have noise: ``"mean"`` weights (the
         default), ``"independent"`` of the online networks, or the ``"same"`` (the default with members)
@@ -83,8 +82,9 @@ class ActorMixin(OffPolicyMixin):
     """
 
     noise_settings: ActorSettings
-    #: What the actor becomes.
+    #: What actor and critics become.
     actor_mixin: ClassVar[type[LearnsUnderNoise]] = LearningStochasticActor
+    critic_mixin: ClassVar[type[LearningCritic]] = LearningCritic
     targets: ClassVar[tuple[tuple[str, str], ...]] = (("critic_target", "critic"),)
     #: Whose step ends a gradient step: the last one that SB3 makes in it, so that each loss has the noise of one step.
     last_to_step: ClassVar[str] = "actor"
@@ -155,7 +155,7 @@ class ActorMixin(OffPolicyMixin):
     def _join_critic(self, perturbs_critics: bool) -> None:
         shares = bool(flipout_layers([self.critic]))
         if shares:  # layers of its own, or of an extractor that it shares with the actor
-            mixed_in(self.critic, LearningCritic).join_noise(
+            mixed_in(self.critic, self.critic_mixin).join_noise(
                 self.perturbed_network, self.learning, Role.ONLINE, is_perturbed=perturbs_critics
             )
 
@@ -180,7 +180,7 @@ class ActorMixin(OffPolicyMixin):
         for target, followed_name in noisy:
             is_actor = followed_name == "actor"
             if is_actor or perturbs_critics or any(layer.network is network for layer in flipout_layers([target])):
-                mixed_in(target, self.actor_mixin if is_actor else LearningCritic).join_noise(
+                mixed_in(target, self.actor_mixin if is_actor else self.critic_mixin).join_noise(
                     network, self.learning, Role.TARGET, is_perturbed=is_actor or perturbs_critics
                 )
 

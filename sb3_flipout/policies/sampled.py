@@ -1,4 +1,4 @@
-"""What the replay buffer has given in the gradient step that goes on, and what an ensemble's members make of it."""
+"""What the replay buffer has given, and what an ensemble's members make of it."""
 
 from __future__ import annotations
 
@@ -58,6 +58,19 @@ class SampledBatch:
             for given in self._given
         )
 
+    def is_joined_in(self, obs: Any) -> bool:
+        """
+        Tell whether observations are this batch's with its next ones behind them.
+
+        :param obs: Observations
+        :return: Whether they are
+        """
+        if not isinstance(obs, th.Tensor) or len(obs) != 2 * self.rows:
+            return False
+        both = (given.get(None, _nothing)() for given in self._given)
+        halves = obs[: self.rows], obs[self.rows :]
+        return all(part is not None and th.equal(part.to(half.dtype), half) for part, half in zip(both, halves, strict=True))
+
     def is_repeated(self, obs: Any) -> bool:
         """
         Tell whether observations are this batch's as they were given, copy next to copy, and may stand for one another: nobody
@@ -72,6 +85,10 @@ class SampledBatch:
 
 def _parts(obs: Any) -> dict[Any, th.Tensor]:
     return obs if isinstance(obs, dict) else {None: obs}
+
+
+def _nothing() -> None:
+    return None
 
 
 class SampledBatches:
@@ -89,8 +106,9 @@ class SampledBatches:
         :param step: Gradient step
         :param numbers: Number of the transition of each row, shape (N,); ``None`` where nobody needs them
         """
-        self.let_go()
         if SampledBatch.is_knowable(samples):
+            # Of the same tensors, which a buffer has filled anew, the last batch is the one that can be found.
+            self.noted = [batch for batch in self.noted if not (batch.is_gone or batch.is_of(samples.observations))]
             self.noted.append(SampledBatch(samples, step, numbers))
 
     def let_go(self) -> None:
@@ -105,6 +123,15 @@ class SampledBatches:
         :return: The batch; ``None`` if they are those of none
         """
         return next((batch for batch in reversed(self.noted) if batch.is_of(obs)), None)
+
+    def joined_in(self, obs: Any) -> SampledBatch | None:
+        """
+        Find the batch whose observations, and next ones behind them, a network is asked about.
+
+        :param obs: Observations
+        :return: The batch; ``None`` if it is not such a one
+        """
+        return next((batch for batch in reversed(self.noted) if batch.is_joined_in(obs)), None)
 
     def learn_as_given(self) -> None:
         """Note that a network has been asked, with gradients, about the observations of a batch themselves."""

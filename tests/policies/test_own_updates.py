@@ -13,15 +13,18 @@ import pytest
 import torch as th
 from gymnasium import spaces
 from helpers import RandomEnv, vector_env
-from stable_baselines3 import DQN, SAC
+from sb3_contrib import CrossQ
+from stable_baselines3 import DQN, PPO, SAC, TD3, HerReplayBuffer
 from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.envs import BitFlippingEnv
 from stable_baselines3.dqn.policies import QNetwork
 from torch import nn
 
 import sb3_flipout
+from sb3_flipout.layers import FlipoutLayer
 from sb3_flipout.noise import RowNoise, fold, fold_in
 from sb3_flipout.noise.transitions import reward_draws
-from sb3_flipout.policies import FlipoutDQNMultiInputPolicy
+from sb3_flipout.policies import FlipoutActorCriticPolicy, FlipoutDQNMultiInputPolicy
 from sb3_flipout.replay_buffers import NumberedBufferMixin, number_transitions, numbers_of
 
 K, B = 4, 24
@@ -48,58 +51,91 @@ def members_of(model: Any, rows: int, samples: Any = None) -> list[int]:
 
 
 class Held(DQN):
-    """Steps an optimizer of its own."""
+    """Steps an optimizer of its own, of which nobody is told."""
 
-    where = "attribute"
+    own_data = False
 
     def _setup_model(self) -> None:
         super()._setup_model()
-        optimizer = th.optim.SGD(self.q_net.parameters(), lr=1e-3)
         self.seen: list[list[int]] = []
-        if self.where == "attribute":
-            self.mine: Any = optimizer
-        elif self.where == "list":
-            self.mine = [optimizer]
-        elif self.where == "dictionary":
-            self.mine = {"head": optimizer}
-        elif self.where == "policy":
-            self.policy.mine = optimizer
-        self.step = None if self.where == "nowhere" else optimizer.step  # which holds it for itself alone
 
     def train(self, gradient_steps: int, batch_size: int = 100) -> None:
-        samples = self.replay_buffer.sample(batch_size)
-        self.seen.append(members_of(self, batch_size, samples))
-        self.q_net.zero_grad()
-        self.q_net(samples.observations).sum().backward()
-        (self.step or th.optim.SGD(self.q_net.parameters(), lr=1e-3).step)()
+        for _ in range(gradient_steps):
+            samples = None if self.own_data else self.replay_buffer.sample(batch_size)
+            self.seen.append(members_of(self, batch_size, samples))
+            self.q_net.zero_grad()
+            self.q_net(th.rand(batch_size, 5) if samples is None else samples.observations).sum().backward()
+            th.optim.Adam(self.q_net.parameters(), lr=1e-3, fused=True).step()
 
 
-@pytest.mark.parametrize("where", ["attribute", "list", "dictionary", "policy"])
 @pytest.mark.parametrize("members", [None, K])
-def test_steps_of_an_optimizer_of_one_s_own_count(where: str, members: int | None) -> None:
+def test_steps_of_an_optimizer_of_one_s_own_count(members: int | None) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        model = build(type("Own", (Held,), dict(where=where)), noise=dict(members=members)).learn(100)
-    assert model.policy.learning.step == len(model.seen) == len(set(map(tuple, model.seen))) == 20
+        model = build(Held, noise=dict(members=members), gradient_steps=3).learn(100)
+    assert model.policy.learning.step == len(model.seen) == len(set(map(tuple, model.seen))) == 60
 
 
-def test_an_optimizer_that_nobody_knows_of_is_told() -> None:
-    model = build(type("Own", (Held,), dict(where="nowhere")))
-    with pytest.warns(UserWarning, match="`train` of Own has changed the parameters of its policy without a step") as told:
+def test_steps_that_nobody_sees_are_told() -> None:
+    model = build(type("Own", (Held,), dict(own_data=True)), gradient_steps=3)
+    with pytest.warns(UserWarning, match="an update has learned without a step of the policy's own optimizer") as told:
         model.learn(100)
     assert len([one for one in told if "without a step" in str(one.message)]) == 1
     assert model.policy.learning.step == len(set(map(tuple, model.seen))) == 20
+    assert model.policy.learning.unseen is None
 
 
-@pytest.mark.parametrize("algorithm", [DQN, SAC])
-def test_stock_steps_count_once(algorithm: Any) -> None:
-    model = build(algorithm, gradient_steps=3)
-    model.alike = model.policy.optimizer if algorithm is DQN else model.actor.optimizer
-    model.other = th.optim.SGD([nn.Parameter(th.zeros(1))], lr=1.0)
-    model.learn(60)
-    assert model.policy.learning.step == 30
-    hooks = model.alike._optimizer_step_post_hooks
-    assert not hooks
+def test_where_mean_weights_learn_nobody_is_told_of_steps() -> None:
+    model = build(type("Own", (Held,), dict(own_data=True)))
+    with warnings.catch_warnings(), sb3_flipout.perturbed(model.policy, None):
+        warnings.simplefilter("error")
+        model.learn(60)
+    env = vector_env("box", 1)
+    model = SAC("FlipoutMlpPolicy", env, policy_kwargs=dict(update_noise="mean", learn_sigma=False, net_arch=[8]), seed=0)
+    with warnings.catch_warnings(), model.policy.updating():
+        warnings.simplefilter("error")
+        model.actor(th.rand(3, 5)).sum().backward()
+        th.optim.SGD(model.actor.parameters(), lr=0.1).step()
+
+
+def test_updates_of_one_s_own_are_told_of_steps() -> None:
+    model = build().learn(24)
+    step = model.policy.learning.step
+    with pytest.warns(UserWarning, match=r"call model.policy.learning.count\(\) after each"), model.policy.updating():
+        model.q_net(th.rand(3, 5)).sum().backward()
+        th.optim.SGD(model.q_net.parameters(), lr=0.1).step()
+    with warnings.catch_warnings(), model.policy.updating():
+        warnings.simplefilter("error")
+        for _ in range(3):
+            model.q_net(th.rand(3, 5)).sum().backward()
+            model.policy.learning.count()
+    assert model.policy.learning.step == step + 4
+
+
+@pytest.mark.parametrize("members", [None, 8])
+def test_steps_of_the_critic_alone_count(members: int | None) -> None:
+    """A warm-up: the actor's optimizer, whose steps count, makes none."""
+
+    class WarmUp(SAC):
+        def train(self, gradient_steps: int, batch_size: int = 100) -> None:
+            for _ in range(gradient_steps):
+                samples = self.replay_buffer.sample(batch_size)
+                seen.append(members_of(self, batch_size, samples))
+                loss = sum(values.square().mean() for values in self.critic(samples.observations, samples.actions))
+                self.critic.optimizer.zero_grad()
+                loss.backward()
+                self.critic.optimizer.step()
+
+    seen: list[list[int]] = []
+    model = build(WarmUp, noise=dict(members=members, perturb="all"), gradient_steps=2).learn(60)
+    assert model.policy.learning.step == len(seen) == len(set(map(tuple, seen))) == 20
+
+
+@pytest.mark.parametrize("algorithm", [DQN, SAC, TD3, CrossQ])
+@pytest.mark.parametrize("members", [None, K])
+def test_stock_steps_count_once(algorithm: Any, members: int | None) -> None:
+    model = build(algorithm, gradient_steps=3, noise=dict(members=members)).learn(60)
+    assert model.policy.learning.step == 30 and model.policy.learning.unseen is None
 
 
 def test_an_update_that_learns_nothing_counts_nothing() -> None:
@@ -110,6 +146,87 @@ def test_an_update_that_learns_nothing_counts_nothing() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert build(Own).learn(60).policy.learning.step == 0
+
+
+class Twice(DQN):
+    """An auxiliary loss is stepped between the target and the values that are to meet it."""
+
+    def _setup_model(self) -> None:
+        super()._setup_model()
+        self.auxiliary = th.optim.SGD(self.q_net.parameters(), lr=1e-3)
+        self.seen: list[list[int]] = []
+
+    def train(self, gradient_steps: int, batch_size: int = 100) -> None:
+        samples, keys = self.replay_buffer.sample(batch_size), []
+        for net, obs in ((self.q_net_target, samples.next_observations), (self.q_net, samples.observations)):
+            with net.step_noise(obs):
+                keys.append(net.perturbed_network.active.keys.tolist())
+            self.q_net(th.rand_like(samples.observations)).sum().backward()
+            self.auxiliary.step()
+        self.seen.append(keys[0] if keys[0] == keys[1] else [])
+
+
+@pytest.mark.parametrize("members", [None, K])
+def test_an_auxiliary_step_does_not_part_target_and_values(members: int | None) -> None:
+    model = build(Twice, noise=dict(members=members, target_noise="same")).learn(60)
+    assert len(set(map(tuple, model.seen))) == len(model.seen) == 10 and all(model.seen)
+
+
+# ---- members of actors and critics -------------------------------------------------------------------------------------
+
+
+def keys_seen(net: Any, *given: Any) -> list[int]:
+    seen: list[Any] = []
+    layer = next(module for module in net.modules() if isinstance(module, FlipoutLayer))
+    hook = layer.register_forward_pre_hook(lambda *_: seen.append(net.perturbed_network.active.keys.tolist()))  # type: ignore[arg-type]
+    net(*given)
+    hook.remove()
+    return list(seen[0])
+
+
+@pytest.mark.parametrize("algorithm", [SAC, TD3])
+def test_critics_that_are_stepped_in_turn_learn_under_the_members_of_their_target(algorithm: Any) -> None:
+    class InTurn(algorithm):  # type: ignore[misc]
+        def train(self, gradient_steps: int, batch_size: int = 100) -> None:
+            samples = self.replay_buffer.sample(batch_size)
+            next_actor = self.actor if algorithm is SAC else self.actor_target
+            with th.no_grad():
+                seen = [
+                    keys_seen(next_actor, samples.next_observations),
+                    keys_seen(self.critic_target, samples.next_observations, samples.actions),
+                ]
+            for _ in range(2):
+                seen.append(keys_seen(self.critic, samples.observations, samples.actions))
+                self.critic(samples.observations, samples.actions)[0].sum().backward()
+                self.critic.optimizer.step()
+            seen.append(keys_seen(self.actor, samples.observations))
+            self.actor.optimizer.step()
+            compared.append(all(keys == seen[0] for keys in seen))
+
+    compared: list[bool] = []
+    build(InTurn, noise=dict(perturb="all")).learn(60)
+    assert len(compared) == 10 and all(compared)
+
+
+@pytest.mark.parametrize("members", [3, None])
+@pytest.mark.parametrize("prefetched", [False, True])
+def test_crossq_s_targets_come_from_a_row_s_own_member(members: int | None, prefetched: bool) -> None:
+    class Own(CrossQ):
+        last: Any = None
+
+        def train(self, gradient_steps: int, batch_size: int = 100) -> None:
+            samples = self.replay_buffer.sample(batch_size)
+            self.last, used = samples, self.last if prefetched and self.last is not None else samples
+            own = members_of(self, batch_size, used)
+            both = th.cat([used.observations, used.next_observations])
+            keys = keys_seen(self.critic, both, th.cat([used.actions, used.actions]))
+            self.critic.optimizer.step()
+            found.append((keys[:batch_size] == own, keys[batch_size:] == own))
+            assert len(keys_seen(self.critic, both[1:-1], th.cat([used.actions, used.actions])[1:-1])) == 2 * batch_size - 2
+
+    found: list[tuple[bool, bool]] = []
+    build(Own, noise=dict(perturb="all", members=members)).learn(60)
+    assert set(found[1:]) == {(True, members is not None)} and len(found) == 10
 
 
 # ---- buffers in the middle of an update --------------------------------------------------------------------------------
@@ -142,6 +259,25 @@ def test_copies_of_a_buffer_sample_from_themselves(algorithm: Any, way: str, num
         assert isinstance(found, NumberedBufferMixin) == numbers == (numbers_of(samples) is not None)
         found.observations[:] = 7
         assert float(found.sample(10).observations.min()) == 7
+
+
+@pytest.mark.parametrize("kind", [ReplayBuffer, HerReplayBuffer])
+def test_a_copy_can_be_numbered_afterwards(kind: Any) -> None:
+    class Own(DQN):
+        def train(self, gradient_steps: int, batch_size: int = 100) -> None:
+            copies.append(pickle.loads(pickle.dumps(self.replay_buffer)))
+
+    copies: list[Any] = []
+    her: dict[str, Any] = dict(policy="FlipoutMultiInputPolicy", env=BitFlippingEnv(4), replay_buffer_class=HerReplayBuffer)
+    kwargs = her if kind is HerReplayBuffer else {}
+    build(Own, **kwargs).learn(40)
+    model = build(noise=dict(bootstrap=0.5), **kwargs)
+    model.replay_buffer = copies[-1]
+    if kind is HerReplayBuffer:
+        model.replay_buffer.set_env(model.env)
+    with pytest.warns(UserWarning, match="without the numbers"):
+        model.learn(40)
+    assert numbers_of(model.replay_buffer.sample(8)) is not None
 
 
 def test_a_sample_of_the_user_s_on_the_buffer_is_copied_as_it_is() -> None:
@@ -267,7 +403,7 @@ def test_the_size_is_found_wherever_it_is_given(kind: str, numbers: bool) -> Non
     ("noise", "message"),
     [
         (dict(keys_per_transition=2), r"keys_per_transition=2 needs batches of the model's replay_buffer, and (None|\w+) has"),
-        (dict(reward_noise=0.1), r"replay_buffer(=None|_class=\w+) cannot be given numbers of transitions"),
+        (dict(reward_noise=0.1), r"(no replay_buffer that could|replay_buffer_class=\w+ cannot) be given numbers of transit"),
     ],
 )
 def test_what_is_no_buffer_is_refused(buffer: Any, noise: Any, message: str) -> None:
@@ -275,6 +411,29 @@ def test_what_is_no_buffer_is_refused(buffer: Any, noise: Any, message: str) -> 
     model.replay_buffer = buffer
     with pytest.raises(TypeError, match=message):
         model.train(1, B)
+
+
+def test_of_tensors_that_a_buffer_fills_anew_the_last_batch_is_known() -> None:
+    class Same(ReplayBuffer):
+        kept: Any = None
+
+        def sample(self, batch_size: int, env: Any = None) -> Any:
+            new = super().sample(batch_size, env)
+            self.kept = new if self.kept is None else self.kept
+            self.kept.observations.copy_(new.observations)
+            return self.kept
+
+    class Own(DQN):
+        def train(self, gradient_steps: int, batch_size: int = 100) -> None:
+            for _ in range(3):
+                samples = self.replay_buffer.sample(batch_size)
+                (batch,) = self.policy.learning.batches.noted
+                assert batch is self.policy.learning.batches.of(samples.observations)
+                assert batch.step == self.policy.learning.step
+                self.policy.optimizer.step()
+
+    model = build(Own, replay_buffer_class=Same).learn(60)
+    assert model.policy.learning.step == 30
 
 
 def test_a_batch_that_a_buffer_keeps_is_left_as_it_is() -> None:
@@ -441,3 +600,30 @@ def test_networks_that_are_as_they_were_are_not_looked_at_again(monkeypatch: pyt
     model = build(noise=dict(keys_per_transition=2)).learn(24)
     monkeypatch.setattr(sb3_flipout.policies.dqn, "takes_inputs_once", lambda *_: pytest.fail("looked at again"))
     model.learn(24, reset_num_timesteps=False)
+
+
+def test_a_module_in_the_place_of_one_that_is_gone_is_looked_at() -> None:
+    """The third one can have the address of the second, which is gone."""
+    model = build(noise=dict(keys_per_transition=K)).learn(24)
+    for module in (nn.Identity(), nn.Dropout(0.5)):
+        for net in (model.q_net, model.q_net_target):
+            net.features_extractor.flatten = nn.Sequential(nn.Flatten(), module)
+        del module
+        model.learn(8, reset_num_timesteps=False)
+    assert not model.policy.learning.inputs_once
+
+
+def test_compiled_networks_are_not_looked_at_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each look would be a graph more, up to torch's limit."""
+    model = build(noise=dict(keys_per_transition=2))
+    for net in (model.q_net, model.q_net_target):
+        net.q_net = th.compile(net.q_net, backend="eager")
+    monkeypatch.setattr(sb3_flipout.policies.dqn, "takes_inputs_once", lambda *_: pytest.fail("looked at again"))
+    model.learn(24)
+
+
+def test_a_name_that_is_a_user_s_stays_the_user_s() -> None:
+    class Mine(FlipoutActorCriticPolicy):
+        learning = True
+
+    PPO(Mine, vector_env("discrete", 1), n_steps=8, batch_size=8, n_epochs=1, device="cpu").learn(16)
