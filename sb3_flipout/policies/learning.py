@@ -83,7 +83,7 @@ class LearnsUnderNoise(GivesNumbers):
         if noise is not None and learning.base_moves:
             network.redraw(learning.base_key(role))
         if noise is not None and learning.unseen is not None and self.role == Role.ONLINE and th.is_grad_enabled():
-            learning.unseen.asked = True
+            learning.unseen.ask(self)
         with network.activate(noise):
             yield
 

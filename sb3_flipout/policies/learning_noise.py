@@ -69,9 +69,8 @@ class LearningNoise:
     def end_update(self) -> None:
         """Count a last such step, and say once if all of an update may have learned under the noise of one."""
         unseen, self.unseen = self.unseen, None
-        if unseen is None or not unseen.look() or unseen.batches or "steps" in self.warned:
-            return
-        if self.active and self.noise_of(Role.ONLINE) != "mean":
+        several = unseen is not None and unseen.may_be_several and not unseen.batches
+        if unseen is not None and unseen.look() and several and "steps" not in self.warned:
             self.warned.add("steps")
             warn_user(
                 "an update has learned without a step of the policy's own optimizer, and without a batch of "

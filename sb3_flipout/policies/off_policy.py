@@ -132,6 +132,9 @@ class OffPolicyMixin(FlipoutPolicyMixin):
 
         :return: Context manager; the acting base is as before when it is left
         """
+        if self.marks.updates:  # SB3's `train`, inside which a user says it once more
+            yield
+            return
         self._align_members()
         acting_bases = self.perturbed_network.bases() if self.learning.base_moves else None
         said = self.perturbed_network.active is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 
 
@@ -18,8 +19,21 @@ class UnseenSteps:
     def __init__(self, steps: Callable[[], int], count: Callable[[], None]) -> None:
         self._steps, self._count = steps, count
         self._known = steps()
-        self.asked = False  # whether a network has been asked with gradients since the last look
+        self._asked: Counter[int] = Counter()  # how often each network, with gradients, since the last look
         self.batches = 0  # that have been sampled
+
+    def ask(self, network: object) -> None:
+        """
+        Note that a network is asked with gradients.
+
+        :param network: The network
+        """
+        self._asked[id(network)] += 1
+
+    @property
+    def may_be_several(self) -> bool:
+        """Whether there may have been several steps since the last look. SAC's critic is asked twice in one."""
+        return max(self._asked.values(), default=0) > 2
 
     def look(self) -> bool:
         """
@@ -27,10 +41,11 @@ class UnseenSteps:
 
         :return: Whether there was one
         """
-        unseen = self.asked and self._steps() == self._known
+        unseen = bool(self._asked) and self._steps() == self._known
         if unseen:
             self._count()
-        self.asked, self._known = False, self._steps()
+        self._asked.clear()
+        self._known = self._steps()
         return unseen
 
     def at_batch(self) -> None:

@@ -102,14 +102,33 @@ def test_updates_of_one_s_own_are_told_of_steps() -> None:
     model = build().learn(24)
     step = model.policy.learning.step
     with pytest.warns(UserWarning, match=r"call model.policy.learning.count\(\) after each"), model.policy.updating():
-        model.q_net(th.rand(3, 5)).sum().backward()
-        th.optim.SGD(model.q_net.parameters(), lr=0.1).step()
+        for _ in range(3):
+            model.q_net(th.rand(3, 5)).sum().backward()
+            th.optim.SGD(model.q_net.parameters(), lr=0.1).step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with model.policy.updating():
+            model.q_net(th.rand(3, 5)).sum().backward()
+        model.policy.optimizer.step()
     with warnings.catch_warnings(), model.policy.updating():
         warnings.simplefilter("error")
         for _ in range(3):
             model.q_net(th.rand(3, 5)).sum().backward()
             model.policy.learning.count()
-    assert model.policy.learning.step == step + 4
+    assert model.policy.learning.step == step + 5
+
+
+def test_an_update_inside_an_update_is_part_of_it() -> None:
+    class Own(DQN):
+        def train(self, gradient_steps: int, batch_size: int = 100) -> None:
+            with self.policy.updating():
+                super().train(1, batch_size)
+            super().train(1, batch_size)
+            seen.append(self.policy.learning.active)
+
+    seen: list[bool] = []
+    model = build(Own).learn(60)
+    assert seen == [True] * 10 and model.policy.learning.step == 20 and not model.policy.learning.active
 
 
 @pytest.mark.parametrize("members", [None, 8])
