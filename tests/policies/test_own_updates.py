@@ -94,8 +94,10 @@ def test_where_mean_weights_learn_nobody_is_told_of_steps() -> None:
     model = SAC("FlipoutMlpPolicy", env, policy_kwargs=dict(update_noise="mean", learn_sigma=False, net_arch=[8]), seed=0)
     with warnings.catch_warnings(), model.policy.updating():
         warnings.simplefilter("error")
-        model.actor(th.rand(3, 5)).sum().backward()
-        th.optim.SGD(model.actor.parameters(), lr=0.1).step()
+        for _ in range(3):
+            model.actor(th.rand(3, 5)).sum().backward()
+            th.optim.SGD(model.actor.parameters(), lr=0.1).step()
+    assert model.policy.learning.step == 0
 
 
 def test_updates_of_one_s_own_are_told_of_steps() -> None:
@@ -108,7 +110,8 @@ def test_updates_of_one_s_own_are_told_of_steps() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with model.policy.updating():
-            model.q_net(th.rand(3, 5)).sum().backward()
+            for _ in range(2):
+                model.q_net(th.rand(3, 5)).sum().backward()
         model.policy.optimizer.step()
     with warnings.catch_warnings(), model.policy.updating():
         warnings.simplefilter("error")
@@ -160,11 +163,28 @@ def test_stock_steps_count_once(algorithm: Any, members: int | None) -> None:
 def test_an_update_that_learns_nothing_counts_nothing() -> None:
     class Own(DQN):
         def train(self, gradient_steps: int, batch_size: int = 100) -> None:
-            self.replay_buffer.sample(batch_size)
+            for _ in range(3):
+                samples = self.replay_buffer.sample(batch_size)
+                self.q_net_target(samples.next_observations)
+                with th.no_grad():
+                    self.q_net(samples.observations)
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert build(Own).learn(60).policy.learning.step == 0
+
+
+def test_a_step_counts_once_however_much_is_sampled_after_it() -> None:
+    class Own(DQN):
+        def train(self, gradient_steps: int, batch_size: int = 100) -> None:
+            self.q_net(self.replay_buffer.sample(batch_size).observations).sum().backward()
+            for _ in range(3):
+                self.replay_buffer.sample(batch_size)
+            copies.append(copy.deepcopy(self.policy.learning))
+
+    copies: list[Any] = []
+    model = build(Own).learn(60)
+    assert model.policy.learning.step == 10 and all(one.unseen is None and not one.active for one in copies)
 
 
 class Twice(DQN):
@@ -197,10 +217,11 @@ def test_an_auxiliary_step_does_not_part_target_and_values(members: int | None) 
 def keys_seen(net: Any, *given: Any) -> list[int]:
     seen: list[Any] = []
     layer = next(module for module in net.modules() if isinstance(module, FlipoutLayer))
-    hook = layer.register_forward_pre_hook(lambda *_: seen.append(net.perturbed_network.active.keys.tolist()))  # type: ignore[arg-type]
+    hook = layer.register_forward_pre_hook(lambda *_: seen.append(net.perturbed_network.active))  # type: ignore[arg-type]
     net(*given)
     hook.remove()
-    return list(seen[0])
+    assert seen[0].scale.eq(net.learning.scale).all() and net.learning.scale == 0.5
+    return list(seen[0].keys.tolist())
 
 
 @pytest.mark.parametrize("algorithm", [SAC, TD3])
@@ -223,7 +244,9 @@ def test_critics_that_are_stepped_in_turn_learn_under_the_members_of_their_targe
             compared.append(all(keys == seen[0] for keys in seen))
 
     compared: list[bool] = []
-    build(InTurn, noise=dict(perturb="all")).learn(60)
+    model = build(InTurn, noise=dict(perturb="all"))
+    model.policy.noise_scale = 0.5
+    model.learn(60)
     assert len(compared) == 10 and all(compared)
 
 
@@ -244,7 +267,9 @@ def test_crossq_s_targets_come_from_a_row_s_own_member(members: int | None, pref
             assert len(keys_seen(self.critic, both[1:-1], th.cat([used.actions, used.actions])[1:-1])) == 2 * batch_size - 2
 
     found: list[tuple[bool, bool]] = []
-    build(Own, noise=dict(perturb="all", members=members)).learn(60)
+    model = build(Own, noise=dict(perturb="all", members=members))
+    model.policy.noise_scale = 0.5
+    model.learn(60)
     assert set(found[1:]) == {(True, members is not None)} and len(found) == 10
 
 
