@@ -103,16 +103,16 @@ def test_where_mean_weights_learn_nobody_is_told_of_steps() -> None:
 def test_updates_of_one_s_own_are_told_of_steps() -> None:
     model = build().learn(24)
     step = model.policy.learning.step
-    with pytest.warns(UserWarning, match=r"call model.policy.learning.count\(\) after each"), model.policy.updating():
-        for _ in range(3):
-            model.q_net(th.rand(3, 5)).sum().backward()
-            th.optim.SGD(model.q_net.parameters(), lr=0.1).step()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with model.policy.updating():
             for _ in range(2):
                 model.q_net(th.rand(3, 5)).sum().backward()
         model.policy.optimizer.step()
+    with pytest.warns(UserWarning, match=r"call model.policy.learning.count\(\) after each"), model.policy.updating():
+        for _ in range(3):
+            model.q_net(th.rand(3, 5)).sum().backward()
+            th.optim.SGD(model.q_net.parameters(), lr=0.1).step()
     with warnings.catch_warnings(), model.policy.updating():
         warnings.simplefilter("error")
         for _ in range(3):
