@@ -160,6 +160,20 @@ def test_stock_steps_count_once(algorithm: Any, members: int | None) -> None:
     assert model.policy.learning.step == 30 and model.policy.learning.unseen is None
 
 
+def test_accumulated_batches_count_one_by_one() -> None:
+    class Own(DQN):
+        def train(self, gradient_steps: int, batch_size: int = 100) -> None:
+            for _ in range(3):
+                samples = self.replay_buffer.sample(batch_size)
+                seen.append(members_of(self, batch_size, samples))
+                self.q_net(samples.observations).sum().backward()
+            self.policy.optimizer.step()
+
+    seen: list[list[int]] = []
+    model = build(Own).learn(60)
+    assert model.policy.learning.step == len(seen) == len(set(map(tuple, seen))) == 30
+
+
 def test_an_update_that_learns_nothing_counts_nothing() -> None:
     class Own(DQN):
         def train(self, gradient_steps: int, batch_size: int = 100) -> None:
