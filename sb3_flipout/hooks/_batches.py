@@ -87,7 +87,7 @@ def batches_of_update(algorithm: Any, policy: FlipoutPolicyMixin) -> Iterator[No
         yield
         return
     number_stored(algorithm, policy)
-    if not (hasattr(buffer, "sample") and hasattr(buffer, "__dict__")):  # in which another `sample` can stand
+    if not _can_be_heard(buffer):
         if learning.keys_per_transition > 1:
             raise TypeError(
                 f"keys_per_transition={learning.keys_per_transition} needs batches of the model's replay_buffer, and "
@@ -102,6 +102,15 @@ def batches_of_update(algorithm: Any, policy: FlipoutPolicyMixin) -> Iterator[No
         yield
     finally:
         batches.leave()
+
+
+def _can_be_heard(buffer: Any) -> bool:
+    """Whether another `sample` can stand on a buffer, of whatever kind: it has room for one, and its own is no property."""
+    return (
+        hasattr(buffer, "sample")
+        and hasattr(buffer, "__dict__")
+        and not hasattr(getattr(type(buffer), "sample", 0), "__set__")
+    )
 
 
 class _HeardBatches:
@@ -129,7 +138,8 @@ class _HeardBatches:
         :param kwargs: The same by name
         :return: What it gives, made for members
         """
-        if self.asks:  # a buffer that asks itself once more, for a batch that it likes better
+        # A buffer may ask itself once more, for a batch that it likes better; and a user may keep its `sample`, for later.
+        if self.asks or self.learning.unseen is None:
             return self.sample(*args, **kwargs)
         self.learning.unseen.at_batch()
         if self.size is not None:

@@ -141,7 +141,7 @@ class ValueMixin(OffPolicyMixin):
 
     def _find_inputs_once(self) -> None:
         """Find out whether networks may get a repeated observation once, if that is not known of their present modules."""
-        modules = tuple(module for module in self.online.modules() if not hasattr(module, "_orig_mod"))  # as torch compiles
+        modules = tuple(module for module in self.online.modules() if not hasattr(module, "_orig_mod"))  # torch.compile's
         times = self.noise_settings.keys_per_transition
         if times > 1 and modules != self._known_modules:
             self._known_modules = modules

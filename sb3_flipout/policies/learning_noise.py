@@ -35,7 +35,7 @@ class LearningNoise:
 
     #: What the environments' rows see in the collection step that goes on.
     acting: RowNoise | None = None
-    #: Gradient steps of the update that goes on that the policy's optimizer does not make.
+    #: Gradient steps of the update that goes on that the policy's optimizer does not make; ``None`` outside of updates.
     unseen: UnseenSteps | None = None
 
     def __init__(self, seed: int, settings: LearningSettings) -> None:
@@ -68,9 +68,9 @@ class LearningNoise:
 
     def end_update(self) -> None:
         """Count a last such step, and say once if all of an update may have learned under the noise of one."""
-        unseen, self.unseen = self.unseen, None
-        several = unseen is not None and unseen.may_be_several and not unseen.batches
-        if unseen is not None and unseen.look() and several and "steps" not in self.warned:
+        assert self.unseen is not None, "an update goes on"
+        several = self.unseen.may_be_several and not self.unseen.batches
+        if self.unseen.look() and several and "steps" not in self.warned:
             self.warned.add("steps")
             warn_user(
                 "an update has learned without a step of the policy's own optimizer, and without a batch of "

@@ -158,6 +158,7 @@ class OffPolicyMixin(FlipoutPolicyMixin):
         finally:
             hook.remove()
             self.learning.active = self.marks.updates = False
+            self.learning.unseen = None
             if acting_bases is not None:
                 self.perturbed_network.bind(acting_bases)
 

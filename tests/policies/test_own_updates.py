@@ -374,6 +374,45 @@ def test_who_learns_inside_another_s_update_gets_its_own_batches() -> None:
         assert (float(samples.rewards.abs().max()) > 1000) == noise
 
 
+@pytest.mark.parametrize("noise", [dict(members=None), {}, dict(keys_per_transition=2, reward_noise=1e6)])
+def test_a_sample_that_is_kept_is_the_buffer_s_own_outside_of_updates(noise: dict[str, Any]) -> None:
+    held: list[Any] = []
+
+    class Own(DQN):
+        def train(self, *args: Any, **kwargs: Any) -> None:
+            held.append(self.replay_buffer.sample)
+            super().train(*args, **kwargs)
+            if len(held) == 5:
+                raise KeyboardInterrupt
+
+    model = build(Own, noise=noise)
+    with pytest.raises(KeyboardInterrupt):
+        model.learn(60)
+    assert len(held) == 5 and model.policy.learning.unseen is None
+    for sample in held:
+        np.random.seed(3)
+        given = sample(200)
+        np.random.seed(3)
+        assert th.equal(given.observations, model.replay_buffer.sample(200).observations)
+        assert float(given.rewards.abs().max()) < 10
+
+
+class ByProperty(ReplayBuffer):
+    @property
+    def sample(self) -> Any:
+        return super().sample
+
+
+@pytest.mark.parametrize("members", [None, K])
+def test_a_buffer_on_which_no_sample_can_stand_is_sampled_as_it_is(members: int | None) -> None:
+    model = build(noise=dict(members=members), replay_buffer_class=ByProperty).learn(60)
+    assert model.policy.learning.step == 10 and "sample" not in vars(model.replay_buffer)
+    with pytest.raises(
+        TypeError, match="keys_per_transition=2 needs batches of the model's replay_buffer, and ByProperty has"
+    ):
+        build(noise=dict(keys_per_transition=2), replay_buffer_class=ByProperty).learn(60)
+
+
 # ---- batches ------------------------------------------------------------------------------------------------------------
 
 
@@ -556,13 +595,7 @@ class ReadOnly(ReplayBuffer):
 
 
 class Deaf(ReadOnly):
-    @property
-    def actions(self) -> Any:
-        return self.stored
-
-    @actions.setter
-    def actions(self, given: Any) -> None:
-        self.__dict__.setdefault("stored", given)
+    actions = ReadOnly.actions.setter(lambda self, given: self.__dict__.setdefault("stored", given))
 
 
 @pytest.mark.parametrize("kind", [ReadOnly, Deaf])
