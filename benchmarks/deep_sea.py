@@ -76,7 +76,7 @@ def _told(episodes: float, cap: int) -> str:
 
 
 def exponent(rows: list[Row], arm: str, draws: int = 10_000) -> str:
-    """Fit an arm's episodes to size: slope of logarithms, bootstrapped over seeds; sizes from 10 on, with three seeds."""
+    """Fit an arm's episodes to size: slope of logarithms, bootstrapped over seeds; sizes from 10 on, of three seeds."""
     found: dict[int, list[float]] = {}
     for row in rows:
         size, deterministic, _ = TASKS[row["task"]]

@@ -163,6 +163,8 @@ def test_the_exponent_is_that_of_the_medians() -> None:
     assert f"Episodes of `members` grow as size {told}" in deep_sea.exponent(rows, "members")
     assert "Episodes of `another` grow as size to the power 1.00" in deep_sea.exponent(rows, "another")
     assert "Of `members` too few sizes" in deep_sea.exponent(rows[:6], "members")
+    of_two = [*rows, row(100, 0, 9_999), row(100, 1, 9_999)]
+    assert deep_sea.exponent(of_two, "members") == deep_sea.exponent(rows, "members"), "two seeds tell of no interval"
 
 
 def test_learning_rates_that_fall_do_so_by_the_steps_made() -> None:
