@@ -1,6 +1,6 @@
 """Weight noise in convolutions: PPO with "FlipoutCnnPolicy" on real frames of Atari Pong.
 
-    pip install 'sb3_flipout[atari]'
+    pip install '.[atari]'
     python examples/03_cnn_pong.py [--steps 512]
 
 You should see how much of the network is perturbed, that environments which look at the same frame act by different

@@ -32,11 +32,11 @@ DQN_SETTINGS = dict(
     buffer_size=50_000,
     learning_starts=100,
     train_freq=1,
-    target_update_interval=100,
+    target_update_interval=4,  # a value moves one cell per update of the target network
     device="cpu",
 )
 NET = dict(net_arch=[50, 50])
-MEMBERS = dict(members=10, prior_scale=0.35, resample="episode", target_noise="same")
+MEMBERS = dict(members=10, prior_scale=0.35)  # and so noise that is held for an episode; docs/choosing.md has what is faster
 
 
 class UntilLearned(BaseCallback):

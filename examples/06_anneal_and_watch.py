@@ -33,7 +33,7 @@ SETTINGS = dict(
     max_grad_norm=5,
     device="cpu",
 )
-NOISE = dict(sigma_init=1.0, resample="episode")
+NOISE = dict(sigma_init=1.0, resample="episode")  # docs/choosing.md has what does best: sigma 2, falling over 60 %
 
 
 class FirstSuccess(BaseCallback):

@@ -1,6 +1,6 @@
 """Atari demo: DQN that explores Pong by weight noise, on real frames; run by `make demo-atari`.
 
-    pip install 'sb3_flipout[atari]'
+    pip install '.[atari]'
     python examples/demo_atari.py [--minutes 3] [--steps 30000] [--out demo_output/atari]
 
 Trains for a few minutes with "FlipoutCnnPolicy" and without epsilon-greedy: the noise in the linear layers is all the

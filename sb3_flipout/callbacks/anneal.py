@@ -56,6 +56,11 @@ class AnnealNoise(ScaleCallback):
         for progress_remaining in (1.0, 0.5, 0.0):
             self.scale_at(progress_remaining)
 
+    def _on_training_start(self) -> None:
+        super()._on_training_start()
+        if self.scale_at(0.0) < self.scale_at(1.0):
+            self.policy.warn_of_merging_members(self.name)
+
     def scale_at(self, progress_remaining: float) -> float:
         """
         Compute the noise scale at a point of training.

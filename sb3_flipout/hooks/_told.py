@@ -110,6 +110,8 @@ def _follow_schedule(algorithm: Any) -> None:
         )
     if total > 0:
         _warn_of_fallen_noise(algorithm)
+        if policy.noise_settings.falls != "constant" and not policy.marks.steered:
+            policy.warn_of_merging_members(f"schedule={policy.noise_settings.falls!r}")
         policy.follow_schedule(algorithm.num_timesteps / total)
 
 

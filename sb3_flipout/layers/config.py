@@ -35,7 +35,7 @@ class LayerNoise:
     :param family: A name in ``sb3_flipout.noise.FAMILIES``
     :param sigma_init: Initial sigma, >= 0, in the family's unit: 1/sqrt(fan_in), or relative to the mean weights;
         ``None`` for the default (0.5); not with ``"dropconnect"``, which has no sigma
-    :param learn_sigma: Whether sigma is trained; ``"isotropic"`` and ``"dropconnect"`` have nothing to train
+    :param learn_sigma: Whether sigma is trained; ``"isotropic"``, ``"lowrank"`` and ``"dropconnect"`` have none to train
     :param noise_sharing: ``"flipout"``, ``"shared"`` or ``"independent"``
     :param init: ``"keep"`` the mean weights, or ``"noisynet"``: means and sigmas of Fortunato et al. 2018, section 3.2
     :raises TypeError: If a value has a wrong type

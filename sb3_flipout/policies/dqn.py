@@ -70,8 +70,8 @@ class ValueMixin(OffPolicyMixin):
     :param members: Number K of members of an implicit ensemble; ``None``: no ensemble
     :param prior_scale: Scale of the members' frozen random priors; 0 for none
     :param keys_per_transition: Number M of members that each sampled transition is learned under: of the ``batch_size`` rows
-        of a gradient step, M each have the same transition and different members. With M = K it is the update of
-        bootstrapped DQN (Osband et al. 2016)
+        of a gradient step (a multiple of M), M each have the same transition and different members. With M = K it is the
+        update of bootstrapped DQN (Osband et al. 2016)
     :param bootstrap: Probability that a stored transition is in a member's bootstrap sample; 1: all are in all of them
     :param reward_noise: Standard deviation of what each member adds to the reward of each stored transition (under
         ``VecNormalize`` the normalised one); 0 for none

@@ -138,12 +138,13 @@ class ValueSettings(LearningSettings):
         weights
     :param prior_scale: Scale of the frozen random prior that is added to each member's values (Osband et al. 2018);
         0 for none
-    :param keys_per_transition: Number M of members that each sampled transition is learned under, M <= K: a batch holds
-        batch_size / M transitions, each under M different members
+    :param keys_per_transition: Number M of members that each sampled transition is learned under, M <= K. ``batch_size``
+        counts rows, and must be a multiple of M: a batch holds batch_size / M transitions, each under M different members
     :param bootstrap: Probability, in (0, 1], that a stored transition is in a member's bootstrap sample, from which alone it
         learns (Osband et al. 2016)
-    :param reward_noise: Standard deviation, in units of the reward, of the N(0, 1) draw that each member adds to the reward
-        of each stored transition, always the same one (Osband et al. 2018); with ``n_steps`` above 1, once to their return
+    :param reward_noise: Standard deviation, in units of the reward, of what each member adds to the reward of each stored
+        transition: a normal draw of mean 0, always the same for the two (Osband et al. 2018); with ``n_steps`` above 1, one
+        draw is added to their return
     """
 
     learn_sigma: bool | None = None  # type: ignore[assignment]

@@ -35,7 +35,7 @@ class NoiseSettings:
     :param sigma_unit: ``"weights"`` (the family's unit), or ``"inputs"``: sigma of weights is divided, once, by the root mean
         square of what each layer gets of the first observations, so that it is the standard deviation that their noise adds to
         an output, whatever the scale of observations
-    :param learn_sigma: Whether sigma is trained
+    :param learn_sigma: Whether sigma is trained; ``"isotropic"``, ``"lowrank"`` and ``"dropconnect"`` have none to train
     :param resample: How long an environment keeps its noise: ``"step"``, ``"episode"``, ``"rollout"``, or a number of steps
     :param noise_sharing: ``"flipout"``: signs per row; ``"shared"``: one perturbation for the batch; ``"independent"``: a full
         draw of its own per row, the slow reference

@@ -130,6 +130,20 @@ class NoiseState(BasePolicy):
             )
         self.marks.steered, self._schedule_factor = True, 1.0
 
+    def warn_of_merging_members(self, cause: str) -> None:
+        """
+        Say once that noise falls which is all that makes members differ.
+
+        :param cause: What lets it fall
+        """
+        if self.members is not None and "members" not in self.marks.warned:
+            self.marks.warned.add("members")
+            warn_user(
+                f"{cause} lets the noise of members={self.members} fall. The noise scale multiplies what makes members "
+                "differ, their priors too: as it falls they become one network, and there is nothing left to explore by. "
+                "Leave it out; members that agree explore no more by themselves.",
+            )
+
     def reseed_noise(self, seed: int) -> None:
         """
         Explore by other noise from now on; counters go on. The base changes when it is next redrawn. Members stay who they

@@ -12,7 +12,7 @@ import pytest
 import torch as th
 from helpers import ReplayProbe, vector_env
 from probes import ScaleProbe, make
-from stable_baselines3 import A2C, DQN, PPO
+from stable_baselines3 import A2C, DQN, PPO, SAC
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import CallbackList, ConvertCallback, EvalCallback, EveryNTimesteps
 from stable_baselines3.common.utils import LinearSchedule
@@ -169,6 +169,25 @@ def test_the_policy_refuses_what_is_no_ladder(ladder: Any) -> None:
     with pytest.raises(ValueError, match="noise_ladder must be a tuple of finite numbers >= 0"):
         policy.noise_ladder = ladder
     assert policy.noise_ladder == (1.0, 2.0)
+
+
+# ---- members --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("algorithm", [DQN, SAC])
+@pytest.mark.parametrize("by", ["AnnealNoise", "schedule"])
+def test_noise_of_members_that_falls_is_said_once(algorithm: type[BaseAlgorithm], by: str) -> None:
+    noise = dict(net_arch=[8], members=3, **({} if by == "AnnealNoise" else dict(schedule="cosine")))
+    model = make(algorithm, action="discrete" if algorithm is DQN else "box", policy_kwargs=noise)
+    callback = AnnealNoise(1.0, 0.5) if by == "AnnealNoise" else None
+    with pytest.warns(UserWarning, match=f"^{by}.* lets the noise of members=3 fall.*Leave it out"):
+        model.learn(16, callback)
+    model.learn(16, callback)  # warnings are errors
+
+
+@pytest.mark.parametrize("callback", [AnnealNoise(1.0, 1.0, ladder=(0.5, 1.0)), AnnealNoise(0.5, 1.0), None])
+def test_noise_of_members_that_does_not_fall_is_nothing_to_say(callback: AnnealNoise | None) -> None:
+    make(DQN, policy_kwargs=dict(net_arch=[8], members=3)).learn(16, callback)
 
 
 # ---- bad input ------------------------------------------------------------------------------------------------------
