@@ -25,7 +25,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 
 import sb3_flipout  # noqa: F401  (registers the policies)
-from sb3_flipout.hooks import _numbers as numbers
+from sb3_flipout.hooks import _finite
 from sb3_flipout.noise import bases, tables
 
 NO_EPSILON = dict(exploration_initial_eps=0.0, exploration_final_eps=0.0)
@@ -48,7 +48,7 @@ class Clock:
     names = ("check_parameters", "check_rollout", "check_first_observations", "is_finite", "_found")
 
     def __init__(self) -> None:
-        self.inside, self.own = False, {name: getattr(numbers, name) for name in self.names}
+        self.inside, self.own = False, {name: getattr(_finite, name) for name in self.names}
         self.seconds, self.calls = 0.0, 0
         nothing = self._timed(lambda: None)
         for _ in range(10_000):
@@ -63,12 +63,12 @@ class Clock:
 
     def __enter__(self) -> Clock:
         for name, function in self.own.items():
-            setattr(numbers, name, self._timed(function))
+            setattr(_finite, name, self._timed(function))
         return self
 
     def __exit__(self, *_: Any) -> None:
         for name, function in self.own.items():
-            setattr(numbers, name, function)
+            setattr(_finite, name, function)
 
     def _timed(self, function: Any) -> Any:
         def timed(*args: Any, **kwargs: Any) -> Any:

@@ -22,6 +22,10 @@ from sb3_flipout.samples import with_parts
 
 _NAME = "transition_numbers"
 _GIVES_SAMPLES = ("_get_samples", "_get_real_samples", "_get_virtual_samples")  # by given places; the last two are HER's
+_TWO_COLUMNS = (
+    "inside `sample` and `_get_samples` of a class of your own, samples.actions has a second column, the numbers of the "
+    "transitions: compute with samples.actions[:, :1], and hand samples.actions on as it is"
+)
 _OR_LEAVE_OUT = "or leave out bootstrap and reward_noise."
 _FEW = 16  # numbers that are hashed sooner one by one than by torch
 
@@ -63,14 +67,24 @@ class NumberedBufferMixin(ReplayBuffer):
         self.sampling_numbered = True
         try:
             samples = _with_numbers(self, partial(super().sample, *args, **kwargs))
+        except (IndexError, RuntimeError) as error:  # torch's
+            if not type(self).__bases__[1].__module__.startswith("stable_baselines3."):
+                error.args = (f"{error} (If that is about actions: {_TWO_COLUMNS}.)",)
+            raise
         finally:
             self.sampling_numbered = False
         if samples is None:  # not yet, as a class of the user's may say
             return None
-        both = getattr(samples, "actions", None)
-        if not _are_numbered(both) or _without(both).any():
-            raise TypeError(f"a sample of {type(self).__bases__[1].__name__} {_lost(samples, both)}; {_OR_LEAVE_OUT}")
-        return _apart(samples)
+        both: Any = getattr(samples, "actions", None)
+        if not _are_numbered(both) or _lacks_number(both).any():
+            raise TypeError(f"a sample of {type(self).__bases__[1].__name__} {_why_lost(samples, both)}; {_OR_LEAVE_OUT}")
+        rewards = getattr(samples, "rewards", None)
+        if isinstance(rewards, th.Tensor) and rewards.numel() == 2 * len(both):
+            raise TypeError(
+                f"a sample of {type(self).__bases__[1].__name__} has {len(both)} actions and rewards of shape "
+                f"{tuple(rewards.shape)}; {_TWO_COLUMNS}; {_OR_LEAVE_OUT}"
+            )
+        return _split_off_numbers(samples)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """
@@ -94,7 +108,7 @@ def _as_known(original: Any) -> Any:
         if self.sampling_numbered:
             return original(self, *args, **kwargs)
         samples = _with_numbers(self, partial(original, self, *args, **kwargs))
-        return _apart(samples) if _are_numbered(getattr(samples, "actions", None)) else samples
+        return _split_off_numbers(samples) if _are_numbered(getattr(samples, "actions", None)) else samples
 
     return method
 
@@ -103,7 +117,7 @@ def _with_numbers(buffer: NumberedBufferMixin, ask: Callable[[], Any]) -> Any:
     """Ask for a sample; and once more where somebody has stored elsewhere, or written into the arrays, and all get numbers."""
     samples = ask()
     both = getattr(samples, "actions", None)
-    if _are_numbered(both) and _without(both).any():
+    if _are_numbered(both) and _lacks_number(both).any():
         _number(buffer)
         samples = ask()
     return samples
@@ -113,7 +127,7 @@ def _are_numbered(actions: Any) -> bool:
     return isinstance(actions, th.Tensor) and actions.dim() == 2 and actions.shape[1] == 2 and actions.dtype == th.int64
 
 
-def _lost(samples: Any, actions: Any) -> str:
+def _why_lost(samples: Any, actions: Any) -> str:
     """Why the numbers of a sample cannot be found, and what to do."""
     if not isinstance(actions, th.Tensor):
         return (
@@ -127,14 +141,14 @@ def _lost(samples: Any, actions: Any) -> str:
     )
 
 
-def _without(both: Any) -> Any:
+def _lacks_number(both: Any) -> Any:
     """Which actions have no number beside them: written as SB3 writes them they stand twice, or there is still a zero."""
     return (both[..., 1] == both[..., 0]) | (both[..., 1] == 0)
 
 
 def _number(buffer: NumberedBufferMixin, places: np.ndarray | None = None) -> None:
     """Give the transitions at these places, or all of them, a number, as far as they have none."""
-    rows, envs = np.nonzero(_without(buffer.actions if places is None else buffer.actions[places]))
+    rows, envs = np.nonzero(_lacks_number(buffer.actions if places is None else buffer.actions[places]))
     numbers = _numbers_from(buffer.numbers_key, buffer.numbered, len(rows))
     buffer.actions[rows if places is None else places[rows], envs, 1] = numbers
     buffer.numbered += len(rows)
@@ -147,7 +161,7 @@ def _numbers_from(key: int, first: int, n: int) -> np.ndarray:
     return fold_in(signed(key), th.arange(first, first + n, device="cpu")).numpy()
 
 
-def _apart(samples: Any) -> Any:
+def _split_off_numbers(samples: Any) -> Any:
     """Take the numbers of a sample from beside its actions, and hang them on these."""
     actions = samples.actions[:, :1]
     setattr(actions, _NAME, samples.actions[:, 1])

@@ -24,7 +24,7 @@ from torch.distributions import Distribution
 
 import sb3_flipout
 from sb3_flipout.finite import NonFiniteError, first_non_finite
-from sb3_flipout.hooks._numbers import LOOK_EVERY, _check_shapes
+from sb3_flipout.hooks._finite import LOOK_EVERY, _check_shapes
 
 BOX = spaces.Box(-1, 1, (3,), np.float32)
 ON_POLICY: dict[type[BaseAlgorithm], dict[str, Any]] = {

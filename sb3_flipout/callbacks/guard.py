@@ -61,6 +61,14 @@ class StopOnNonFinite(NoiseCallback):
                 f"{self.name}: {name} is not finite before training has started, so there is nothing good to go back to. Load "
                 "an earlier checkpoint."
             )
+        for name, optimizer in self._optimizers():
+            if not hasattr(optimizer, "_optimizer_step_post_hooks"):
+                raise TypeError(
+                    f"{self.name} looks at parameters after each step of {name} by torch's hooks, and "
+                    f"{type(optimizer).__name__} has none. Let it derive from torch.optim.Optimizer and call "
+                    "super().__init__(params, defaults), or leave the callback out: parameters are looked at without it, too, "
+                    "every thousand steps."
+                )
         self.non_finite, self._broken, self._started = None, False, self.model.start_time
         self.policy.marks.numbers_guarded = True
         self._save()
@@ -97,7 +105,7 @@ class StopOnNonFinite(NoiseCallback):
     def _optimizers(self) -> Iterator[tuple[str, th.optim.Optimizer]]:
         for name in self.model._get_torch_save_params()[0]:
             part = recursive_getattr(self.model, name)
-            if isinstance(part, th.optim.Optimizer):
+            if isinstance(part, th.optim.Optimizer) or hasattr(part, "param_groups"):  # an object round an optimizer
                 yield name, part
 
     def _hook(self, optimizer: th.optim.Optimizer, named: Mapping[str, th.Tensor]) -> None:

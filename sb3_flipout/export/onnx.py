@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import warnings
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch as th
-from gymnasium import spaces
 
 from sb3_flipout.evolution.policy import FlipESPolicy
 from sb3_flipout.export.graphs import ActorCriticGraph, ActorGraph, Graph, NetworkGraph, RecurrentGraph, ValueGraph, VoteGraph
 from sb3_flipout.policies import FlipoutPolicyMixin
+from sb3_flipout.policies.observations import drawn, stacked
 
 _ROWS = 3  # of the batch that is traced; the graph takes any number
 
@@ -103,11 +102,9 @@ def example_inputs(graph: Graph) -> tuple[tuple[th.Tensor, ...], list[str]]:
     :param graph: Graph
     :return: Tensors, and their names
     """
-    space = copy.deepcopy(graph.policy.observation_space)  # whose generator is the environment's, and is not to move
-    space.seed(0)
-    parts = space.spaces if isinstance(space, spaces.Dict) else {"obs": space}
-    inputs = [th.as_tensor(np.stack([part.sample() for _ in range(_ROWS)])) for part in parts.values()]
-    names = list(parts)
+    batch = stacked(list(islice(drawn(graph.policy.observation_space), _ROWS)))
+    parts = batch if isinstance(batch, dict) else {"obs": batch}
+    inputs, names = [th.as_tensor(part) for part in parts.values()], list(parts)
     if graph.states:
         lstm = graph.policy.lstm_actor
         inputs += [th.zeros(lstm.num_layers, _ROWS, lstm.hidden_size) for _ in range(2)] + [th.zeros(_ROWS)]

@@ -14,8 +14,8 @@ from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
 from sb3_flipout.hooks import _models as models
 from sb3_flipout.hooks import _told as told
+from sb3_flipout.hooks._finite import store_transition
 from sb3_flipout.hooks._models import Method
-from sb3_flipout.hooks._numbers import store_transition
 
 # What is put in place of the methods of each class, with what stood in the class itself (None where it was inherited).
 _INSTALLED: dict[type[BaseAlgorithm], dict[str, Any]] = {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from inspect import Parameter, signature
+from threading import RLock
 from typing import Any
 
 import numpy as np
@@ -127,6 +128,7 @@ class _HeardBatches:
         self.own = vars(buffer).get("sample")
         self.sample: Any = self.own.sample if isinstance(self.own, _HeardBatches) else buffer.sample
         self.asks = False  # whether `sample` is running
+        self.one_at_a_time = RLock()  # a user may fetch batches ahead, in other threads
         times = learning.keys_per_transition
         self.size = _SizeOfBatch(asked_of(buffer, self.sample), times) if times > 1 else None
 
@@ -138,6 +140,10 @@ class _HeardBatches:
         :param kwargs: The same by name
         :return: What it gives, made for members
         """
+        with self.one_at_a_time:
+            return self._sampled(args, kwargs)
+
+    def _sampled(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # A buffer may ask itself once more, for a batch that it likes better; and a user may keep its `sample`, for later.
         if self.asks or self.learning.unseen is None:
             return self.sample(*args, **kwargs)
@@ -235,6 +241,8 @@ def _repeated(given: Any, times: int) -> Any:
     samples = repeat_rows(given, times, n_rows(obs) if isinstance(obs, th.Tensor | dict) else 0)
     for name in ("observations", "next_observations", "actions", "rewards", "dones"):
         before, after = (getattr(batch, name, None) for batch in (given, samples))
+        if before is None and name != "observations":  # a batch of the user's may have other names for the rest
+            continue
         if before is None or after is None or n_rows(after) != times * n_rows(before):
             raise TypeError(
                 f"keys_per_transition={times} repeats each transition of a batch, and {name} of what the replay buffer gives "

@@ -12,7 +12,7 @@ from stable_baselines3.common.callbacks import BaseCallback, CallbackList
 
 from sb3_flipout.buffers import KeyedBufferMixin, store_noise
 from sb3_flipout.checks import warn_user
-from sb3_flipout.hooks import _numbers as numbers
+from sb3_flipout.hooks import _finite
 from sb3_flipout.hooks._batches import batches_of_update, check_batch_size, learning_of, number_stored
 from sb3_flipout.hooks._models import Method, policy_of
 
@@ -38,36 +38,43 @@ class _TellsRolloutStart(BaseCallback):
     """
 
     def _on_rollout_start(self) -> None:
-        numbers.check_parameters(self.model, policy_of(self.model))
+        _finite.check_parameters(self.model, policy_of(self.model))
         policy_of(self.model).marks.step_due = True
 
     def _on_step(self) -> bool:
         return True
 
     def _on_training_end(self) -> None:
-        numbers.check_parameters(self.model, policy_of(self.model), now=True)
+        _finite.check_parameters(self.model, policy_of(self.model), now=True)
 
 
 def set_up_learning(original: Method, algorithm: Any, *args: Any, **kwargs: Any) -> Any:
-    """Tell that the environments were reset: SB3 binds a new first observation when it does so."""
-    _warn_of_epsilon(algorithm)
+    """
+    Begin a call of ``learn``: look at what the user has set up, tell the policy that it begins and whether the environments
+    were reset, and stand round the user's callbacks.
+    """
     policy = policy_of(algorithm)
-    policy.guard.check_whole(policy, policy.perturbed_network)
-    policy.guard.check_own(_networks(algorithm), learning_of(policy))
-    check_batch_size(algorithm, policy)
+    _check_set_up(algorithm, policy)
     if getattr(algorithm, "replay_buffer", None) is not None:  # one that was loaded since
         number_stored(algorithm, policy)
     policy.begin_learning()
     before, end_before = algorithm._last_obs, algorithm._total_timesteps
     total, callback = original(algorithm, *args, **kwargs)
     policy.marks.goes_on = algorithm._num_timesteps_at_start > 0 and algorithm._total_timesteps == end_before
-    if algorithm._last_obs is not before:
+    if algorithm._last_obs is not before:  # SB3 binds a new first observation when it resets the environments
         policy.end_episodes(np.ones(algorithm.n_envs, dtype=bool))
-    numbers.check_first_observations(algorithm, policy)
+    _finite.check_first_observations(algorithm, policy)
     listed = CallbackList([_TellsOfOthers(), callback, _TellsRolloutStart()])
     for one in (listed, listed.callbacks[0], listed.callbacks[-1]):
         one.model = algorithm
     return total, listed
+
+
+def _check_set_up(algorithm: Any, policy: Any) -> None:
+    _warn_of_epsilon(algorithm)
+    policy.guard.check_whole(policy, policy.perturbed_network)
+    policy.guard.check_own(_networks(algorithm), learning_of(policy))
+    check_batch_size(algorithm, policy)
 
 
 def _networks(algorithm: Any) -> dict[str, Any]:
@@ -82,8 +89,10 @@ def _networks(algorithm: Any) -> dict[str, Any]:
         "critic",
         "critic_target",
     )
-    owners = {"model": algorithm, "model.policy": policy_of(algorithm)}
-    found = {f"{owner}.{name}": getattr(holder, name, None) for owner, holder in owners.items() for name in names}
+    policy = policy_of(algorithm)
+    own = [name for name in names if hasattr(policy, name)]  # the algorithm may hold another model's actor
+    owners = {"model": algorithm, "model.policy": policy}
+    found = {f"{owner}.{name}": getattr(holder, name, None) for owner, holder in owners.items() for name in own}
     return {name: net for name, net in found.items() if net is not None}
 
 
@@ -140,9 +149,9 @@ def collect_rollout(original: Method, algorithm: Any, *args: Any, **kwargs: Any)
     _follow_schedule(algorithm)
     policy.meet_observations(algorithm._last_obs)
     policy.begin_rollout()
-    with numbers.explained(algorithm, policy), _counted_steps(algorithm), policy.collecting(algorithm.n_envs):
+    with _finite.explained(algorithm, policy), _counted_steps(algorithm), policy.collecting(algorithm.n_envs):
         finished = original(algorithm, *args, **kwargs)
-    return _after_collection(algorithm, finished and numbers.check_rollout(algorithm, policy))
+    return _after_collection(algorithm, finished and _finite.check_rollout(algorithm, policy))
 
 
 def collect_transitions(original: Method, algorithm: Any, *args: Any, **kwargs: Any) -> Any:
@@ -150,7 +159,7 @@ def collect_transitions(original: Method, algorithm: Any, *args: Any, **kwargs: 
     policy = policy_of(algorithm)
     policy.meet_observations(algorithm._last_obs)
     policy.begin_rollout()
-    with numbers.explained(algorithm, policy), _counted_steps(algorithm):
+    with _finite.explained(algorithm, policy), _counted_steps(algorithm):
         finished = original(algorithm, *args, **kwargs)
     return _after_collection(algorithm, finished)
 
@@ -194,10 +203,10 @@ def train(original: Method, algorithm: Any, *args: Any, **kwargs: Any) -> Any:
     policy = policy_of(algorithm)
     policy.marks.differentiates_all = hasattr(algorithm, "_compute_actor_grad")
     policy.lead_copies(vars(algorithm).values())
-    with numbers.explained(algorithm, policy), policy.updating(), batches_of_update(algorithm, policy):
+    with _finite.explained(algorithm, policy), policy.updating(), batches_of_update(algorithm, policy):
         found = original(algorithm, *args, **kwargs)
     if algorithm.num_timesteps == policy.marks.trained_at:  # nothing is collected, so no start of a rollout will look
-        numbers.check_parameters(algorithm, policy)
+        _finite.check_parameters(algorithm, policy)
     policy.marks.trained_at = algorithm.num_timesteps
     return found
 

@@ -16,7 +16,7 @@ _DEPTH, _MOST = 3, 100  # how deep is searched, and in what of how many things
 def follow(own: Iterable[LearnsUnderNoise], values: Iterable[Any]) -> None:
     """
     Let copies of networks learn under the noise of those that they are copied from: a copy belongs to no policy, and would see
-    the mean weights. Copies of whole policies are policies of their own, and stay so.
+    the mean weights. Copies of whole policies are policies of their own, and stay so, as do networks of other models.
 
     :param own: The networks of a policy
     :param values: Where copies are looked for: these things, and lists, dictionaries and modules that are among them
@@ -24,7 +24,9 @@ def follow(own: Iterable[LearnsUnderNoise], values: Iterable[Any]) -> None:
     kinds = {type(net): net for net in own}
     for held in _held(values):
         like = kinds.get(type(held))
-        if like is not None and held.learning is not like.learning:
+        if like is None or like.learning is None or held.learning is None:
+            continue
+        if held.learning.is_copy_of(like.learning):
             held.follow(like)
 
 

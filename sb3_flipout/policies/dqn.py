@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -14,7 +15,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from stable_baselines3.dqn.policies import CnnPolicy, DQNPolicy, MultiInputPolicy
 from torch import nn
 
-from sb3_flipout.layers import attach
+from sb3_flipout.layers import FlipoutLayer, attach
 from sb3_flipout.layers.config import Init
 from sb3_flipout.layers.convert import Layers
 from sb3_flipout.layers.interface import flipout_layers
@@ -27,7 +28,7 @@ from sb3_flipout.policies.extractors import GivesNumbers
 from sb3_flipout.policies.learning import LearningValueNetwork, LearnsUnderNoise, mixed_in
 from sb3_flipout.policies.learning_noise import Role
 from sb3_flipout.policies.learning_settings import TargetNoise, ValueSettings
-from sb3_flipout.policies.observations import n_rows
+from sb3_flipout.policies.observations import check_batch, each_for, n_rows
 from sb3_flipout.policies.off_policy import OffPolicyMixin
 from sb3_flipout.policies.prior import Prior
 from sb3_flipout.policies.rows import layouts_in, takes_inputs_once
@@ -125,6 +126,7 @@ class ValueMixin(OffPolicyMixin):
         for role, net in ((Role.ONLINE, self.online), (Role.TARGET, self.target)):
             part = self._last_linear(net) if self.noise_settings.perturb == "heads" else net
             self._perturb([part], quietly=role == Role.TARGET)
+            self._refuse_shared()
             network = attach(flipout_layers([net]), of_policy=True)
             mixed_in(net, LearningValueNetwork).join_noise(network, self.learning, role)
             if self.noise_settings.members is not None:
@@ -138,6 +140,18 @@ class ValueMixin(OffPolicyMixin):
         self._add_prior()
         self._find_inputs_once()
         self.optimizer = self._make_optimizer(self.online.parameters(), lr_schedule, self.optimizer)
+
+    def _refuse_shared(self) -> None:
+        theirs = set(self.target.modules())
+        both = [(name, module) for name, module in self.online.named_modules() if module in theirs]
+        shared = [name for name, module in both if isinstance(module, FlipoutLayer)]
+        if shared:
+            names = [f"{self.online_name}.{name}" for name in shared]
+            raise ValueError(
+                f"{self.online_name} and {self.online_name}_target share the layers {', '.join(shared)}, which cannot be "
+                "under the noise of both. Give each network layers of its own, freeze what they share "
+                f"(requires_grad_(False)), or leave it out: policy_kwargs=dict(skip={names})."
+            )
 
     def _find_inputs_once(self) -> None:
         """Find out whether networks may get a repeated observation once, if that is not known of their present modules."""
@@ -193,9 +207,10 @@ class ValueMixin(OffPolicyMixin):
             net.prior = (self.prior, float(self.noise_settings.prior_scale))
 
     def _make_value_net(self) -> nn.Module:
-        """Make one more network of the same form."""
-        net: nn.Module = mixed_in(getattr(self, f"make_{self.online_name}")(), GivesNumbers)
-        return net
+        """Make one more network of the same form and type, which shares nothing with the others."""
+        made = copy.deepcopy(getattr(self, f"make_{self.online_name}")())  # a user's may hold one encoder for all
+        net: nn.Module = mixed_in(made, GivesNumbers)
+        return net.to(next(self.online.parameters()))
 
     # ---- predictions --------------------------------------------------------------------------------------------
 
@@ -228,33 +243,14 @@ class ValueMixin(OffPolicyMixin):
         shape = self.observation_space.shape
         if isinstance(observation, th.Tensor) and shape == () and observation.dim() == 2 and observation.shape[1] == 1:
             observation = observation[:, 0]  # as replay buffers give them
-        self._check_batch(observation)
+        check_batch(self.observation_space, observation)
         tensors: Any = observation if isinstance(observation, th.Tensor) else self._as_tensors(observation)
         n = n_rows(tensors)
-        repeated = (
-            {name: value.repeat(members, *[1] * (value.dim() - 1)) for name, value in tensors.items()}
-            if isinstance(tensors, dict)
-            else tensors.repeat(members, *[1] * (tensors.dim() - 1))
-        )
         keys = th.arange(members, device=self.device).repeat_interleave(n)
         with th.no_grad(), self.perturbed_network.activate(RowNoise(keys, self.effective_scale)):
-            values = self.online(repeated)
+            values = self.online(each_for(members, tensors))
         values = values.mean(dim=1) if values.dim() == 3 else values
         return values.view(members, n, -1)
-
-    def _check_batch(self, observation: Any) -> None:
-        """Refuse tensors of one observation, or of another shape than the space's."""
-        spaces_of = getattr(self.observation_space, "spaces", {None: self.observation_space})
-        for name, value in (observation if isinstance(observation, dict) else {None: observation}).items():
-            shape = getattr(spaces_of.get(name), "shape", None)
-            # Replay buffers give a Discrete part of a dictionary as (N, 1).
-            dims = () if shape is None else (len(shape) + 1, *([2] if name is not None and shape == () else []))
-            if isinstance(value, th.Tensor) and dims and value.dim() not in dims:
-                of = "" if name is None else f" of {name!r}"
-                raise ValueError(
-                    f"member_values takes tensors{of} of the shape (N, {', '.join(map(str, shape or ())) or '...'}), got "
-                    f"{tuple(value.shape)}; of one observation, observation[None]."
-                )
 
     def _as_tensors(self, observation: Any) -> Any:
         if isinstance(observation, dict) and all(isinstance(value, th.Tensor) for value in observation.values()):

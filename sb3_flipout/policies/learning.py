@@ -21,7 +21,7 @@ from sb3_flipout.policies.extractors import GivesNumbers
 from sb3_flipout.policies.learning_noise import LearningNoise, Role
 from sb3_flipout.policies.observations import each_once, n_rows, to_take_from
 from sb3_flipout.policies.prior import Prior
-from sb3_flipout.policies.rows import nothing_own
+from sb3_flipout.policies.rows import is_seen_by_us_alone
 
 
 class LearnsUnderNoise(GivesNumbers):
@@ -36,10 +36,11 @@ class LearnsUnderNoise(GivesNumbers):
     acts: bool = False  # whether actions come from it
 
     role: Role = Role.ONLINE
+    is_copy: bool = False  # of a network of the policy, held by the user's algorithm
     learning: LearningNoise | None = None
     #: The network of perturbed layers that it is part of, or is; several networks can share one.
     perturbed_network: PerturbedNetwork
-    is_perturbed: bool = True  # or it only shares layers with one that is, and sees their mean weights
+    is_perturbed: bool = True  # False: it shares layers with a perturbed network, and sees their mean weights
 
     def join_noise(self, network: PerturbedNetwork, learning: LearningNoise, role: Role, is_perturbed: bool = True) -> None:
         """
@@ -58,7 +59,7 @@ class LearnsUnderNoise(GivesNumbers):
 
         :param other: Network of the policy that trains
         """
-        self.learning = other.learning
+        self.learning, self.is_copy = other.learning, True
 
     @contextmanager
     def step_noise(self, obs: PyTorchObs, role: Role | None = None) -> Iterator[None]:
@@ -78,7 +79,7 @@ class LearnsUnderNoise(GivesNumbers):
             with nullcontext() if acting is None else network.activate(acting):
                 yield
             return
-        role = self.role if role is None else role
+        role = self._role() if role is None else role
         noise = self._noise_for(obs, learning, role) if self.is_perturbed else None
         if noise is not None and learning.base_moves:
             network.redraw(learning.base_key(role))
@@ -87,8 +88,12 @@ class LearnsUnderNoise(GivesNumbers):
         with network.activate(noise):
             yield
 
+    def _role(self) -> Role:
+        """A copy that is asked without gradients is a further target, whichever network it was copied from."""
+        return Role.TARGET if self.is_copy and not th.is_grad_enabled() else self.role
+
     def _told_of_learning(self, values: Any) -> Any:
-        """Give values of the network on, and say if somebody learns from them whom no update has announced."""
+        """Hand the values on; warn once if gradients reach them outside of an update that was announced."""
         learning = self.learning
         if learning is None or self.perturbed_network.is_said:
             return values
@@ -163,45 +168,42 @@ class LearningValueNetwork(LearnsUnderNoise, BasePolicy):
         """Where copies of an observation are told apart by their members alone, networks get it once."""
         batch = learning.batches.of(obs)
         times = learning.rows_per_input(obs, batch)
-        if times > 1 and times == learning.settings.members and self._is_sorted_unseen():
+        if times > 1 and times == learning.settings.members and is_seen_by_us_alone(self):
             return learning.rows_by_member(role, n_rows(obs), self.device, batch)
         noise = learning.rows(role, n_rows(obs), self.device, batch)
         if noise is not None:
             noise.rows_per_input = times
         return noise
 
-    def _is_sorted_unseen(self) -> bool:
-        """Whether nobody but us sees the rows inside the network, where they would be sorted by member."""
-        return nothing_own(self) and not any(
-            module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-            for module in self.modules()
-        )
-
 
 class LearningCritic(LearnsUnderNoise):
     """Mixin of a critic that learns under noise, or sees the mean weights of layers that it shares with an actor."""
 
-    def forward(self, obs: PyTorchObs, actions: th.Tensor) -> Any:
+    def forward(self, obs: PyTorchObs, actions: th.Tensor, *args: Any, **kwargs: Any) -> Any:
         """
         Compute the values of actions under the active noise; while SB3 trains, under that of the gradient step.
 
         :param obs: Observations, shape (N, ...)
         :param actions: Actions, shape (N, n_actions)
+        :param args: What the forward of a user's own critic takes besides
+        :param kwargs: The same by name
         :return: What the plain critic gives
         """
         with self.step_noise(obs):
-            return self._told_of_learning(super().forward(obs, actions))
+            return self._told_of_learning(super().forward(obs, actions, *args, **kwargs))
 
-    def q1_forward(self, obs: PyTorchObs, actions: th.Tensor) -> th.Tensor:
+    def q1_forward(self, obs: PyTorchObs, actions: th.Tensor, *args: Any, **kwargs: Any) -> th.Tensor:
         """
         Compute the values of the first critic alone, as TD3's actor loss asks for them.
 
         :param obs: Observations, shape (N, ...)
         :param actions: Actions, shape (N, n_actions)
+        :param args: What the user's own critic takes besides
+        :param kwargs: The same by name
         :return: Values, shape (N, 1)
         """
         with self.step_noise(obs):
-            return self._told_of_learning(super().q1_forward(obs, actions))  # type: ignore[misc]
+            return self._told_of_learning(super().q1_forward(obs, actions, *args, **kwargs))  # type: ignore[misc]
 
 
 class LearningJoinedCritic(LearningCritic):
@@ -228,29 +230,33 @@ class _LearningActor(LearnsUnderNoise, BasePolicy):
 class LearningDeterministicActor(_LearningActor):
     """Mixin of TD3's actor, whose output is the action."""
 
-    def forward(self, obs: PyTorchObs) -> th.Tensor:
+    def forward(self, obs: PyTorchObs, *args: Any, **kwargs: Any) -> th.Tensor:
         """
         Compute actions under the active noise; while SB3 trains, under that of the gradient step.
 
         :param obs: Observations, shape (N, ...)
+        :param args: What the forward of a user's own actor takes besides
+        :param kwargs: The same by name
         :return: Actions, shape (N, n_actions)
         """
         with self.step_noise(obs, self._actor_role()):
-            return self._told_of_learning(super().forward(obs))
+            return self._told_of_learning(super().forward(obs, *args, **kwargs))
 
 
 class LearningStochasticActor(_LearningActor):
     """Mixin of an actor like SAC's: acting and learning both ask for the parameters of its action distribution."""
 
-    def get_action_dist_params(self, obs: PyTorchObs) -> tuple[th.Tensor, th.Tensor, dict[str, th.Tensor]]:
+    def get_action_dist_params(self, obs: PyTorchObs, *args: Any, **kwargs: Any) -> Any:
         """
         Compute the action distribution under the active noise; while SB3 trains, under that of the gradient step.
 
         :param obs: Observations, shape (N, ...)
+        :param args: What a user's own actor takes besides
+        :param kwargs: The same by name
         :return: Mean, logarithm of the standard deviation, further arguments of the distribution
         """
         with self.step_noise(obs, self._actor_role()):
-            return self._told_of_learning(super().get_action_dist_params(obs))  # type: ignore[misc]
+            return self._told_of_learning(super().get_action_dist_params(obs, *args, **kwargs))  # type: ignore[misc]
 
 
 # Classes made at run time, so that networks of one kind have one class.
@@ -280,10 +286,11 @@ def mixed_in(net: nn.Module, mixin: type[BaseModel]) -> Any:
     """
     Give a network a mixin, in place: its class becomes one derived from its own, whose methods it keeps.
 
-    :param net: Network, of SB3's class or of one of the user's
+    :param net: Network, of SB3's class or of one of the user's, who may have compiled it
     :param mixin: What it shall do besides, such as to learn under noise
     :return: The same network
     """
-    if not isinstance(net, mixin):
-        net.__class__ = _derived(mixin, type(net))
+    inside = getattr(net, "_orig_mod", net)  # of torch.compile's, which hands on what is asked of it
+    if not isinstance(inside, mixin):
+        inside.__class__ = _derived(mixin, type(inside))
     return net

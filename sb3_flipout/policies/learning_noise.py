@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from enum import IntEnum
 from typing import Any
+from uuid import uuid4
 
 import torch as th
 
@@ -37,8 +38,14 @@ class LearningNoise:
     acting: RowNoise | None = None
     #: Gradient steps of the update that goes on that the policy's optimizer does not make; ``None`` outside of updates.
     unseen: UnseenSteps | None = None
+    #: Whether it is a policy's, and not that of a copy of one of its networks.
+    of_policy = False
+    #: By what copies are known, also those in files: which policy it is of, and from which that was loaded. Nothing in copies
+    #: that older files hold.
+    origins: tuple[str, ...] = ()
 
     def __init__(self, seed: int, settings: LearningSettings) -> None:
+        self.of_policy, self.origins = True, (uuid4().hex,)
         self.seed = seed
         self.settings = settings
         self.step = 0  # gradient steps so far
@@ -61,6 +68,16 @@ class LearningNoise:
         :param _: What torch hands to hooks
         """
         self.step += 1
+
+    def is_copy_of(self, own: LearningNoise) -> bool:
+        """
+        Tell whether it came with a copy of a network of the policy that another noise is of. That of another model's network,
+        a teacher say, stays what it is.
+
+        :param own: The noise of a policy
+        :return: Whether it did
+        """
+        return not self.of_policy and (not self.origins or not set(self.origins).isdisjoint(own.origins))
 
     def begin_update(self) -> None:
         """Look for gradient steps that nobody counts from now on."""
@@ -104,10 +121,10 @@ class LearningNoise:
         """
         if self.noise_of(role) == "mean":
             return None
-        if self.keys_per_transition > 1:
-            return RowNoise(self._stratified(role, n, device, batch), self.scale)
         if role == Role.TARGET:
             self._target_pass = (self.step, n)
+        if self.keys_per_transition > 1:
+            return RowNoise(self._stratified(role, n, device, batch), self.scale)
         rows = th.arange(n, device=device)
         keys = fold_in(fold(self.seed, Stream.LEARNING_KEYS, self._step_of(batch), self._role(role)), rows)
         return RowNoise(restrict(keys, self.settings.members), self.scale)
@@ -163,8 +180,10 @@ class LearningNoise:
 
     def learns_from(self, batch: SampledBatch | None, rows: int) -> None:
         """
-        Say once if members learn from what the replay buffer's ``sample`` has not given, as far as that can be told: not of
-        what may be a changed batch, nor, where members are all that is asked for, of rows that may have a target of as many.
+        Warn once if members learn from observations that are no batch of the replay buffer's ``sample``.
+
+        It is silent where they may be the last batch, changed (images that are shifted at random); and where nothing but
+        members is asked for and the target was asked about as many rows in this step: each row has its own member's target.
 
         :param batch: The batch that the online network is asked about with gradients; ``None`` if it is none that was noted
         :param rows: Its rows
@@ -223,4 +242,11 @@ class LearningNoise:
 
         :return: Attributes
         """
-        return {**self.__dict__, "active": False, "acting": None, "unseen": None, "batches": SampledBatches()}
+        return {
+            **self.__dict__,
+            "of_policy": False,
+            "active": False,
+            "acting": None,
+            "unseen": None,
+            "batches": SampledBatches(),
+        }

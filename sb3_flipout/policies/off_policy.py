@@ -25,6 +25,7 @@ from sb3_flipout.policies.learning import LearnsUnderNoise
 from sb3_flipout.policies.learning_noise import LearningNoise, Role
 from sb3_flipout.policies.learning_settings import LearningSettings
 from sb3_flipout.policies.observations import check_extractor, n_rows
+from sb3_flipout.policies.optimizers import count_steps
 
 
 class OffPolicyMixin(FlipoutPolicyMixin):
@@ -139,7 +140,7 @@ class OffPolicyMixin(FlipoutPolicyMixin):
         acting_bases = self.perturbed_network.bases() if self.learning.base_moves else None
         said = self.perturbed_network.active is not None
         # Hung on here, not once for all: copies of an optimizer, and another one put in its place, have no hooks.
-        hook = self.step_optimizer.register_step_post_hook(self.learning.count)
+        stop_counting = count_steps(self.step_optimizer, self.learning.count)
         self.learning.active, self.learning.scale = not said, self.effective_scale
         self.learning.begin_update()
         self.marks.updates = True
@@ -156,7 +157,7 @@ class OffPolicyMixin(FlipoutPolicyMixin):
                 by_mean = self.learning.noise_of(Role.ONLINE) == "mean"
                 self.guard.compare(self, self.perturbed_network, self._acting_network(), by_mean)
         finally:
-            hook.remove()
+            stop_counting()
             self.learning.active = self.marks.updates = False
             self.learning.unseen = None
             if acting_bases is not None:
@@ -212,6 +213,10 @@ class OffPolicyMixin(FlipoutPolicyMixin):
 
     # ---- save and load ------------------------------------------------------------------------------------------
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.learning.of_policy = True  # a copy of a whole policy is one of its own
+
     def _set_noise_seed(self, seed: int) -> None:
         super()._set_noise_seed(seed)
         self.learning.seed = seed
@@ -220,9 +225,10 @@ class OffPolicyMixin(FlipoutPolicyMixin):
         """
         Take what a resumed training has to know, as plain values.
 
-        :return: As of every policy, and the number of gradient steps and the acting base
+        :return: As of every policy, and the number of gradient steps, the acting base, and by what copies are known
         """
-        return {**super().noise_state(), "gradient_steps": self.learning.step, "acting_base": self._acting_base_key}
+        steps, origins = self.learning.step, list(self.learning.origins)
+        return {**super().noise_state(), "gradient_steps": steps, "acting_base": self._acting_base_key, "origins": origins}
 
     def set_noise_state(self, state: Mapping[str, Any]) -> None:
         """
@@ -234,6 +240,7 @@ class OffPolicyMixin(FlipoutPolicyMixin):
         gradient_steps = int(state["gradient_steps"])
         super().set_noise_state(state)
         self.learning.seed, self.learning.step = self._noise_seed, gradient_steps
+        self.learning.origins = tuple(dict.fromkeys([*self.learning.origins, *state.get("origins", ())]))
         self._acting_base_key = int(state.get("acting_base", self._base_key(0)))
         if self.noise_settings.members is None:  # members' base is a weight, and loaded with the weights
             for network in self._perturbed_networks():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch as th
@@ -23,6 +23,21 @@ def is_of_the_user(made: th.optim.Optimizer, stock: th.optim.Optimizer, paramete
     """
     about = {id(parameter) for group in made.param_groups for parameter in group["params"]}
     return type(made) is not type(stock) or _options(made) != _options(stock) or about != set(map(id, parameters))
+
+
+def count_steps(optimizer: th.optim.Optimizer, count: Callable[..., None]) -> Callable[[], None]:
+    """
+    Count the steps of an optimizer. One of the user's that has none of torch's hooks (an object round another optimizer, or a
+    class that never calls ``super().__init__``) is not counted here: its steps are found as those that nobody has counted.
+
+    :param optimizer: Optimizer
+    :param count: What is called after each step
+    :return: Ends the counting
+    """
+    try:
+        return optimizer.register_step_post_hook(count).remove
+    except AttributeError:
+        return lambda: None
 
 
 def _options(optimizer: th.optim.Optimizer) -> list[dict[str, Any]]:

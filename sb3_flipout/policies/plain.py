@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import fields
+from itertools import islice
 from typing import Any
 
-import numpy as np
 import torch as th
 from stable_baselines3.common.policies import BasePolicy
 
-from sb3_flipout.policies.observations import looked_at
+from sb3_flipout.policies.observations import drawn, looked_at, stacked
 
 _COMPARED = 16  # observations
 
@@ -61,13 +60,7 @@ def _nearest(policy: Any) -> str:
 
 def _agree(policy: Any, plain: BasePolicy) -> bool:
     """Whether two policies say the same about observations of their space."""
-    space = copy.deepcopy(policy.observation_space)
-    space.seed(0)
-    samples = [space.sample() for _ in range(_COMPARED)]
-    if isinstance(samples[0], dict):
-        batch: Any = {name: np.stack([sample[name] for sample in samples]) for name in samples[0]}
-    else:
-        batch = np.stack(samples)
+    batch = stacked(list(islice(drawn(policy.observation_space), _COMPARED)))
     with looked_at(policy, plain):
         obs = policy.obs_to_tensor(batch)[0]
         pairs = zip(policy.mean_outputs(obs), policy.outputs_of(plain, obs), strict=True)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
+from itertools import islice
 from typing import Any
 
-import numpy as np
 import torch as th
 from stable_baselines3.common.policies import BasePolicy
 from torch import nn
@@ -16,7 +15,7 @@ from sb3_flipout.layers.config import layer_noise
 from sb3_flipout.layers.convert import Wanted, perturb_named
 from sb3_flipout.layers.row_layout import PROBED_ROWS, RowLayout, find_layouts
 from sb3_flipout.noise import RowNoise, RowsByKey
-from sb3_flipout.policies.observations import looked_at
+from sb3_flipout.policies.observations import drawn, looked_at, stacked
 
 _INPUTS = (1, 16)  # batches of so many: a single one, and enough that a rare dropout shows
 _TRIES = 3  # sets of observations: units that are dead for one may live for another
@@ -82,11 +81,10 @@ def takes_inputs_once(net: Callable[[Any], th.Tensor], network: PerturbedNetwork
     :param times: How many rows each observation is for
     :return: Whether it does
     """
-    space = copy.deepcopy(policy.observation_space)
-    space.seed(0)
+    observations = drawn(policy.observation_space)
     with looked_at(policy):
         policy.train()  # as when it learns
-        return all(_says_the_same(net, network, policy, times, [space.sample() for _ in range(n)]) for n in _INPUTS)
+        return all(_says_the_same(net, network, policy, times, list(islice(observations, n))) for n in _INPUTS)
 
 
 def _says_the_same(
@@ -96,7 +94,7 @@ def _says_the_same(
     noise = RowNoise(keys.repeat(len(rows)))
     by_key = RowsByKey(keys, 1.0, th.arange(times * len(rows), device=policy.device).view(times, -1).T.flatten())
     try:
-        obs = policy.obs_to_tensor(_stacked([row for row in rows for _ in range(times)]))[0]
+        obs = policy.obs_to_tensor(stacked([row for row in rows for _ in range(times)]))[0]
         with network.activate(noise):
             of_rows = net(obs)
         noise.rows_per_input = times
@@ -124,6 +122,23 @@ def nothing_own(module: nn.Module) -> bool:
     return all(base.__module__.split(".")[0] in _KNOWN for base in classes)
 
 
+def is_seen_by_us_alone(network: nn.Module) -> bool:
+    """
+    Tell whether nobody but us sees the rows inside a network, where they may be sorted by member.
+
+    :param network: Network
+    :return: Whether it has no module of the user's, no hooks, and no forward that is put on an instance
+    """
+    return nothing_own(network) and not any(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in vars(module)
+        for module in network.modules()
+    )
+
+
 def _is_stock(policy: BasePolicy, layers: Mapping[str, FlipoutLayer]) -> bool:
     """Whether nothing in a policy is the user's: then linear layers and convolutions get rows first, as SB3 builds them."""
     return nothing_own(policy) and all(isinstance(layer, (nn.Linear, nn.Conv2d)) for layer in layers.values())
@@ -131,18 +146,17 @@ def _is_stock(policy: BasePolicy, layers: Mapping[str, FlipoutLayer]) -> bool:
 
 def _found(layers: Mapping[str, FlipoutLayer], run: Callable[[Any], Any], policy: BasePolicy) -> dict[str, Any]:
     """Layouts of the layers that are called. What some observations do not show, others may."""
-    space = copy.deepcopy(policy.observation_space)  # whose generator is not to move
-    space.seed(0)
+    observations = drawn(policy.observation_space)
     found: dict[str, Any] = {}
     for _ in range(_TRIES):
-        rows, others = ([space.sample() for _ in range(PROBED_ROWS)] for _ in range(2))
+        rows, others = (list(islice(observations, PROBED_ROWS)) for _ in range(2))
 
         def changed(batch: list[Any], row: int, others: list[Any] = others) -> list[Any]:
             return [*batch[:row], others[row], *batch[row + 1 :]]
 
         try:
             new = find_layouts(
-                layers, lambda batch: run(policy.obs_to_tensor(_stacked(batch))[0]), rows, changed, _batch_dimension
+                layers, lambda batch: run(policy.obs_to_tensor(stacked(batch))[0]), rows, changed, _batch_dimension
             )
         except Exception:  # a network that cannot take such a batch is taken as it is: rows first
             return found
@@ -150,12 +164,6 @@ def _found(layers: Mapping[str, FlipoutLayer], run: Callable[[Any], Any], policy
         if all(layout is not None for layout in found.values()):
             break
     return found
-
-
-def _stacked(rows: list[Any]) -> Any:
-    if isinstance(rows[0], dict):
-        return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-    return np.stack(rows)
 
 
 def _batch_dimension(layer: nn.Module, x: th.Tensor) -> int:

@@ -200,10 +200,10 @@ class ActorMixin(OffPolicyMixin):
 
     def _keep_members(self) -> None:
         if self.noise_settings.members is not None:
-            for network in [self.perturbed_network, *self._perturbed_networks()]:
+            for network in self._perturbed_networks():
                 for layer in network.layers:
-                    if not layer.keeps_base:
-                        layer.keep_base()
+                    layer.keep_base()
+            # Not strictly: a critic that shares its extractor has the base draws of the actor's, and its target none.
             for name, followed in self.targets:
                 getattr(self, name).load_state_dict(getattr(self, followed).state_dict(), strict=False)
 

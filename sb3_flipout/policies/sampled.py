@@ -65,11 +65,10 @@ class SampledBatch:
         :param obs: Observations
         :return: Whether they are
         """
-        if not isinstance(obs, th.Tensor):
+        if not isinstance(obs, th.Tensor) or None not in self._given[0]:
             return False
-        both = (given.get(None, _nothing)() for given in self._given)
-        halves = obs[: self.rows], obs[self.rows :]
-        return all(part is not None and th.equal(part.to(half.dtype), half) for part, half in zip(both, halves, strict=True))
+        both = [given[None]() for given in self._given]
+        return all(part is not None for part in both) and th.equal(th.cat(both).to(obs.dtype), obs)  # type: ignore[arg-type]
 
     def is_repeated(self, obs: Any) -> bool:
         """
@@ -85,10 +84,6 @@ class SampledBatch:
 
 def _parts(obs: Any) -> dict[Any, th.Tensor]:
     return obs if isinstance(obs, dict) else {None: obs}
-
-
-def _nothing() -> None:
-    return None
 
 
 class SampledBatches:

@@ -15,7 +15,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 
 from sb3_flipout import hooks
 from sb3_flipout.buffers import KeyedBufferMixin
-from sb3_flipout.hooks import _models, _numbers, _told
+from sb3_flipout.hooks import _finite, _models, _told
 from sb3_flipout.policies.on_policy import FlipoutActorCriticPolicy
 from sb3_flipout.replay_buffers import NumberedBufferMixin
 
@@ -143,7 +143,7 @@ def test_each_kind_of_algorithm_has_its_wrappers(kind: Any, table: Any) -> None:
 
 def test_first_observations_are_looked_at(ppo: PPO) -> None:
     ppo._last_obs = np.zeros((1, 4), np.float32)
-    _numbers.check_first_observations(ppo, ppo.policy)
+    _finite.check_first_observations(ppo, ppo.policy)
     ppo._last_obs = np.full((1, 4), np.nan, np.float32)
-    with pytest.raises(_numbers.NonFiniteError, match=r"observation.*environment 0"):
-        _numbers.check_first_observations(ppo, ppo.policy)
+    with pytest.raises(_finite.NonFiniteError, match=r"observation.*environment 0"):
+        _finite.check_first_observations(ppo, ppo.policy)

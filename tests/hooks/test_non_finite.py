@@ -13,7 +13,7 @@ from stable_baselines3 import DQN
 from told_cases import build
 
 from sb3_flipout.finite import NonFiniteError
-from sb3_flipout.hooks import _numbers
+from sb3_flipout.hooks import _finite
 
 AT_7 = SimpleNamespace(num_timesteps=7)
 STOP = (
@@ -25,13 +25,13 @@ STOP = (
 
 @pytest.mark.parametrize(("places", "several"), [([3], "environment 3"), ([0, 2], "environments [0, 2]")])
 def test_what_came_in(places: list[int], several: str) -> None:
-    told = _numbers._wrong(AT_7, "reward", places, np.inf)
+    told = _finite._wrong(AT_7, "reward", places, np.inf)
     assert str(told) == f"the reward of {several} was inf at step 7 or shortly before: {STOP}"
     assert told.where == f"reward of {several}"
 
 
 def test_what_is_broken() -> None:
-    told = _numbers._broken(AT_7, "q.weight")
+    told = _finite._broken(AT_7, "q.weight")
     assert str(told) == (
         "q.weight of the policy of SimpleNamespace is not finite at step 7: a gradient step has broken it, at most some 1000 "
         "steps ago. Try a lower learning rate, a smaller sigma, or rewards of a smaller scale. The callback StopOnNonFinite "
@@ -58,7 +58,7 @@ def test_outputs_of_a_rollout(name: str) -> None:
     model = build()
     model.rollout_buffer = with_nan(name)
     with pytest.raises(NonFiniteError) as told:
-        _numbers.check_rollout(model, model.policy)
+        _finite.check_rollout(model, model.policy)
     assert str(told.value) == (
         f"{name} of the rollout of A2C that ended at step 0 are not finite, though its observations are: the numbers are too "
         "large for the network. Bring observations to a scale of about 1 (VecNormalize does that), or use a smaller sigma."
@@ -71,10 +71,10 @@ def test_what_a_rollout_was_given(name: str, what: str) -> None:
     model = build()
     model.rollout_buffer = with_nan(name)
     with pytest.raises(NonFiniteError) as told:
-        _numbers.check_rollout(model, model.policy)
+        _finite.check_rollout(model, model.policy)
     assert told.value.where == f"{what} of environment 1"
     model.policy.marks.numbers_guarded = True
-    assert _numbers.check_rollout(model, model.policy) is False
+    assert _finite.check_rollout(model, model.policy) is False
     assert str(model.policy.marks.non_finite) == str(told.value)
 
 
@@ -82,7 +82,7 @@ def test_a_finite_rollout_and_one_without_such_arrays() -> None:
     model = build()
     for buffer in (rollout(), SimpleNamespace()):
         model.rollout_buffer = buffer
-        assert _numbers.check_rollout(model, model.policy) is True
+        assert _finite.check_rollout(model, model.policy) is True
 
 
 @pytest.mark.parametrize("name", ["values", "log_probs", "actions", "rewards"])
@@ -90,7 +90,7 @@ def test_a_rollout_that_has_one_array_alone(name: str) -> None:
     model = build()
     model.rollout_buffer = SimpleNamespace(**{name: np.full((3, 2), np.nan, np.float32)})
     with pytest.raises(NonFiniteError) as told:
-        _numbers.check_rollout(model, model.policy)
+        _finite.check_rollout(model, model.policy)
     assert told.value.where == ("reward of environments [0, 1]" if name == "rewards" else name)
 
 
@@ -111,10 +111,10 @@ def test_when_parameters_are_looked_at(next_look: int, steps: int, now: bool, lo
     model.policy.marks.next_looks, model.num_timesteps = (next_look, 1000), steps
     if looks:
         with pytest.raises(NonFiniteError, match=r"^action_net\.weight of the policy of A2C is not finite"):
-            _numbers.check_parameters(model, model.policy, now)
-        assert model.policy.marks.next_looks == (steps + _numbers.LOOK_EVERY, _numbers.LOOK_EVERY)
+            _finite.check_parameters(model, model.policy, now)
+        assert model.policy.marks.next_looks == (steps + _finite.LOOK_EVERY, _finite.LOOK_EVERY)
     model.policy.marks.numbers_guarded = True
-    _numbers.check_parameters(model, model.policy, now)
+    _finite.check_parameters(model, model.policy, now)
 
 
 def test_several_arrays_are_wrong_and_the_first_is_told() -> None:
@@ -122,7 +122,7 @@ def test_several_arrays_are_wrong_and_the_first_is_told() -> None:
     model.rollout_buffer = with_nan("values")
     model.rollout_buffer.rewards[0, 0] = np.inf
     with pytest.raises(NonFiniteError, match=r"^the reward of environment 0 was inf"):
-        _numbers.check_rollout(model, model.policy)
+        _finite.check_rollout(model, model.policy)
 
 
 @pytest.mark.parametrize("named", [False, True])
@@ -134,7 +134,7 @@ def test_shapes(named: bool) -> None:
     )
     cause = RuntimeError("of torch")
     with pytest.raises(ValueError) as told:
-        _numbers._check_shapes(algorithm, cause)
+        _finite._check_shapes(algorithm, cause)
     what = "observation 'seen'" if named else "observation"
     assert str(told.value) == (
         f"the environments gave the {what} in shape (4,), and their space says (5,). Mend the environment: "
@@ -148,8 +148,8 @@ def test_shapes(named: bool) -> None:
 )
 def test_shapes_that_say_nothing(observed: Any) -> None:
     space: Any = spaces.Dict(seen=spaces.Box(-1, 1, (5,))) if isinstance(observed, dict) else spaces.Box(-1, 1, (5,))
-    _numbers._check_shapes(SimpleNamespace(observation_space=space, _last_obs=observed), RuntimeError())
-    _numbers._check_shapes(SimpleNamespace(observation_space=SimpleNamespace(), _last_obs=observed), RuntimeError())
+    _finite._check_shapes(SimpleNamespace(observation_space=space, _last_obs=observed), RuntimeError())
+    _finite._check_shapes(SimpleNamespace(observation_space=SimpleNamespace(), _last_obs=observed), RuntimeError())
 
 
 @pytest.mark.parametrize("guarded", [False, True])
@@ -170,7 +170,7 @@ def test_a_transition_that_is_stored(reward: list[float], last: Any, what: str |
     transition = (np.zeros(2), np.zeros((2, 4), np.float32), np.array(reward), np.array([False, last is not None]), infos)
 
     def store() -> None:
-        _numbers.store_transition(lambda *args: stored.append(args), model, model.replay_buffer, *transition)
+        _finite.store_transition(lambda *args: stored.append(args), model, model.replay_buffer, *transition)
 
     if what is not None and not guarded:
         with pytest.raises(NonFiniteError) as told:

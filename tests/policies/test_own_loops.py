@@ -23,7 +23,7 @@ from stable_baselines3.common.envs import BitFlippingEnv
 from torch.nn import functional as F
 
 import sb3_flipout
-import sb3_flipout.hooks._numbers
+import sb3_flipout.hooks._finite
 from sb3_flipout.finite import NonFiniteError
 from sb3_flipout.noise import RowNoise
 from sb3_flipout.noise.transitions import reward_draws
@@ -453,7 +453,7 @@ class Mends(BaseCallback):
 
 
 def test_a_callback_may_mend_parameters_before_they_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sb3_flipout.hooks._numbers, "LOOK_EVERY", 1)
+    monkeypatch.setattr(sb3_flipout.hooks._finite, "LOOK_EVERY", 1)
     build(Breaks).learn(60, Mends())
     with pytest.raises(NonFiniteError):
         build(Breaks).learn(60)

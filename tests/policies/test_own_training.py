@@ -17,6 +17,7 @@ from torch import nn
 import sb3_flipout
 from sb3_flipout.noise import RowNoise
 from sb3_flipout.policies.dqn import FlipoutDQNPolicy
+from sb3_flipout.policies.rows import is_seen_by_us_alone
 from sb3_flipout.samples import repeat_rows
 
 K, B = 4, 16
@@ -251,9 +252,17 @@ def test_rows_inside_the_network_are_in_the_order_of_the_batch(times: int, kept:
 def test_rows_are_sorted_where_no_hook_sees_it(kind: str) -> None:
     net = build().q_net
     handle = getattr(net.q_net[1], f"register_{kind}_hook")(lambda *_: None)
-    assert not net._is_sorted_unseen()
+    assert not is_seen_by_us_alone(net)
     handle.remove()
-    assert net._is_sorted_unseen()
+    assert is_seen_by_us_alone(net)
+
+
+def test_rows_are_not_sorted_where_a_forward_is_put_on_a_layer() -> None:
+    net = build().q_net
+    net.q_net[1].forward = net.q_net[1].forward  # as one that records what it gets
+    assert not is_seen_by_us_alone(net)
+    del net.q_net[1].forward
+    assert is_seen_by_us_alone(net)
 
 
 @pytest.mark.parametrize("times", [1, 2, K])
