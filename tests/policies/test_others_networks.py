@@ -122,6 +122,51 @@ def test_a_further_target_has_the_noise_of_targets(target_noise: str, loaded: bo
     assert th.allclose(further, online) == (target_noise == "same")
 
 
+class FollowsLater(Follows):
+    """Holds a copy that was made once, and comes out of a file with the rest."""
+
+    def _setup_model(self) -> None:
+        super(Follows, self)._setup_model()
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_copy_that_was_saved_with_the_algorithm_is_known_again(trained: bool, tmp_path: Path) -> None:
+    model = build(FollowsLater, noise=dict(net_arch=[8], schedule="constant"))
+    model.further = copy.deepcopy(model.q_net)
+    if trained:
+        model.learn(12)
+    model.save(tmp_path / "model")
+    loaded = FollowsLater.load(tmp_path / "model", vector_env("discrete", 1)).learn(12)
+    further, target, online = loaded.out
+    th.testing.assert_close(further, target)
+    assert not th.allclose(further, online)
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_teacher_that_was_saved_or_copied_stays_what_it_is(alone: bool, tmp_path: Path) -> None:
+    expert, student = build(seed=1).learn(24), build(Distils)
+    student.teacher = copy.deepcopy(expert.q_net) if alone else expert.q_net
+    if not alone:
+        student.save(tmp_path / "student")
+        student = Distils.load(tmp_path / "student", vector_env("discrete", 1))
+    student.learn(32, reset_num_timesteps=False)
+    with sb3_flipout.perturbed(expert.policy, None):
+        th.testing.assert_close(student.said, expert.q_net(student.seen))
+    assert student.teacher.learning is not student.policy.learning
+
+
+def test_a_copy_that_is_asked_with_gradients_has_the_noise_of_the_network_it_is_of() -> None:
+    class Asks(Follows):
+        def train(self, gradient_steps: int, batch_size: int = 100) -> None:
+            self.further.load_state_dict(self.q_net.state_dict())
+            obs = self.replay_buffer.sample(batch_size).observations  # type: ignore[union-attr]
+            self.out = self.further(obs), self.q_net(obs)
+            self.policy.optimizer.step()
+
+    model = build(Asks, noise=dict(net_arch=[8], schedule="constant", target_noise="mean")).learn(12)
+    th.testing.assert_close(*model.out)
+
+
 def test_other_models_networks_may_have_the_names_of_ours() -> None:
     other = build(SAC, noise=dict(net_arch=[8]))
     model = build()
