@@ -25,7 +25,7 @@ from sb3_flipout.policies.guard import VisitGuard
 from sb3_flipout.policies.observations import looked_at, n_rows
 from sb3_flipout.policies.optimizers import is_of_the_user, join_sigma, sigmas_of
 from sb3_flipout.policies.plain import plain_copy
-from sb3_flipout.policies.rows import give_layouts
+from sb3_flipout.policies.probing import give_layouts
 from sb3_flipout.policies.settings import NoiseSettings
 from sb3_flipout.policies.sigma_units import divide_by_inputs
 from sb3_flipout.policies.state import NoiseState

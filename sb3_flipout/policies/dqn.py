@@ -31,7 +31,7 @@ from sb3_flipout.policies.learning_settings import TargetNoise, ValueSettings
 from sb3_flipout.policies.observations import check_batch, each_for, n_rows
 from sb3_flipout.policies.off_policy import OffPolicyMixin
 from sb3_flipout.policies.prior import Prior
-from sb3_flipout.policies.rows import layouts_in, takes_inputs_once
+from sb3_flipout.policies.probing import layouts_in, takes_inputs_once
 from sb3_flipout.policies.settings import Perturb
 
 

@@ -21,7 +21,7 @@ from sb3_flipout.policies.extractors import GivesNumbers
 from sb3_flipout.policies.learning_noise import LearningNoise, Role
 from sb3_flipout.policies.observations import each_once, n_rows, to_take_from
 from sb3_flipout.policies.prior import Prior
-from sb3_flipout.policies.rows import is_seen_by_us_alone
+from sb3_flipout.policies.probing import is_seen_by_us_alone
 
 
 class LearnsUnderNoise(GivesNumbers):

@@ -51,7 +51,7 @@ class OffPolicyMixin(FlipoutPolicyMixin):
         self._init_noise(settings)
         self.learning = LearningNoise(self._noise_seed, settings)
         self._acting_base_key = self._base_key(0)
-        self._aligned: list[tuple[th.Tensor, int]] = []  # base draws of members, as they were when targets had the same
+        self._aligned: list[tuple[th.Tensor, int]] = []  # base draws and versions of when targets had them last
         self._make_noisy(lr_schedule)
 
     @abstractmethod

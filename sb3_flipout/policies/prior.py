@@ -92,7 +92,7 @@ class Prior(nn.Module):
             return
         with th.no_grad():
             values = self._values(noise, given, named)
-            # What no weight changes is none of the prior's: actions that the network masks, by some number far below.
+            # Values that no weight changes are left out: actions that the network masks by a large negative number.
             of_means = self._values(None, given, named)
             of_means = noise.for_rows(of_means) if noise.rows_per_input > 1 else of_means
             drawn = values[(values != of_means) | (of_means == 0)]

@@ -17,7 +17,7 @@ from torch import nn
 import sb3_flipout
 from sb3_flipout.noise import RowNoise
 from sb3_flipout.policies.dqn import FlipoutDQNPolicy
-from sb3_flipout.policies.rows import is_seen_by_us_alone
+from sb3_flipout.policies.probing import is_seen_by_us_alone
 from sb3_flipout.samples import repeat_rows
 
 K, B = 4, 16

@@ -1,4 +1,7 @@
-"""Where the rows of a batch lie in what the layers of a policy get: found out once, when the policy is built."""
+"""
+What is found out about a policy's networks by running them when it is built: where the rows of a batch lie in what layers get,
+and whether an observation that several rows share may be given once.
+"""
 
 from __future__ import annotations
 
