@@ -190,6 +190,13 @@ def test_noise_of_members_that_does_not_fall_is_nothing_to_say(callback: AnnealN
     make(DQN, policy_kwargs=dict(net_arch=[8], members=3)).learn(16, callback)
 
 
+def test_a_schedule_that_a_callback_has_replaced_does_not_fall() -> None:
+    model = make(DQN, policy_kwargs=dict(net_arch=[8], members=3, schedule="linear"))
+    with pytest.warns(UserWarning) as told:
+        model.learn(16, AnnealNoise(1.0, 1.0))
+    assert len(told) == 1 and "a callback steers the noise scale" in str(told[0].message)
+
+
 # ---- bad input ------------------------------------------------------------------------------------------------------
 
 
