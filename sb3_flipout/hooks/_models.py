@@ -11,13 +11,15 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.save_util import load_from_zip_file
 
 from sb3_flipout.buffers import keyed, store_noise
-from sb3_flipout.hooks._batches import number_stored
+from sb3_flipout.hooks._batches import learning_of, number_stored
 from sb3_flipout.policies.base import FlipoutPolicyMixin
 
 Method = Callable[..., Any]
 
 #: Where an algorithm's data has the noise state, in a saved model and while it is built from one.
 STATE = "flipout_noise"
+#: By what copies of the policy's networks are known, which the algorithm holds and so are saved with it.
+_ORIGINS = "origins"
 
 #: Held while a model is built: SB3 seeds the one generator of torch, and two models built in threads would seed each other.
 _BUILDING = threading.RLock()
@@ -57,15 +59,20 @@ def set_up(original: Method, algorithm: Any) -> None:
         original(algorithm)
     if hasattr(algorithm, "rollout_buffer"):
         store_noise(algorithm.rollout_buffer)
+    learning = learning_of(policy_of(algorithm))
     if state is not None:
         policy_of(algorithm).set_noise_state(state)
+        if learning is not None:
+            learning.comes_from(state.get(_ORIGINS, ()))
     if getattr(algorithm, "replay_buffer", None) is not None:
         number_stored(algorithm, policy_of(algorithm))
 
 
 def save(original: Method, algorithm: Any, *args: Any, **kwargs: Any) -> Any:
     """Save the noise state beside the algorithm's own data."""
-    algorithm.__dict__[STATE] = policy_of(algorithm).noise_state()
+    policy = policy_of(algorithm)
+    learning = learning_of(policy)
+    algorithm.__dict__[STATE] = {**policy.noise_state(), _ORIGINS: [] if learning is None else list(learning.origins)}
     try:
         return original(algorithm, *args, **kwargs)
     finally:

@@ -5,6 +5,7 @@ So nothing has to be threaded through SB3's ``train``.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from enum import IntEnum
 from typing import Any
 from uuid import uuid4
@@ -78,6 +79,14 @@ class LearningNoise:
         :return: Whether it did
         """
         return not self.of_policy and (not self.origins or not set(self.origins).isdisjoint(own.origins))
+
+    def comes_from(self, origins: Iterable[str]) -> None:
+        """
+        Know copies again that were made before the policy was loaded.
+
+        :param origins: Those of the policy that was saved
+        """
+        self.origins = tuple(dict.fromkeys([*self.origins, *origins]))
 
     def begin_update(self) -> None:
         """Look for gradient steps that nobody counts from now on."""

@@ -225,10 +225,9 @@ class OffPolicyMixin(FlipoutPolicyMixin):
         """
         Take what a resumed training has to know, as plain values.
 
-        :return: As of every policy, and the number of gradient steps, the acting base, and by what copies are known
+        :return: As of every policy, and the number of gradient steps and the acting base
         """
-        steps, origins = self.learning.step, list(self.learning.origins)
-        return {**super().noise_state(), "gradient_steps": steps, "acting_base": self._acting_base_key, "origins": origins}
+        return {**super().noise_state(), "gradient_steps": self.learning.step, "acting_base": self._acting_base_key}
 
     def set_noise_state(self, state: Mapping[str, Any]) -> None:
         """
@@ -240,7 +239,6 @@ class OffPolicyMixin(FlipoutPolicyMixin):
         gradient_steps = int(state["gradient_steps"])
         super().set_noise_state(state)
         self.learning.seed, self.learning.step = self._noise_seed, gradient_steps
-        self.learning.origins = tuple(dict.fromkeys([*self.learning.origins, *state.get("origins", ())]))
         self._acting_base_key = int(state.get("acting_base", self._base_key(0)))
         if self.noise_settings.members is None:  # members' base is a weight, and loaded with the weights
             for network in self._perturbed_networks():

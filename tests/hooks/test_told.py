@@ -15,7 +15,7 @@ from stable_baselines3 import A2C, DQN, PPO
 from stable_baselines3.common.callbacks import BaseCallback
 from told_cases import Spied, build, warned
 
-from sb3_flipout.hooks import _batches, _models, _numbers, _told
+from sb3_flipout.hooks import _batches, _finite, _models, _told
 
 # ---- batches ------------------------------------------------------------------------------------------------------------
 
@@ -205,7 +205,7 @@ def test_a_collection_in_its_order(algorithm: Any, monkeypatch: pytest.MonkeyPat
         return True
 
     hook = _told.collect_rollout if algorithm is A2C else _told.collect_transitions
-    monkeypatch.setattr(_numbers, "check_rollout", lambda *_: True)
+    monkeypatch.setattr(_finite, "check_rollout", lambda *_: True)
     assert hook(collect, model, 1, by="name") is True
     collecting = [("collecting", 2)] if algorithm is A2C else []  # off-policy each step is told by itself
     assert spied.calls[1:] == [("begin_rollout",), *collecting, ((model, 1), dict(by="name"))]
@@ -218,7 +218,7 @@ def test_a_collection_that_was_broken_off(kind: str, ended: bool, monkeypatch: p
     model = build(A2C if kind == "on-policy" else DQN)
     model._setup_learn(100)
     spied = Spied(model, monkeypatch, "end_episodes")
-    monkeypatch.setattr(_numbers, "check_rollout", lambda *_: True)
+    monkeypatch.setattr(_finite, "check_rollout", lambda *_: True)
     finished = not ended if kind == "on-policy" else SimpleNamespace(continue_training=not ended)
     hook = _told.collect_rollout if kind == "on-policy" else _told.collect_transitions
     assert hook(lambda *_: finished, model) is finished
