@@ -110,7 +110,8 @@ def test_several_candidates_of_each_environment(algorithm: Any) -> None:
     learn(own, algorithm is SAC, schedule="constant")
     with_noise = owning(algorithm, as_a_whole, compares=False)
     a, b = (learn(each, algorithm is SAC, schedule="constant").policy.state_dict() for each in (own, with_noise))
-    assert all(th.equal(value, b[name]) for name, value in a.items())
+    # Matrix products of six rows and of three may round differently, by processor.
+    th.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
 def test_who_asks_for_mean_weights_is_told_nothing() -> None:
