@@ -105,8 +105,11 @@ def exponent(rows: list[Row], arm: str, draws: int = 10_000) -> str:
     )
 
 
-#: Seeds from 100 on that a choice was made on all the same.
-CHOSEN_ON = [("sea-100", "members, slower, dropping", seed) for seed in (100, 101)]
+#: Seeds from 100 on that a choice was made on all the same; what drops twice was decided by how another arm did on them.
+CHOSEN_ON = [
+    *(("sea-100", "members, slower, dropping", seed) for seed in (100, 101)),
+    *(("sea-100", "members, dropping twice", seed) for seed in (103, 104)),
+]
 
 
 def is_fresh(row: Row) -> bool:
