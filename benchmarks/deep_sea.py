@@ -91,13 +91,12 @@ def exponent(rows: list[Row], arm: str, draws: int = 10_000) -> str:
         return f"Of `{arm}` too few sizes have been run, and solved in all seeds, for an exponent.{without}"
     generator, sizes = np.random.default_rng(0), np.array(sorted(found))
 
-    def slope(medians: list[float]) -> float:
-        return float(np.polyfit(np.log(sizes), np.log(medians), 1)[0])
+    def slopes(samples: list[np.ndarray]) -> np.ndarray:
+        """Of as many samples of each size's episodes, (samples, seeds)."""
+        return np.polyfit(np.log(sizes), np.log([np.median(of_size, axis=1) for of_size in samples]), 1)[0]
 
-    fitted = slope([float(np.median(found[size])) for size in sizes])
-    again = [
-        slope([float(np.median(generator.choice(found[size], len(found[size])))) for size in sizes]) for _ in range(draws)
-    ]
+    (fitted,) = slopes([np.array([found[size]]) for size in sizes])
+    again = slopes([generator.choice(found[size], (draws, len(found[size]))) for size in sizes])
     low, high = np.percentile(again, [2.5, 97.5])
     return (
         f"Episodes of `{arm}` grow as size to the power {fitted:.2f} (95 % bootstrap interval over seeds [{low:.2f}, "

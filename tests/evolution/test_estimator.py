@@ -78,18 +78,21 @@ def test_the_estimate_is_the_sum_over_members(kind: str, family: str, sharing: s
 @pytest.mark.parametrize("kind", ["linear", "conv", "transposed", "embedding", "gru"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_variances_are_those_of_drawn_weights(kind: str, family: str) -> None:
-    """Mean over the weights of squared perturbations over their variances: 1, within six standard errors of 1,500 draws."""
+    """Mean over the weights of squared perturbations over their variances: 1, within six standard errors."""
     net = network(kind, family=family)
-    layer, draws = flipout_layers([net])[0], 1500
+    # By so many a variance that is wrong by 30 % is seen; products of two normals have the longest tails.
+    layer, draws = flipout_layers([net])[0], 1500 if family == "lowrank" else 400
     found = []
     for draw in range(draws):
         layer.redraw(draw)
+        squares = []
         for block in layer.blocks:
             seen, means = effective_weight(layer, draw, 1.0, block.weight), block.means(layer)
             pairs = zip(seen, means, layer.variances(block), strict=True)
-            squares = [((w - m).square() / v)[v > 0] for w, m, v in pairs if w is not None and m is not None and v is not None]
-            rows = [part for part in squares if part.numel()]
-        found.append(th.cat([part.flatten() for part in rows]).detach().mean())
+            squares += [
+                ((w - m).square() / v)[v > 0] for w, m, v in pairs if w is not None and m is not None and v is not None
+            ]
+        found.append(th.cat([part.flatten() for part in squares]).detach().mean())
     samples = th.stack(found)
     if kind == "embedding":
         samples = samples * (7 / 6)  # the entry of padding_idx keeps its mean
@@ -106,15 +109,16 @@ def test_it_is_unbiased_on_a_quadratic(family: str, sharing: str, antithetic: bo
     net = nn.Sequential(nn.Linear(3, 2)).double()
     perturb(net, family=family, noise_sharing=sharing, sigma_init=0.8)
     layer: Any = net[0]
+    units = th.cat([th.zeros(1, 3), th.eye(3)]).double().expand(8, 4, 3)  # answered by a member's bias, and by its columns
     population = Population(net, 8, seed=1, antithetic=antithetic, shaping="none")
     estimates = []
     for _ in range(600):
         (group,) = population.ask()
-        with group.members():
-            rows = [effective_weight(layer, key, float(c)) for key, c in zip(group.noise.keys, group.noise.scale, strict=True)]
-        away = th.stack([th.cat([weight.flatten(), bias]) for weight, bias in rows]) - 1  # type: ignore[list-item]
+        with group.members(), th.no_grad():
+            answers = net(units)
+        bias, columns = answers[:, :1], answers[:, 1:] - answers[:, :1]
         net.zero_grad()
-        population.tell(-away.square().sum(1).detach() / 2)
+        population.tell(-(th.cat([bias, columns], dim=1) - 1).square().sum((1, 2)) / 2)
         estimates.append(-th.cat([layer.weight.grad.flatten(), layer.bias.grad]))
     expected = 1 - th.cat([layer.weight.flatten(), layer.bias]).detach()
     assert_mean(th.stack(estimates), expected)

@@ -4,6 +4,7 @@ Every test compares with the ordinary perturbation (`noise_sharing="shared"`), s
 fails falsely with probability 1e-6 at most: independent draws, tolerances of `stats.py`.
 """
 
+import functools
 import math
 
 import pytest
@@ -36,8 +37,9 @@ def unit(layer: FlipoutLayer) -> th.Tensor:
     return product.detach()
 
 
+@functools.cache
 def draws(family: str, sharing: str, first: int, keys_vary: bool = True) -> th.Tensor:
-    """Noise of the weights of one row, one draw of base and key after another; shape (draws, O, I)."""
+    """Noise of the weights of one row, one draw of base and key after another; shape (draws, O, I). Not to be written to."""
     layer = make(GEOMETRY, family=family, noise_sharing=sharing)
     found = []
     with th.no_grad():
