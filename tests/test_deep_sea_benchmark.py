@@ -167,6 +167,17 @@ def test_the_exponent_is_that_of_the_medians() -> None:
     assert deep_sea.exponent(of_two, "members") == deep_sea.exponent(rows, "members"), "two seeds tell of no interval"
 
 
+def test_the_interval_of_the_exponent_is_over_seeds() -> None:
+    """One seed of three at the largest size is slower: the median is not, but of resampled seeds one set in four has it twice."""
+    sizes, slower = (10, 20, 30, 50), round(27 * 50**1.5)
+    rows = [
+        row(size, seed, slower if (size, seed) == (50, 2) else round(3 * size**1.5)) for size in sizes for seed in range(3)
+    ]
+    high = np.polyfit(np.log(sizes), np.log([3 * size**1.5 for size in sizes[:-1]] + [slower]), 1)[0]
+    assert f"to the power 1.50 (95 % bootstrap interval over seeds [1.50, {high:.2f}]" in deep_sea.exponent(rows, "members")
+    assert high > 2
+
+
 def test_learning_rates_that_fall_do_so_by_the_steps_made() -> None:
     root, soon, drop = deep_sea_runs.falling(600, 0.5, 20), deep_sea_runs.falling(600, 1.0), deep_sea_runs.dropping(600_000)
     assert [root(1 - steps / 600) for steps in (0, 20, 80, 500)] == pytest.approx([1e-3, 1e-3, 5e-4, 2e-4])
@@ -180,6 +191,8 @@ def test_seeds_that_a_choice_was_made_on_are_not_fresh() -> None:
     chosen, fresh = (row(100, seed, 2248, "members, slower, dropping") for seed in (101, 102))
     others = row(100, 101, 2248), row(10, 99, 150)
     assert [deep_sea.is_fresh(one) for one in (chosen, fresh, *others)] == [False, True, True, False]
+    twice = [row(100, seed, 2745, "members, dropping twice") for seed in (103, 104, 105)]
+    assert [deep_sea.is_fresh(one) for one in twice] == [False, False, True]
     made = dict(commit="1234567", date="2026-11-30", torch="2", stable_baselines3="2")
     found = deep_sea.report([one | made for one in (chosen, row(10, 100, 150))])
     before, after = found.split("## Seeds that the choice was made on")

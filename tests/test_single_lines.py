@@ -227,7 +227,7 @@ def test_members_keep_their_base_draws_over_an_update() -> None:
 
 def test_an_update_that_cannot_start_marks_nothing() -> None:
     policy: Any = dqn().policy
-    del policy.optimizer  # which a user of its own holds elsewhere
+    del policy.optimizer  # a policy of the user's may hold it elsewhere
     with pytest.raises(AttributeError), policy.updating():
         pass
     assert not policy.marks.updates and not policy.learning.active

@@ -59,10 +59,9 @@ def set_up(original: Method, algorithm: Any) -> None:
         original(algorithm)
     if hasattr(algorithm, "rollout_buffer"):
         store_noise(algorithm.rollout_buffer)
-    learning = learning_of(policy_of(algorithm))
     if state is not None:
         policy_of(algorithm).set_noise_state(state)
-        if learning is not None:
+        if (learning := learning_of(policy_of(algorithm))) is not None:
             learning.comes_from(state.get(_ORIGINS, ()))
     if getattr(algorithm, "replay_buffer", None) is not None:
         number_stored(algorithm, policy_of(algorithm))

@@ -78,9 +78,9 @@ def test_the_estimate_is_the_sum_over_members(kind: str, family: str, sharing: s
 @pytest.mark.parametrize("kind", ["linear", "conv", "transposed", "embedding", "gru"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_variances_are_those_of_drawn_weights(kind: str, family: str) -> None:
-    """Mean over the weights of squared perturbations over their variances: 1, within six standard errors."""
+    """Mean over the weights of squared perturbations over their variances: 1, within six standard errors (2e-9)."""
     net = network(kind, family=family)
-    # By so many a variance that is wrong by 30 % is seen; products of two normals have the longest tails.
+    # So many draws show a variance that is wrong by 30 %; lowrank needs more, since a product of two normals has long tails.
     layer, draws = flipout_layers([net])[0], 1500 if family == "lowrank" else 400
     found = []
     for draw in range(draws):
