@@ -168,7 +168,7 @@ def test_the_exponent_is_that_of_the_medians() -> None:
 
 
 def test_the_interval_of_the_exponent_is_over_seeds() -> None:
-    """One seed of three at the largest size is slower: the median is not, but of resampled seeds one set in four has it twice."""
+    """One seed of three at the largest size is slower; one resampled set in four has it twice, so that its median is, too."""
     sizes, slower = (10, 20, 30, 50), round(27 * 50**1.5)
     rows = [
         row(size, seed, slower if (size, seed) == (50, 2) else round(3 * size**1.5)) for size in sizes for seed in range(3)
