@@ -85,8 +85,8 @@ class KeyedBufferMixin(RolloutBuffer):
         """Noise of padding, then of all transitions in the order of the flattened buffer; made once per rollout."""
         if self._noise is None:
             keys, scales = (_padded(self.swap_and_flatten(array)[:, 0]) for array in (self.noise_keys, self.noise_scales))
-            self._noise = RowNoise(keys.to(self.device), scales.to(self.device), self._owner)
-            self._noise.base = self._base
+            noise = RowNoise(keys.to(self.device), scales.to(self.device), self._owner)
+            self._noise = noise.under_base(self._base)
         return self._noise
 
     def row_noise(self, batch_inds: np.ndarray) -> RowNoise:

@@ -38,6 +38,11 @@ class NumberedBufferMixin(ReplayBuffer):
     numbered: int = 0  # transitions that have been given one
     sampling_numbered: bool = False  # whether `sample` is running
 
+    @property
+    def _known_as(self) -> type[ReplayBuffer]:
+        """The class that the user knows: what this one was made from, or the user's own that derives from what was made."""
+        return vars(type(self)).get("DERIVED_FROM", type(self))
+
     def add(self, *args: Any, **kwargs: Any) -> None:
         """
         Store a step of all environments, and give each transition a number.
@@ -68,7 +73,7 @@ class NumberedBufferMixin(ReplayBuffer):
         try:
             samples = _with_numbers(self, partial(super().sample, *args, **kwargs))
         except (IndexError, RuntimeError) as error:  # torch's
-            if not type(self).__bases__[1].__module__.startswith("stable_baselines3."):
+            if not self._known_as.__module__.startswith("stable_baselines3."):
                 error.args = (f"{error} (If that is about actions: {_TWO_COLUMNS}.)",)
             raise
         finally:
@@ -77,11 +82,11 @@ class NumberedBufferMixin(ReplayBuffer):
             return None
         both: Any = getattr(samples, "actions", None)
         if not _are_numbered(both) or _lacks_number(both).any():
-            raise TypeError(f"a sample of {type(self).__bases__[1].__name__} {_why_lost(samples, both)}; {_OR_LEAVE_OUT}")
+            raise TypeError(f"a sample of {self._known_as.__name__} {_why_lost(samples, both)}; {_OR_LEAVE_OUT}")
         rewards = getattr(samples, "rewards", None)
         if isinstance(rewards, th.Tensor) and rewards.numel() == 2 * len(both):
             raise TypeError(
-                f"a sample of {type(self).__bases__[1].__name__} has {len(both)} actions and rewards of shape "
+                f"a sample of {self._known_as.__name__} has {len(both)} actions and rewards of shape "
                 f"{tuple(rewards.shape)}; {_TWO_COLUMNS}; {_OR_LEAVE_OUT}"
             )
         return _split_off_numbers(samples)
@@ -93,11 +98,10 @@ class NumberedBufferMixin(ReplayBuffer):
         :param protocol: Pickle protocol
         :return: How to make it again
         """
-        derived_from = vars(type(self)).get("DERIVED_FROM")
-        if derived_from is None:
+        if self._known_as is type(self):
             return super().__reduce_ex__(protocol)
         state = getattr(self, "__getstate__", None)  # which Python 3.10 has in classes that define it only
-        return _empty_numbered, (derived_from,), dict(self.__dict__) if state is None else state()
+        return _empty_numbered, (self._known_as,), dict(self.__dict__) if state is None else state()
 
 
 def _as_known(original: Any) -> Any:

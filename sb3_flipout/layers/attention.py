@@ -142,14 +142,14 @@ class FlipoutMultiheadAttention(FlipoutLayer, nn.MultiheadAttention):
             return F.linear(x, weight, bias)
         size, spread = len(x), self.row_layout.spread
         scale = view.noise.scale.to(weight.dtype)
-        if not view.vectors and self.noise_config.noise_sharing != "shared":
+        if not view.of_keys and self.noise_config.noise_sharing != "shared":
             weights, row_bias = self.row_weights(spread(view.noise.keys, size), spread(scale, size), block)
             own_bias = bias.expand(size, -1) if row_bias is None and bias is not None else _part(row_bias, out)
             return functional.linear_per_row(x, weights[:, out], own_bias)
         deltas: Any = tuple(_part(delta, out, 0) for delta in self.deltas(block=block))
-        if not view.vectors:
+        if not view.of_keys:
             return functional.shared(F.linear, x, (weight, bias), deltas, spread(scale, size)[:, None, None])
-        s, r = (spread(view.vectors[2 * block.number + i].to(weight.dtype), size)[:, None] for i in (0, 1))
+        s, r = (spread(vector.to(weight.dtype), size)[:, None] for vector in view.vectors(block.number))
         return functional.flipout(F.linear, x, (weight, bias), deltas, s, r[..., out])
 
     def _mask(self, padding: th.Tensor | None, pairs: th.Tensor | None, queries: th.Tensor) -> th.Tensor | None:

@@ -90,8 +90,9 @@ class FlipoutEmbedding(FlipoutLayer, nn.Embedding):
         index = for_rows(given)
         keys = self._of_entries(view.noise.keys, index)
         scale = self._of_entries(view.noise.scale.to(self.weight.dtype), index)[..., None]
-        if view.vectors:
-            r = self.row_layout.spread(view.vectors[1].to(self.weight.dtype), len(index))
+        if view.of_keys:
+            _, over_outputs = view.vectors()
+            r = self.row_layout.spread(over_outputs.to(self.weight.dtype), len(index))
             s = factors_at(keys, index, self.noise_index or 0, 0, self.noise_config.spec.factor, self.weight.dtype)
             r = r.view(len(index), *[1] * (index.dim() - 1), self.embedding_dim)
             found, delta_bias = self._looked_up(given)

@@ -26,10 +26,15 @@ class RowView(NamedTuple):
     of_keys: tuple[th.Tensor, ...]
     rows: int
 
-    @property
-    def vectors(self) -> tuple[th.Tensor, ...]:
-        """The layer's factor vectors, one for each row."""
-        return self.of_keys if self.noise.rows_per_key == 1 else tuple([self.noise.of_keys(each) for each in self.of_keys])
+    def vectors(self, block: int = 0) -> tuple[th.Tensor, th.Tensor]:
+        """
+        Take the factor vectors of one weight, one for each row; ask first whether there are any, by ``of_keys``.
+
+        :param block: Number of the weight in its layer
+        :return: Factors over inputs and over outputs, each (N, units)
+        """
+        s, r = self.of_keys[2 * block : 2 * block + 2]
+        return self.noise.of_keys(s), self.noise.of_keys(r)
 
     def is_once(self, x: th.Tensor) -> bool:
         """

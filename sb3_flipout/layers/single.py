@@ -58,8 +58,8 @@ class OneWeightLayer(FlipoutLayer):
         if view.is_once(x) and self.row_layout == FIRST:
             return self._forward_inputs_once(x, view)
         self._check_rows(x, view.rows)
-        if view.vectors:
-            s, r = (self._unit_dims(self._spread(vector, x), x) for vector in view.vectors)
+        if view.of_keys:
+            s, r = (self._unit_dims(self._spread(vector, x), x) for vector in view.vectors())
             return self._flipped(x, s, r)
         scale = view.noise.scale.to(self.weight.dtype)
         if self.noise_config.noise_sharing == "shared":
@@ -72,9 +72,9 @@ class OneWeightLayer(FlipoutLayer):
     def _forward_inputs_once(self, x: th.Tensor, view: RowView) -> th.Tensor:
         """The first layer that is perturbed, where each input stands for several neighbouring rows."""
         for_rows = view.noise.for_rows
-        if not view.vectors:
+        if not view.of_keys:
             return self.forward_rows(for_rows(x), view)
-        s, r = (self._unit_dims(vector.to(self.weight.dtype), x) for vector in view.vectors)
+        s, r = (self._unit_dims(vector.to(self.weight.dtype), x) for vector in view.vectors())
         return self._flipped(x, s, r, for_rows=for_rows)
 
     def _weights_pay(self, x: th.Tensor, view: RowView) -> bool:

@@ -76,6 +76,17 @@ class RowNoise:
             self._scale = th.ones_like(self.keys, dtype=th.float32) if parent is None else _take(parent[0].scale, parent[1])
         return self._scale
 
+    def under_base(self, base: int | str | None) -> RowNoise:
+        """
+        Note the base under which the rows have acted. These rows may be held for steps under another one, so they stay.
+
+        :param base: As :attr:`base` says
+        :return: The same rows
+        """
+        noted = self[:]
+        noted.base = base
+        return noted
+
     def materialise(self) -> int:
         """
         Take keys and scales out of the parent now, so that compiled code finds tensors and no index that changes.
@@ -112,9 +123,7 @@ class RowNoise:
         :return: Noise of these rows at those scales
         """
         if not self._plain:
-            found = RowNoise(self.keys, scale, self.owner)
-            found.base = self.base
-            return found
+            return RowNoise(self.keys, scale, self.owner).under_base(self.base)
         twin = self[:]
         twin._scale, twin._plain, twin._unit = scale, False, self
         twin.silent = _all_zero(scale) if silent is None else silent
@@ -183,8 +192,7 @@ class RowNoise:
         owner = next(iter(owners.values())) if len(owners) == 1 else None
         found = RowNoise(th.cat([part.keys for part in parts]), th.cat([part.scale for part in parts]), owner)
         bases = {part.base for part in parts}
-        found.base = bases.pop() if len(bases) == 1 else SEVERAL_BASES
-        return found
+        return found.under_base(bases.pop() if len(bases) == 1 else SEVERAL_BASES)
 
 
 class RowsByKey(RowNoise):

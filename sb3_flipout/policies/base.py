@@ -227,16 +227,16 @@ class FlipoutPolicyMixin(NoiseState):
         tensors, _ = self.obs_to_tensor(obs)
         with looked_at(self):  # SB3 has not asked for evaluation mode yet
             left = divide_by_inputs(self.perturbed_network.layers, lambda: self.mean_outputs(tensors))
-        for name in ("q_net", "quantile_net", "actor"):  # a target is a copy of what it is the target of
-            target = getattr(self, f"{name}_target", None)
-            if target is not None:
-                target.load_state_dict(getattr(self, name).state_dict())
+        self._follow_sigma()
         if left:
             names = [name for name, layer in self.named_modules() if any(layer is one for one in left)]
             warn_user(
                 f'sigma_unit="inputs" has no effect on {", ".join(names)}: their inputs are 0 in the first observations, or '
                 "they are neither linear layers nor convolutions. Their sigma is in units of 1/sqrt(fan_in).",
             )
+
+    def _follow_sigma(self) -> None:
+        """Give target networks the sigma of those that they follow; on-policy there are none."""
 
     def lead_copies(self, held: Iterable[Any]) -> None:
         """

@@ -25,7 +25,7 @@ from sb3_flipout.policies.learning import LearnsUnderNoise
 from sb3_flipout.policies.learning_noise import LearningNoise, Role
 from sb3_flipout.policies.learning_settings import LearningSettings
 from sb3_flipout.policies.observations import check_extractor, n_rows
-from sb3_flipout.policies.optimizers import count_steps
+from sb3_flipout.policies.optimizers import count_steps, sigmas_of
 
 
 class OffPolicyMixin(FlipoutPolicyMixin):
@@ -181,6 +181,14 @@ class OffPolicyMixin(FlipoutPolicyMixin):
         for layer, model in pairs:
             layer.bind(model.bases())
         self._aligned = [(draw, draw._version) for draw in _base_draws(pairs)]
+
+    @th.no_grad()
+    def _follow_sigma(self) -> None:
+        """Give target networks the sigma of those that they follow."""
+        for target, followed in self.targets:
+            for layer, model in self._paired_layers(target, followed):
+                for (_, own), (_, other) in zip(sigmas_of([layer]), sigmas_of([model]), strict=True):
+                    own.copy_(other)
 
     def _paired_layers(self, target: str, followed: str) -> list[tuple[FlipoutLayer, FlipoutLayer]]:
         """

@@ -180,7 +180,7 @@ class OnPolicyPasses(FlipoutPolicyMixin):
         active = self.perturbed_network.active
         noise = active if isinstance(active, RowNoise) else None
         if noise is not None:
-            noise.base = self.perturbed_network.layers[0].base_key
+            noise = noise.under_base(self.perturbed_network.layers[0].base_key)
         log_prob.row_noise = noise  # type: ignore[attr-defined]
         self.marks.acted_unmarked = noise is not None and not self.marks.collects
 

@@ -254,6 +254,33 @@ class Numbered(numbered(ReplayBuffer)):  # type: ignore[misc]
     """A user's subclass of a class that was made at run time; pickled by its own name."""
 
 
+class NumberedFloats(numbered(ReplayBuffer)):  # type: ignore[misc]
+    """Such a one that loses its numbers."""
+
+    def _get_samples(self, batch_inds: np.ndarray, env: Any = None) -> Any:
+        samples = super()._get_samples(batch_inds, env)
+        return samples._replace(actions=samples.actions.float())
+
+
+class NumberedBroken(numbered(ReplayBuffer)):  # type: ignore[misc]
+    """Such a one whose own code fails."""
+
+    def _get_samples(self, batch_inds: np.ndarray, env: Any = None) -> Any:
+        raise IndexError("mine")
+
+
+def test_a_subclass_of_a_numbered_class_is_called_by_its_own_name() -> None:
+    buffer = filled(ReplayBuffer, 5)
+    number_transitions(buffer, KEY)
+    step(buffer, 0)
+    buffer.__class__ = NumberedFloats
+    with pytest.raises(TypeError, match=r"^a sample of NumberedFloats has actions of shape"):
+        buffer.sample(4)
+    buffer.__class__ = NumberedBroken
+    with pytest.raises(IndexError, match=r"^mine \(If that is about actions: inside `sample`"):
+        buffer.sample(4)
+
+
 @pytest.mark.parametrize("protocol", [2, pickle.HIGHEST_PROTOCOL])
 @pytest.mark.parametrize("kind", [numbered(ReplayBuffer), Numbered])
 def test_is_pickled_with_its_numbers(kind: Any, protocol: int) -> None:

@@ -191,7 +191,7 @@ def test_networks_of_several_types(types: tuple[th.dtype, ...], family: Any) -> 
             assert found.dtype == dtype
             eps = th.finfo(dtype).eps
             th.testing.assert_close(found, th.stack(rows), rtol=20 * eps, atol=20 * eps)
-            assert {vector.dtype for vector in layer.row_view().vectors} == {dtype}
+            assert {vector.dtype for vector in layer.row_view().vectors()} == {dtype}
 
 
 @pytest.mark.parametrize("dtype", [th.int32, th.int64])

@@ -49,6 +49,18 @@ class WithDropout(BaseFeaturesExtractor):
         return self.drop(x)
 
 
+class Recurrent(BaseFeaturesExtractor):
+    """A recurrent layer, which gets all rows from the linear one before it."""
+
+    def __init__(self, space: spaces.Box) -> None:
+        super().__init__(space, 6)
+        self.linear, self.gru = nn.Linear(space.shape[0], 8), nn.GRU(4, 6, batch_first=True)
+
+    def forward(self, x: th.Tensor) -> th.Tensor:
+        output: th.Tensor = self.gru(self.linear(x).unflatten(1, (2, 4)))[0]
+        return output[:, -1]
+
+
 class MaskedNet(QNetwork):
     """Uses the observation behind the network, where there are more rows than observations."""
 
@@ -75,6 +87,7 @@ CASES: dict[str, tuple[Any, str, dict[str, Any], bool]] = {
     "image": ("image", "FlipoutCnnPolicy", {}, True),
     "image, linear layers": ("image", "FlipoutCnnPolicy", dict(layers="linear"), True),
     "branches": (vector_env, "FlipoutMlpPolicy", dict(features_extractor_class=Branches), True),
+    "recurrent": (vector_env, "FlipoutMlpPolicy", dict(features_extractor_class=Recurrent), True),
     "a plain branch": (
         vector_env,
         "FlipoutMlpPolicy",

@@ -73,6 +73,20 @@ def test_base_kept_over_several_rollouts():
     assert probe.worst_ratio <= RATIO_TOLERANCE
 
 
+def test_noise_that_a_user_keeps_stays_that_of_its_rollout():
+    """Keys that are held from one rollout to the next act under another base there; what was kept before is not touched."""
+    kept = []
+
+    class Keep(BaseCallback):
+        def _on_step(self):
+            kept.append((self.locals["log_probs"].row_noise, self.model.policy.perturbed_network.layers[0].base_key))
+            return True
+
+    learn(PPO, "mlp-box", Keep(), steps=4 * 48, policy_kwargs=dict(resample=10_000))
+    assert len({base for _, base in kept}) == 4 and len({tuple(noise.keys.tolist()) for noise, _ in kept}) == 1
+    assert all(noise.base == base for noise, base in kept)
+
+
 def test_base_never_redrawn():
     recorder = NoiseRecorder()
     learn(PPO, "mlp-box", recorder, steps=6 * 48, policy_kwargs=dict(base_every_rollouts=None))

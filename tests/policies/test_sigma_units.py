@@ -86,11 +86,6 @@ def test_it_is_done_once_before_the_first_step_and_saved(algorithm: Any, tmp_pat
     after = sigmas(model)
     assert all(bool((a < b / 5).all()) for a, b in zip(after[:1], initial[:1], strict=True))
     assert not any(th.equal(a, b) for a, b in zip(after, initial, strict=True))
-    for name in ("q_net", "quantile_net", "actor"):
-        target = getattr(model.policy, f"{name}_target", None)
-        if target is not None:
-            pairs = zip(flipout_layers([target]), flipout_layers([getattr(model.policy, name)]), strict=True)
-            assert all(th.equal(a.weight_sigma, b.weight_sigma) for a, b in pairs)
     model.save(tmp_path / "model")
     loaded = algorithm.load(
         tmp_path / "model", env=scaled("Pendulum-v1" if hasattr(model.policy, "actor") else "CartPole-v1", 1.0)
@@ -98,6 +93,20 @@ def test_it_is_done_once_before_the_first_step_and_saved(algorithm: Any, tmp_pat
     for one in (model, loaded):
         one.learn(40)
         assert all(th.equal(a, b) for a, b in zip(sigmas(one), after, strict=True))
+
+
+@pytest.mark.parametrize("noise", [dict(), dict(perturb="all"), dict(perturb="all", members=3)], ids=str)
+@pytest.mark.parametrize("algorithm", [DQN, QRDQN, SAC, TD3, TQC])
+def test_targets_have_the_sigma_of_what_they_follow(algorithm: Any, noise: dict[str, Any]) -> None:
+    policy = build(algorithm, 1000.0, **(noise if algorithm in (SAC, TD3, TQC) else {})).policy
+    policy.meet_observations(scaled("Pendulum-v1" if hasattr(policy, "actor") else "CartPole-v1", 1000.0).reset())
+    compared = 0
+    for target, followed in policy.targets:
+        mine, its = (flipout_layers([getattr(policy, name)]) for name in (target, followed))
+        for layer, model in zip(mine, its, strict=True):
+            assert th.equal(layer.weight_sigma, model.weight_sigma)
+            compared += 1
+    assert compared or (not noise and algorithm in (SAC, TQC))  # whose targets are critics
 
 
 def test_the_default_changes_nothing() -> None:

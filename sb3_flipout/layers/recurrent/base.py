@@ -169,7 +169,8 @@ class RecurrentLayer(FlipoutLayer, nn.RNNBase):
         if layout.order == "plain" or not layout.fits(sequences, len(view.noise)):
             return view
         rows = layout.spread(th.arange(len(view.noise), device=view.noise.keys.device), sequences)
-        return RowView(view.noise[rows], tuple(vector.index_select(0, rows) for vector in view.vectors), len(rows))
+        of_rows = (view.noise.of_keys(vector).index_select(0, rows) for vector in view.of_keys)
+        return RowView(view.noise[rows], tuple(of_rows), len(rows))
 
     def _layers(
         self, x: th.Tensor, states: States, steps: Steps, kept: Sequence[th.Tensor] | None, view: RowView
@@ -188,18 +189,17 @@ class RecurrentLayer(FlipoutLayer, nn.RNNBase):
 
     def _projection(self, weight: str, steps: Steps, view: RowView) -> Projection:
         """One weight as the rows see it."""
-        noise, vectors, _ = view
         block = next(block for block in (*self.blocks, *self.quiet_blocks) if block.weight == weight)
         mean = block.means(self)
         if block in self.quiet_blocks:
             return Projection(mean)
-        if vectors:
-            s, r = (vectors[2 * block.number + i].to(mean[0].dtype) for i in (0, 1))
+        if view.of_keys:
+            s, r = (vector.to(mean[0].dtype) for vector in view.vectors(block.number))
             return PerturbedProjection(mean, self.deltas(block=block), s, r, steps)
-        scale = noise.scale.to(mean[0].dtype)
+        scale = view.noise.scale.to(mean[0].dtype)
         if self.noise_config.noise_sharing == "shared":
             return PerturbedProjection(mean, self.deltas(block=block), None, scale[:, None], steps)
-        return RowProjection(self.row_weights(noise.keys, scale, block), steps)
+        return RowProjection(self.row_weights(view.noise.keys, scale, block), steps)
 
     # What a kind of layer has to say.
     STATES: int

@@ -100,8 +100,8 @@ class FlipoutGRUCell(FlipoutLayer, nn.GRUCell):
     def _project(self, x: th.Tensor, block: Block, view: RowView) -> th.Tensor:
         mean, spread = block.means(self), self.row_layout.spread
         scale = view.noise.scale.to(x.dtype)
-        if view.vectors:
-            s, r = (spread(view.vectors[2 * block.number + i].to(x.dtype), len(x)) for i in (0, 1))
+        if view.of_keys:
+            s, r = (spread(vector.to(x.dtype), len(x)) for vector in view.vectors(block.number))
             return functional.flipout(linear, x, mean, self.deltas(block=block), s, r)
         if self.noise_config.noise_sharing == "shared":
             return functional.shared(linear, x, mean, self.deltas(block=block), spread(scale, len(x))[:, None])
