@@ -29,7 +29,7 @@ from sb3_flipout import Checkpoints, resume
 from sb3_flipout.envs import DeepSea
 from sb3_flipout.policies.extractors import OneHotExtractor
 
-CONFIRMING = 100  # seeds from here on had no part in the choice
+CONFIRMING = 100  # seeds from here on had no part in the choice, but for CHOSEN_ON of deep_sea.py
 MEMBERS, TRANSITIONS, GRADIENT_STEPS, PRIOR, LEARNING_RATE = 20, 64, 2, 0.35, 1e-3
 ROWS = MEMBERS * TRANSITIONS
 EPISODES_KEPT = 50  # episodes between checkpoints, at whose ends no episode is in its midst
@@ -97,37 +97,53 @@ def dropping(steps: int, first: int = 0) -> Callable[[float], float]:
 
 
 _ENSEMBLE: dict[str, Any] = dict(members=MEMBERS, prior_scale=PRIOR, keys_per_transition=MEMBERS)
-_TWICE: dict[str, Any] = dict(replay_buffer_class=NewestOftener, batch_size=2 * ROWS)
 _LEARNED = dict(learn_sigma=True, schedule="constant")
 _NOISYNET = dict(**_LEARNED, family="factorised", noise_sharing="shared")
-_GREEDY = dict(exploration_initial_eps=0.0, exploration_final_eps=0.0)
+_GREEDY: dict[str, Any] = dict(exploration_initial_eps=0.0, exploration_final_eps=0.0)
+_TWICE = dict(**_GREEDY, replay_buffer_class=NewestOftener, batch_size=2 * ROWS)
+OPTIMISM = 0.1  # a tenth of the treasure
 
-#: Arms of SB3's DQN: changes of its arguments, and policy_kwargs.
-ARMS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "members": (_GREEDY, _ENSEMBLE),
-    "members, newest oftener": ({**_GREEDY, "replay_buffer_class": NewestOftener}, _ENSEMBLE),
-    "members, slower": ({**_GREEDY, **_TWICE, "learning_rate": 3e-4}, _ENSEMBLE),
-    "members, ever slower": ({**_GREEDY, **_TWICE, "learning_rate": partial(falling, power=0.5)}, _ENSEMBLE),
-    "members, soon slower": ({**_GREEDY, **_TWICE, "learning_rate": partial(falling, power=0.5, first=2_000)}, _ENSEMBLE),
-    "members, settling": ({**_GREEDY, **_TWICE, "learning_rate": partial(falling, power=1.0)}, _ENSEMBLE),
-    "members, slower, dropping": ({**_GREEDY, **_TWICE, "learning_rate": dropping}, _ENSEMBLE),
-    "members, dropping twice": ({**_GREEDY, **_TWICE, "learning_rate": partial(dropping, first=2_000)}, _ENSEMBLE),
-    "members, one key": (_GREEDY, {**_ENSEMBLE, "keys_per_transition": 1}),
-    "members, 10": ({**_GREEDY, "batch_size": 10 * TRANSITIONS}, {**_ENSEMBLE, "members": 10, "keys_per_transition": 10}),
-    "members, no prior": (_GREEDY, {**_ENSEMBLE, "prior_scale": 0.0}),
-    "members, bootstrap": (_GREEDY, {**_ENSEMBLE, "bootstrap": 0.5}),
-    "members, reward noise": (_GREEDY, {**_ENSEMBLE, "reward_noise": 0.1}),
-    "members, bootstrap and reward noise": (_GREEDY, {**_ENSEMBLE, "bootstrap": 0.5, "reward_noise": 0.1}),
-    "members, optimism": (_GREEDY, _ENSEMBLE),
-    "flipout-step": (_GREEDY, dict(**_LEARNED, resample="step")),
-    "flipout-episode": (_GREEDY, dict(**_LEARNED, resample="episode")),
-    "noisynet-step": (_GREEDY, dict(**_NOISYNET, resample="step")),
-    "noisynet-episode": (_GREEDY, dict(**_NOISYNET, resample="episode")),
-    "epsilon": (dict(exploration_initial_eps=1.0, exploration_final_eps=0.1), {}),
+
+class Arm(NamedTuple):
+    """
+    An arm of SB3's DQN.
+
+    :param algorithm: Changes of the algorithm's arguments
+    :param noise: ``policy_kwargs`` of the flipout policy; none for the stock one
+    :param rate: Makes the learning rate by the environment steps of a whole run, where it falls
+    :param optimism: Added to all values at the start
+    """
+
+    algorithm: dict[str, Any]
+    noise: dict[str, Any]
+    rate: Callable[[int], Callable[[float], float]] | None = None
+    optimism: float = 0.0
+
+
+ARMS = {
+    "members": Arm(_GREEDY, _ENSEMBLE),
+    "members, newest oftener": Arm({**_GREEDY, "replay_buffer_class": NewestOftener}, _ENSEMBLE),
+    "members, slower": Arm({**_TWICE, "learning_rate": 3e-4}, _ENSEMBLE),
+    "members, ever slower": Arm(_TWICE, _ENSEMBLE, partial(falling, power=0.5)),
+    "members, soon slower": Arm(_TWICE, _ENSEMBLE, partial(falling, power=0.5, first=2_000)),
+    "members, settling": Arm(_TWICE, _ENSEMBLE, partial(falling, power=1.0)),
+    "members, slower, dropping": Arm(_TWICE, _ENSEMBLE, dropping),
+    "members, dropping twice": Arm(_TWICE, _ENSEMBLE, partial(dropping, first=2_000)),
+    "members, one key": Arm(_GREEDY, {**_ENSEMBLE, "keys_per_transition": 1}),
+    "members, 10": Arm({**_GREEDY, "batch_size": 10 * TRANSITIONS}, {**_ENSEMBLE, "members": 10, "keys_per_transition": 10}),
+    "members, no prior": Arm(_GREEDY, {**_ENSEMBLE, "prior_scale": 0.0}),
+    "members, bootstrap": Arm(_GREEDY, {**_ENSEMBLE, "bootstrap": 0.5}),
+    "members, reward noise": Arm(_GREEDY, {**_ENSEMBLE, "reward_noise": 0.1}),
+    "members, bootstrap and reward noise": Arm(_GREEDY, {**_ENSEMBLE, "bootstrap": 0.5, "reward_noise": 0.1}),
+    "members, optimism": Arm(_GREEDY, _ENSEMBLE, optimism=OPTIMISM),
+    "flipout-step": Arm(_GREEDY, dict(**_LEARNED, resample="step")),
+    "flipout-episode": Arm(_GREEDY, dict(**_LEARNED, resample="episode")),
+    "noisynet-step": Arm(_GREEDY, dict(**_NOISYNET, resample="step")),
+    "noisynet-episode": Arm(_GREEDY, dict(**_NOISYNET, resample="episode")),
+    "epsilon": Arm(dict(exploration_initial_eps=1.0, exploration_final_eps=0.1), {}),
 }
 #: Arms that are written out in boot_dqn.py.
 PLAIN = ("boot-dqn", "index-head")
-OPTIMISM = 0.1  # added to all values at the start; a tenth of the treasure
 
 
 class Run(NamedTuple):
@@ -164,13 +180,11 @@ def sea(run: Run) -> gym.Env[Any, Any]:
 
 def build(run: Run) -> DQN:
     size, _, cap = TASKS[run.task]
-    changes, noise = ARMS[run.arm]
-    if callable(changes.get("learning_rate")):
-        changes = {**changes, "learning_rate": changes["learning_rate"](cap * size)}
+    arm = ARMS[run.arm]
     env = make_vec_env(lambda: sea(run), seed=run.seed)
     network = dict(net_arch=[50], features_extractor_class=OneHotExtractor, features_extractor_kwargs=dict(features_dim=50))
     settings: dict[str, Any] = dict(
-        learning_rate=LEARNING_RATE,
+        learning_rate=LEARNING_RATE if arm.rate is None else arm.rate(cap * size),
         batch_size=ROWS,
         buffer_size=cap * size,  # all of a run: what is forgotten would be searched again
         learning_starts=100,
@@ -178,16 +192,16 @@ def build(run: Run) -> DQN:
         gradient_steps=GRADIENT_STEPS,
         target_update_interval=4,
         gamma=0.99,
+        exploration_fraction=100 / cap,
     )
-    policy = "MlpPolicy" if run.arm == "epsilon" else "FlipoutMlpPolicy"
-    if run.arm == "epsilon":
-        settings["exploration_fraction"] = min(1.0, 100 / cap)
-    model = DQN(policy, env, **{**settings, **changes}, policy_kwargs={**network, **noise}, seed=run.seed, device="cpu")
+    policy = "FlipoutMlpPolicy" if arm.noise else "MlpPolicy"
+    settings |= dict(arm.algorithm, policy_kwargs={**network, **arm.noise}, seed=run.seed, device="cpu")
+    model = DQN(policy, env, **settings)
     model.set_logger(Logger(folder=None, output_formats=[]))
-    if run.arm == "members, optimism":
+    if arm.optimism:
         with th.no_grad():
             for net in (model.q_net, model.q_net_target):
-                net.q_net[-1].bias += OPTIMISM
+                net.q_net[-1].bias += arm.optimism
     return model
 
 

@@ -1,4 +1,4 @@
-"""The batches that a replay buffer gives in updates: gradient steps are told by them, and members need them made otherwise."""
+"""The batches that a replay buffer gives in updates: gradient steps are told by them, and they are changed for members."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def number_stored(algorithm: Any, policy: FlipoutPolicyMixin) -> None:
     :raises TypeError: If the buffer cannot be given numbers
     """
     learning = learning_of(policy)
-    if learning is None or not learning.bootstrap.needs_numbers:
+    if learning is None or not learning.member_data.needs_numbers:
         return
     without = number_transitions(algorithm.replay_buffer, fold(policy._noise_seed, Stream.TRANSITIONS))
     if without:
@@ -164,9 +164,9 @@ class _HeardBatches:
         learning, times = self.learning, self.learning.keys_per_transition
         samples = _repeated(given, times) if times > 1 else given
         numbers = None
-        if learning.bootstrap.needs_numbers:
+        if learning.member_data.needs_numbers:
             numbers = _numbers(given).repeat_interleave(times)
-            samples = with_parts(samples, rewards=learning.noise_on_rewards(samples.rewards, numbers))
+            samples = with_parts(samples, rewards=learning.perturbed_rewards(samples.rewards, numbers))
         learning.batches.note(samples, learning.step, numbers)
         return samples
 

@@ -105,10 +105,9 @@ class FlipoutPolicyMixin(NoiseState):
                 return made
         chosen = kwargs | getattr(self.optimizer_class, "keywords", {})  # what a functools.partial has chosen
         settings, kind = self.noise_settings, getattr(self.optimizer_class, "func", self.optimizer_class)
-        learns_by_mean = getattr(settings, "update_noise", None) == "mean"  # a setting of actors
         if (
             (settings.learn_sigma or settings.sigma_init != 0)
-            and not learns_by_mean
+            and not settings.learns_by_mean
             and isinstance(kind, type)  # or a function that makes an optimizer
             and issubclass(kind, (th.optim.Adam, th.optim.AdamW))
             and "fused" in signature(self.optimizer_class).parameters

@@ -160,12 +160,14 @@ class LearningValueNetwork(LearnsUnderNoise, BasePolicy):
             if learning is None or self.role != Role.ONLINE or not th.is_grad_enabled():
                 return values
             batch = learning.batches.of(obs)
-            values = learning.bootstrap.only_its_own(values, batch, noise.in_order(noise.keys))
-            learning.learns_from(batch, n_rows(obs))
+            values = learning.member_data.masked(values, batch, noise.in_order(noise.keys))
+            learning.note_learned(batch, n_rows(obs))
             return values
 
     def _noise_for(self, obs: PyTorchObs, learning: LearningNoise, role: Role) -> RowNoise | None:
         """Where copies of an observation are told apart by their members alone, networks get it once."""
+        if role == Role.TARGET:
+            learning.note_target(n_rows(obs))
         batch = learning.batches.of(obs)
         times = learning.rows_per_input(obs, batch)
         if times > 1 and times == learning.settings.members and is_seen_by_us_alone(self):

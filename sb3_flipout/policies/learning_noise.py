@@ -16,7 +16,7 @@ from sb3_flipout.checks import warn_user
 from sb3_flipout.noise import RowNoise, RowsByKey, Stream, fold, fold_in
 from sb3_flipout.noise.keys import restrict
 from sb3_flipout.policies.learning_settings import LearningSettings
-from sb3_flipout.policies.sampled import Bootstrap, SampledBatch, SampledBatches
+from sb3_flipout.policies.sampled import MemberData, SampledBatch, SampledBatches
 from sb3_flipout.policies.unseen_steps import UnseenSteps
 
 
@@ -50,10 +50,10 @@ class LearningNoise:
         self.seed = seed
         self.settings = settings
         self.step = 0  # gradient steps so far
-        self.active = False  # whether SB3's `train` is running
+        self.active = False  # whether SB3's `train` is running, and not for the mean weights
         self.scale = 1.0
         self.keys_per_transition: int = getattr(settings, "keys_per_transition", 1)  # a setting of value-based policies
-        self.bootstrap = Bootstrap(getattr(settings, "bootstrap", 1.0), getattr(settings, "reward_noise", 0.0))
+        self.member_data = MemberData(getattr(settings, "bootstrap", 1.0), getattr(settings, "reward_noise", 0.0))
         self.batches = SampledBatches()
         self.warned: set[str] = set()  # of what
         self._target_pass = (-1, 0)  # gradient step, and rows, of the last pass of a target network
@@ -88,12 +88,22 @@ class LearningNoise:
         """
         self.origins = tuple(dict.fromkeys([*self.origins, *origins]))
 
-    def begin_update(self) -> None:
-        """Look for gradient steps that nobody counts from now on."""
+    def begin_update(self, scale: float, by_mean_weights: bool) -> None:
+        """
+        Let networks learn under noise, and look for gradient steps that nobody counts, from now on.
+
+        :param scale: Noise scale
+        :param by_mean_weights: Whether somebody has said that the mean weights learn
+        """
+        self.active, self.scale = not by_mean_weights, scale
         self.unseen = UnseenSteps(lambda: self.step, self.count)
 
+    def leave_update(self) -> None:
+        """An update is over, or has failed."""
+        self.active, self.unseen = False, None
+
     def end_update(self) -> None:
-        """Count a last such step, and say once if all of an update may have learned under the noise of one."""
+        """Count a last step that nobody has, and say once if all of an update may have learned under the noise of one."""
         assert self.unseen is not None, "an update goes on"
         several = self.unseen.may_be_several and not self.unseen.batches
         if self.unseen.look() and several and "steps" not in self.warned:
@@ -113,7 +123,7 @@ class LearningNoise:
         """
         if role == Role.TARGET:
             return str(self.settings.target_noise)
-        return str(getattr(self.settings, "update_noise", "independent"))  # of actors alone
+        return "mean" if self.settings.learns_by_mean else "independent"
 
     def _role(self, role: Role) -> Role:
         return Role.ONLINE if self.settings.target_noise == "same" else role
@@ -130,15 +140,13 @@ class LearningNoise:
         """
         if self.noise_of(role) == "mean":
             return None
-        if role == Role.TARGET:
-            self._target_pass = (self.step, n)
         if self.keys_per_transition > 1:
             return RowNoise(self._stratified(role, n, device, batch), self.scale)
         rows = th.arange(n, device=device)
         keys = fold_in(fold(self.seed, Stream.LEARNING_KEYS, self._step_of(batch), self._role(role)), rows)
         return RowNoise(restrict(keys, self.settings.members), self.scale)
 
-    def rows_by_member(self, role: Role, n: int, device: th.device, batch: SampledBatch | None = None) -> RowsByKey | None:
+    def rows_by_member(self, role: Role, n: int, device: th.device, batch: SampledBatch | None) -> RowsByKey | None:
         """
         Sort the noise of :meth:`rows` by member, where every transition is learned under all of them.
 
@@ -150,31 +158,34 @@ class LearningNoise:
         """
         if self.noise_of(role) == "mean":
             return None
-        members, of_each = self.keys_per_transition, n // self.keys_per_transition
-        transition = th.arange(of_each, device=device).repeat_interleave(members)
-        order = self._stratified(role, n, device, batch) * of_each + transition
-        return RowsByKey(th.arange(members, device=device), self.scale, order)
+        k = self.keys_per_transition
+        assert k == self.settings.members, "every member learns from each transition"
+        transitions = n // k
+        transition = th.arange(transitions, device=device).repeat_interleave(k)
+        order = self._stratified(role, n, device, batch) * transitions + transition
+        return RowsByKey(th.arange(k, device=device), self.scale, order)
 
     def _step_of(self, batch: SampledBatch | None) -> int:
         return self.step if batch is None else batch.step
 
-    def _stratified(self, role: Role, n: int, device: th.device, batch: SampledBatch | None = None) -> th.Tensor:
+    def _stratified(self, role: Role, n: int, device: th.device, batch: SampledBatch | None) -> th.Tensor:
         """Members of repeated transitions: of transition i the M that follow a hashed first one, in a circle of all K."""
-        times, members = self.keys_per_transition, self.settings.members
-        transition = th.arange(-(-n // times), device=device)
+        m, k = self.keys_per_transition, self.settings.members
+        transition = th.arange(-(-n // m), device=device)
         first = fold_in(fold(self.seed, Stream.FIRST_MEMBERS, self._step_of(batch), self._role(role)), transition)
-        return restrict(restrict(first, members)[:, None] + th.arange(times, device=device), members).flatten()[:n]
+        return restrict(restrict(first, k)[:, None] + th.arange(m, device=device), k).flatten()[:n]
 
-    def noise_on_rewards(self, rewards: th.Tensor, numbers: th.Tensor) -> th.Tensor:
+    def perturbed_rewards(self, rewards: th.Tensor, numbers: th.Tensor) -> th.Tensor:
         """
         Perturb the rewards of a batch of the present gradient step, each by its row's member.
 
-        :param rewards: Rewards, shape (N, 1)
+        :param rewards: Rewards, shape (N, 1), or of a buffer of the user's (N,)
         :param numbers: Numbers of the transitions, shape (N,)
-        :return: What each row's member learns from, shape (N, 1)
+        :return: What each row's member learns from, of the same shape
         """
         noise = self.rows(Role.ONLINE, len(numbers), numbers.device)
-        return rewards if noise is None else self.bootstrap.noise_on(rewards, numbers, noise.keys)
+        assert noise is not None, "value networks learn under noise"
+        return self.member_data.perturbed_rewards(rewards, numbers, noise.keys)
 
     def rows_per_input(self, obs: Any, batch: SampledBatch | None) -> int:
         """
@@ -187,9 +198,17 @@ class LearningNoise:
         once = self.inputs_once and batch is not None and batch.is_repeated(obs)
         return self.keys_per_transition if once else 1
 
-    def learns_from(self, batch: SampledBatch | None, rows: int) -> None:
+    def note_target(self, rows: int) -> None:
         """
-        Warn once if members learn from observations that are no batch of the replay buffer's ``sample``.
+        Note that a target network is asked.
+
+        :param rows: About how many rows
+        """
+        self._target_pass = (self.step, rows)
+
+    def note_learned(self, batch: SampledBatch | None, rows: int) -> None:
+        """
+        Note what members learn from; warn once if it is no batch of the replay buffer's ``sample``.
 
         It is silent where they may be the last batch, changed (images that are shifted at random); and where nothing but
         members is asked for and the target was asked about as many rows in this step: each row has its own member's target.
@@ -202,7 +221,7 @@ class LearningNoise:
         if batch is not None or "elsewhere" in self.warned or self.batches.may_be_changed(rows):
             return
         given = [f"keys_per_transition={self.keys_per_transition}"] if self.keys_per_transition > 1 else []
-        given += [f"reward_noise={self.bootstrap.reward_noise}"] if self.bootstrap.reward_noise > 0 else []
+        given += [f"reward_noise={self.member_data.reward_noise}"] if self.member_data.reward_noise > 0 else []
         if given or self._may_differ(rows):
             self.warned.add("elsewhere")
             settings = ", ".join(given) or f"members={self.settings.members}"

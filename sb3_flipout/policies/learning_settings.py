@@ -98,6 +98,11 @@ class ActorSettings(LearningSettings):
     _DEFAULT_RESAMPLE: ClassVar[str] = "episode"
     _DEFAULT_TARGET_NOISE: ClassVar[str] = "mean"
 
+    @property
+    def learns_by_mean(self) -> bool:
+        """Whether the mean weights learn, and the noise is that of the behaviour alone."""
+        return self.update_noise == "mean"
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self._set(

@@ -141,8 +141,7 @@ class OffPolicyMixin(FlipoutPolicyMixin):
         said = self.perturbed_network.active is not None
         # Hung on here, not once for all: copies of an optimizer, and another one put in its place, have no hooks.
         stop_counting = count_steps(self.step_optimizer, self.learning.count)
-        self.learning.active, self.learning.scale = not said, self.effective_scale
-        self.learning.begin_update()
+        self.learning.begin_update(self.effective_scale, by_mean_weights=said)
         self.marks.updates = True
         try:
             with ExitStack() as stack:
@@ -158,8 +157,8 @@ class OffPolicyMixin(FlipoutPolicyMixin):
                 self.guard.compare(self, self.perturbed_network, self._acting_network(), by_mean)
         finally:
             stop_counting()
-            self.learning.active = self.marks.updates = False
-            self.learning.unseen = None
+            self.learning.leave_update()
+            self.marks.updates = False
             if acting_bases is not None:
                 self.perturbed_network.bind(acting_bases)
 
@@ -246,7 +245,7 @@ class OffPolicyMixin(FlipoutPolicyMixin):
         """
         gradient_steps = int(state["gradient_steps"])
         super().set_noise_state(state)
-        self.learning.seed, self.learning.step = self._noise_seed, gradient_steps
+        self.learning.step = gradient_steps
         self._acting_base_key = int(state.get("acting_base", self._base_key(0)))
         if self.noise_settings.members is None:  # members' base is a weight, and loaded with the weights
             for network in self._perturbed_networks():

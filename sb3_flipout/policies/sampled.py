@@ -124,7 +124,7 @@ class SampledBatches:
         Find the batch whose observations, and next ones behind them, a network is asked about.
 
         :param obs: Observations
-        :return: The batch; ``None`` if it is not such a one
+        :return: The batch; ``None`` if there is none
         """
         return next((batch for batch in reversed(self.noted) if batch.is_joined_in(obs)), None)
 
@@ -143,7 +143,7 @@ class SampledBatches:
         return bool(self.noted) and rows == self.noted[-1].rows and not self._learned_as_given
 
 
-class Bootstrap:
+class MemberData:
     """
     What each member learns from, and what it adds to rewards.
 
@@ -160,7 +160,7 @@ class Bootstrap:
         """Whether transitions have to be told apart at all."""
         return self.share < 1 or self.reward_noise > 0
 
-    def noise_on(self, rewards: th.Tensor, numbers: th.Tensor, members: th.Tensor) -> th.Tensor:
+    def perturbed_rewards(self, rewards: th.Tensor, numbers: th.Tensor, members: th.Tensor) -> th.Tensor:
         """
         Perturb rewards.
 
@@ -175,7 +175,7 @@ class Bootstrap:
         draws = reward_draws(numbers, members, dtype).view(-1, *[1] * (rewards.dim() - 1))
         return rewards + self.reward_noise * draws
 
-    def only_its_own(self, values: th.Tensor, batch: SampledBatch | None, members: th.Tensor) -> th.Tensor:
+    def masked(self, values: th.Tensor, batch: SampledBatch | None, members: th.Tensor) -> th.Tensor:
         """
         Let gradients through only where a row's transition is in its member's bootstrap sample.
 

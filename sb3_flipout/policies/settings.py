@@ -120,6 +120,11 @@ class NoiseSettings:
         return self._DEFAULT_SCHEDULE if self.schedule is None else self.schedule
 
     @property
+    def learns_by_mean(self) -> bool:
+        """Whether the mean weights learn, and the noise is that of the behaviour alone; some actors can be told so."""
+        return False
+
+    @property
     def insists_on_schedule(self) -> bool:
         """Whether the user has asked for a falling noise, so that it is said where it cannot fall."""
         return self.schedule not in (None, "constant")

@@ -201,10 +201,10 @@ class NoiseState(BasePolicy):
         factor = check_number("schedule_factor", state.get("schedule_factor", 1.0), 0.0, _LARGEST_SCALE)
         ladder = state.get("noise_ladder")
         self.noise_ladder = None if ladder is None else tuple(ladder)
-        self._noise_seed, self._noise_scale, self._schedule_factor = seed, scale, factor
+        self._noise_scale, self._schedule_factor = scale, factor
         self._sigma_in_units = bool(state.get("sigma_in_units", True))
-        self._keys.restart(steps, fold(seed, Stream.COLLECTION))
-        self._evaluation.seed, self._evaluation.calls = fold(seed, Stream.EVALUATION), evaluations
+        self._keys.step, self._evaluation.calls = steps, evaluations
+        self._set_noise_seed(seed)
         self.noise_settings = self.noise_settings.as_saved(state["settings"])
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:

@@ -92,7 +92,7 @@ def test_the_loss_is_the_mean_over_transitions_and_members(prior_scale: float, t
 def test_first_members_are_uniform() -> None:
     """Chi-square over 20,000 transitions, false-fail rate 1e-6."""
     model = build(keys_per_transition=2)
-    first = model.policy.learning._stratified(0, 2 * 20_000, th.device("cpu"))[::2]
+    first = model.policy.learning._stratified(0, 2 * 20_000, th.device("cpu"), None)[::2]
     counts = np.bincount(first.numpy(), minlength=K)
     assert ((counts - 4000.0) ** 2 / 4000).sum() < chi2.isf(1e-6, K - 1)
 

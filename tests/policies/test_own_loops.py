@@ -28,7 +28,7 @@ from sb3_flipout.finite import NonFiniteError
 from sb3_flipout.noise import RowNoise
 from sb3_flipout.noise.transitions import reward_draws
 from sb3_flipout.policies import FlipoutDQNPolicy, FlipoutSACPolicy
-from sb3_flipout.policies.sampled import Bootstrap
+from sb3_flipout.policies.sampled import MemberData
 from sb3_flipout.replay_buffers import number_transitions, numbers_of
 
 K, B = 10, 16
@@ -301,7 +301,7 @@ def test_rewards_keep_their_form_whatever_their_numbers(flat: bool, dtype: th.dt
     numbers, members = th.arange(1, 41), th.arange(40) % K
     rewards = (th.arange(40) % 3 - 1).to(dtype)
     rewards = rewards if flat else rewards[:, None]
-    found = Bootstrap(reward_noise=0.5).noise_on(rewards, numbers, members)
+    found = MemberData(reward_noise=0.5).perturbed_rewards(rewards, numbers, members)
     assert found.shape == rewards.shape
     slow = [float(rewards.flatten()[i]) + 0.5 * float(reward_draws(numbers[i], members[i])) for i in range(40)]
     th.testing.assert_close(found.flatten().double(), th.tensor(slow, dtype=th.float64), rtol=1e-6, atol=1e-6)
