@@ -192,7 +192,7 @@ def build(run: Run) -> DQN:
         gradient_steps=GRADIENT_STEPS,
         target_update_interval=4,
         gamma=0.99,
-        exploration_fraction=100 / cap,
+        exploration_fraction=min(1.0, 100 / cap),  # of those that explore so
     )
     policy = "FlipoutMlpPolicy" if arm.noise else "MlpPolicy"
     settings |= dict(arm.algorithm, policy_kwargs={**network, **arm.noise}, seed=run.seed, device="cpu")

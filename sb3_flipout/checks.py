@@ -32,6 +32,19 @@ def warn_user(message: str) -> None:
     warnings.warn(message, stacklevel=level)
 
 
+def warn_once(warned: set[str], what: str, message: str) -> None:
+    """
+    Warn, if that has not been said yet.
+
+    :param warned: What has been
+    :param what: What this is about, in a word
+    :param message: What is to be said
+    """
+    if what not in warned:
+        warned.add(what)
+        warn_user(message)
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """
     Suggest the known name that is nearest to an unknown one; of equally near ones the first.

@@ -62,11 +62,16 @@ def test_a_run_that_was_stopped_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
 
 def test_arms_of_members_differ_in_what_the_page_names() -> None:
-    for arm, (changes, noise) in deep_sea_runs.ARMS.items():
-        if arm.startswith("members"):
-            ours = deep_sea_runs.ARMS["members"]
-            assert len({*noise.items()} ^ {*ours[1].items()}) <= 4
-            assert changes.keys() <= {*ours[0], "batch_size", "replay_buffer_class", "learning_rate"}
+    ours = deep_sea_runs.ARMS["members"]
+    for name, arm in deep_sea_runs.ARMS.items():
+        if name.startswith("members"):
+            assert len({*arm.noise.items()} ^ {*ours.noise.items()}) <= 4
+            assert arm.algorithm.keys() <= {*ours.algorithm, "batch_size", "replay_buffer_class", "learning_rate"}
+            assert (arm.optimism > 0) == (name == "members, optimism")
+    usual, hopeful = (deep_sea_runs.build(deep_sea_runs.Run("tiny", name, 0)) for name in ("members", "members, optimism"))
+    for one in ("q_net", "q_net_target"):
+        before, after = (getattr(model, one).q_net[-1].bias for model in (usual, hopeful))
+        th.testing.assert_close(after, before + deep_sea_runs.OPTIMISM)
     settings = deep_sea_runs.build(deep_sea_runs.Run("tiny", "members", 0))
     assert (
         settings.policy.noise_settings.members == settings.policy.noise_settings.keys_per_transition == deep_sea_runs.MEMBERS

@@ -9,6 +9,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
+from sb3_flipout.noise.compiling import uncompiled
 from sb3_flipout.policies.base import FlipoutPolicyMixin
 
 #: A function of the progress that remains, from 1 at the start of training to 0 at its end.
@@ -26,7 +27,7 @@ def flipout_policy(model: BaseAlgorithm, callback_name: str = "flipout_policy") 
     :return: Its policy
     :raises ValueError: If the policy of the model is no flipout policy
     """
-    policy: Any = getattr(model.policy, "_orig_mod", model.policy)
+    policy: Any = uncompiled(model.policy)
     if isinstance(policy, FlipoutPolicyMixin):
         return policy
     algorithm = type(model).__name__

@@ -8,7 +8,7 @@ import time
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.utils import safe_mean
 
-from sb3_flipout.checks import warn_user
+from sb3_flipout.checks import warn_once
 from sb3_flipout.evolution.estimator import Told
 from sb3_flipout.evolution.policy import FlipESPolicy
 
@@ -22,16 +22,18 @@ class Tells(BaseAlgorithm):
     def _warn_of(self, told: Told) -> None:
         """Say, once per model, what was not learned from."""
         warned = self.policy.marks.warned
-        if told.dropped and "dropped" not in warned:
-            warned.add("dropped")
-            warn_user(
+        if told.dropped:
+            warn_once(
+                warned,
+                "dropped",
                 f"{told.dropped} of {self.population_size} members were left out of the estimate: the returns of some are not "
                 "finite, or their worker was lost; an antithetic twin goes with its pair. Look at the rewards of the "
                 "environment; train/dropped_members counts them.",
             )
-        if not told.stepped and "equal" not in warned:
-            warned.add("equal")
-            warn_user(
+        if not told.stepped:
+            warn_once(
+                warned,
+                "equal",
                 "all members of a generation had the same fitness, none had a finite one, or the noise has fallen to 0, so no "
                 "step was made. Where this goes on, give the noise a larger sigma_init or schedule_end, or more "
                 "episodes_per_member.",

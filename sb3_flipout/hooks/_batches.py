@@ -14,6 +14,7 @@ import torch as th
 from sb3_flipout.checks import warn_user
 from sb3_flipout.noise import Stream, fold
 from sb3_flipout.policies.base import FlipoutPolicyMixin
+from sb3_flipout.policies.learning_noise import LearningNoise, learning_of
 from sb3_flipout.policies.observations import n_rows
 from sb3_flipout.replay_buffers import asked_of, number_transitions, numbers_of
 from sb3_flipout.samples import repeat_rows, with_parts
@@ -30,17 +31,6 @@ def check_batch_size(algorithm: Any, policy: FlipoutPolicyMixin) -> None:
     learning = learning_of(policy)
     if learning is not None and learning.keys_per_transition > 1:
         _check_divides(algorithm.batch_size, learning.keys_per_transition)
-
-
-def learning_of(policy: Any) -> Any:
-    """
-    Find the noise of a policy's gradient steps.
-
-    :param policy: Policy
-    :return: The noise; ``None`` for policies that learn from rollouts, in which the name is free for the user's own
-    """
-    found = getattr(policy, "learning", None)
-    return found if hasattr(found, "batches") else None
 
 
 def _check_divides(batch_size: int, times: int) -> None:
@@ -122,7 +112,7 @@ class _HeardBatches:
     :param learning: The noise that it learns under
     """
 
-    def __init__(self, buffer: Any, learning: Any) -> None:
+    def __init__(self, buffer: Any, learning: LearningNoise) -> None:
         self.buffer, self.learning = buffer, learning
         # A user can have put one on the buffer; and a model can train inside another's `train`, on the same buffer.
         self.own = vars(buffer).get("sample")

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from sb3_flipout.finite import NonFiniteError, first_non_finite, is_finite, not_finite, parts
-from sb3_flipout.hooks._batches import learning_of
 from sb3_flipout.hooks._models import policy_of
+from sb3_flipout.policies.learning_noise import learning_of
 
 #: Steps of all environments together, or gradient steps, between two looks at the parameters.
 LOOK_EVERY = 1_000

@@ -11,8 +11,10 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.save_util import load_from_zip_file
 
 from sb3_flipout.buffers import keyed, store_noise
-from sb3_flipout.hooks._batches import learning_of, number_stored
+from sb3_flipout.hooks._batches import number_stored
+from sb3_flipout.noise.compiling import uncompiled
 from sb3_flipout.policies.base import FlipoutPolicyMixin
+from sb3_flipout.policies.learning_noise import learning_of
 
 Method = Callable[..., Any]
 
@@ -32,7 +34,7 @@ def policy_of(algorithm: Any) -> Any:
     :param algorithm: Algorithm
     :return: Its policy
     """
-    return getattr(algorithm.policy, "_orig_mod", algorithm.policy)
+    return uncompiled(algorithm.policy)
 
 
 def has_flipout_policy(algorithm: Any) -> bool:
@@ -46,7 +48,7 @@ def has_flipout_policy(algorithm: Any) -> bool:
     if policy is None:
         kind = algorithm.policy_class  # which may be a function that makes a policy
         return isinstance(kind, type) and issubclass(kind, FlipoutPolicyMixin)
-    return isinstance(getattr(policy, "_orig_mod", policy), FlipoutPolicyMixin)
+    return isinstance(uncompiled(policy), FlipoutPolicyMixin)
 
 
 def set_up(original: Method, algorithm: Any) -> None:

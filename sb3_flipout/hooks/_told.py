@@ -11,10 +11,11 @@ from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList
 
 from sb3_flipout.buffers import KeyedBufferMixin, store_noise
-from sb3_flipout.checks import warn_user
+from sb3_flipout.checks import warn_once
 from sb3_flipout.hooks import _finite
-from sb3_flipout.hooks._batches import batches_of_update, check_batch_size, learning_of, number_stored
+from sb3_flipout.hooks._batches import batches_of_update, check_batch_size, number_stored
 from sb3_flipout.hooks._models import Method, policy_of
+from sb3_flipout.policies.learning_noise import learning_of
 
 
 class _TellsOfOthers(BaseCallback):
@@ -100,9 +101,10 @@ def _warn_of_epsilon(algorithm: Any) -> None:
     """Say, once per model, that epsilon-greedy is still on: weight noise is there to replace it."""
     marks = policy_of(algorithm).marks
     epsilon = max(getattr(algorithm, "exploration_initial_eps", 0.0), getattr(algorithm, "exploration_final_eps", 0.0))
-    if epsilon > 0 and "epsilon" not in marks.warned:
-        marks.warned.add("epsilon")
-        warn_user(
+    if epsilon > 0:
+        warn_once(
+            marks.warned,
+            "epsilon",
             f"{type(algorithm).__name__} explores by weight noise and by epsilon-greedy at once. To explore by weight noise "
             "alone, pass exploration_initial_eps=0.0 and exploration_final_eps=0.0.",
         )
@@ -128,11 +130,12 @@ def _warn_of_fallen_noise(algorithm: Any) -> None:
     """Say, once per model, that training in small calls of learn() has had its noise in the first of them."""
     policy, began = policy_of(algorithm), algorithm._num_timesteps_at_start
     settings, marks = policy.noise_settings, policy.marks
-    if began == 0 or settings.schedule is not None or marks.steered or marks.goes_on or "fallen" in marks.warned:
+    if began == 0 or settings.schedule is not None or marks.steered or marks.goes_on:
         return
     if settings.factor_at(began / algorithm._total_timesteps) == 0.0:
-        marks.warned.add("fallen")
-        warn_user(
+        warn_once(
+            marks.warned,
+            "fallen",
             f"this call of learn() goes on from step {began} to {algorithm._total_timesteps} without weight noise: by default "
             "it falls to 0 over the first part of all steps that SB3 knows of, and those are over. Where training is cut into "
             'calls of learn(reset_num_timesteps=False), use policy_kwargs=dict(schedule="constant"), or AnnealNoise.',
@@ -171,9 +174,10 @@ def _counted_steps(algorithm: Any) -> Iterator[None]:
     steps, before = policy._keys.step, algorithm.num_timesteps
     yield
     made = (algorithm.num_timesteps - before) // algorithm.n_envs
-    if made > policy._keys.step - steps and "steps" not in policy.marks.warned:
-        policy.marks.warned.add("steps")
-        warn_user(
+    if made > policy._keys.step - steps:
+        warn_once(
+            policy.marks.warned,
+            "collection steps",
             f"{type(algorithm).__name__} has made {made} collection steps, and the noise has been told of "
             f"{policy._keys.step - steps}, so resample={policy.noise_settings.resample!r} is not kept: the other steps drew "
             "fresh noise, or none. In a collect_rollouts of your own, call self._update_info_buffer(infos, dones) after each "

@@ -11,6 +11,7 @@ from sb3_flipout.checks import check_integer
 from sb3_flipout.layers.base import FlipoutLayer
 from sb3_flipout.layers.block import Block, Pair
 from sb3_flipout.layers.network import Activation, PerturbedNetwork
+from sb3_flipout.noise.compiling import uncompiled
 from sb3_flipout.noise.keys import fold
 from sb3_flipout.noise.rows import RowNoise
 
@@ -88,7 +89,7 @@ def network_of(module: nn.Module) -> PerturbedNetwork:
     :raises ValueError: If the module holds the networks of several policies, or layers of another network that sees something
         now
     """
-    module = getattr(module, "_orig_mod", module)  # a compiled module forwards to the one it wraps
+    module = uncompiled(module)
     named = getattr(module, "perturbed_network", None)
     if isinstance(named, PerturbedNetwork):
         return named
@@ -150,7 +151,7 @@ def perturbed(module: nn.Module, keys: th.Tensor | RowNoise | None, scale: th.Te
 
 def _part(network: PerturbedNetwork, module: nn.Module) -> list[FlipoutLayer] | None:
     """The layers of a network that are in a module; ``None`` for all of them."""
-    module = getattr(module, "_orig_mod", module)
+    module = uncompiled(module)
     if getattr(module, "perturbed_network", None) is network:
         return None
     layers = flipout_layers([module])

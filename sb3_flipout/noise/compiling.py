@@ -46,6 +46,17 @@ def steps_aside(method: F) -> F:
     return _left_alone(method)
 
 
+def uncompiled(module: Any) -> Any:
+    """
+    Find the module inside one that ``torch.compile`` has made, which hands on most of what it is asked, and is of no class of
+    that module's.
+
+    :param module: Module, compiled or not
+    :return: The one that was compiled; a module that was not, itself
+    """
+    return getattr(module, "_orig_mod", module)
+
+
 def recording() -> bool:
     """
     Tell whether torch records what is computed, or computes something else in its place: ``torch.compile``,

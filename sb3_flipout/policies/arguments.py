@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import fields
 from inspect import signature
 from typing import Any, TypeVar
@@ -40,6 +40,18 @@ def arguments_of(policy_class: type) -> set[str]:
     """
     constructors = [vars(base)["__init__"] for base in policy_class.__mro__ if "__init__" in vars(base)]
     return {name for constructor in constructors for name in signature(constructor).parameters}
+
+
+def settings_among(kind: type[NoiseSettings], given: Mapping[str, Any]) -> dict[str, Any]:
+    """
+    Pick the settings out of a constructor's arguments.
+
+    :param kind: Table of settings
+    :param given: Arguments by name, such as ``locals()`` at the start of the constructor
+    :return: Settings by name
+    :raises KeyError: If the constructor has no argument for one
+    """
+    return {field.name: given[field.name] for field in fields(kind)}
 
 
 def settings_from(kind: type[S], kwargs: dict[str, Any], known: Collection[str]) -> S:

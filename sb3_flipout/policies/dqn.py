@@ -20,9 +20,11 @@ from sb3_flipout.layers.config import Init
 from sb3_flipout.layers.convert import Layers
 from sb3_flipout.layers.interface import flipout_layers
 from sb3_flipout.noise import RowNoise, Stream, fold
+from sb3_flipout.noise.compiling import uncompiled
 from sb3_flipout.noise.families import FamilyName, NoiseSharing
 from sb3_flipout.noise.schedule import Schedule as NoiseSchedule
 from sb3_flipout.noise.stream import Resample
+from sb3_flipout.policies.arguments import settings_among
 from sb3_flipout.policies.base import FlipoutPolicyMixin
 from sb3_flipout.policies.extractors import GivesNumbers
 from sb3_flipout.policies.learning import LearningValueNetwork, LearnsUnderNoise, mixed_in
@@ -114,12 +116,7 @@ class ValueMixin(OffPolicyMixin):
         reward_noise: float = 0.0,
         **kwargs: Any,
     ) -> None:
-        noise: dict[str, Any] = dict(family=family, sigma_init=sigma_init, learn_sigma=learn_sigma, resample=resample)
-        noise |= dict(base_every_steps=base_every_steps, noise_sharing=noise_sharing, perturb=perturb, layers=layers)
-        noise |= dict(skip=skip, perturb_frozen=perturb_frozen, init=init, sigma_unit=sigma_unit)
-        noise |= dict(schedule=schedule, schedule_end=schedule_end, schedule_fraction=schedule_fraction)
-        noise |= dict(target_noise=target_noise, members=members, prior_scale=prior_scale)
-        noise |= dict(keys_per_transition=keys_per_transition, bootstrap=bootstrap, reward_noise=reward_noise)
+        noise = settings_among(ValueSettings, locals())
         self._init_off_policy(ValueSettings, noise, (observation_space, action_space), lr_schedule, args, kwargs)
 
     def _make_noisy(self, lr_schedule: Schedule) -> None:
@@ -155,7 +152,7 @@ class ValueMixin(OffPolicyMixin):
 
     def _find_inputs_once(self) -> None:
         """Find out whether networks may get a repeated observation once, if that is not known of their present modules."""
-        modules = tuple(module for module in self.online.modules() if not hasattr(module, "_orig_mod"))  # torch.compile's
+        modules = tuple(module for module in self.online.modules() if uncompiled(module) is module)
         times = self.noise_settings.keys_per_transition
         if times > 1 and modules != self._known_modules:
             self._known_modules = modules

@@ -15,6 +15,7 @@ from torch import nn
 
 from sb3_flipout.checks import warn_user
 from sb3_flipout.layers import FlipoutLayer, PerturbedNetwork
+from sb3_flipout.noise.compiling import uncompiled
 
 _REMEDY = (
     "Their weights are read by a module that does not call them, so their noise is lost there. Leave them out: "
@@ -176,4 +177,4 @@ def _check_silent(silent: Mapping[str, FlipoutLayer]) -> None:
 
 def _is_compiled(policy: nn.Module) -> bool:
     """Whether a part of a policy is compiled: what it calls cannot be noted."""
-    return any(hasattr(module, "_orig_mod") for module in policy.modules())
+    return any(uncompiled(module) is not module for module in policy.modules())

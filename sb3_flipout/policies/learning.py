@@ -17,6 +17,7 @@ from torch import nn
 
 from sb3_flipout.layers import PerturbedNetwork
 from sb3_flipout.noise import RowNoise
+from sb3_flipout.noise.compiling import uncompiled
 from sb3_flipout.policies.extractors import GivesNumbers
 from sb3_flipout.policies.learning_noise import LearningNoise, Role
 from sb3_flipout.policies.observations import each_once, n_rows, to_take_from
@@ -292,7 +293,7 @@ def mixed_in(net: nn.Module, mixin: type[BaseModel]) -> Any:
     :param mixin: What it shall do besides, such as to learn under noise
     :return: The same network
     """
-    inside = getattr(net, "_orig_mod", net)  # of torch.compile's, which hands on what is asked of it
+    inside = uncompiled(net)
     if not isinstance(inside, mixin):
         inside.__class__ = _derived(mixin, type(inside))
     return net

@@ -12,7 +12,7 @@ from uuid import uuid4
 
 import torch as th
 
-from sb3_flipout.checks import warn_user
+from sb3_flipout.checks import warn_once
 from sb3_flipout.noise import RowNoise, RowsByKey, Stream, fold, fold_in
 from sb3_flipout.noise.keys import restrict
 from sb3_flipout.policies.learning_settings import LearningSettings
@@ -106,9 +106,10 @@ class LearningNoise:
         """Count a last step that nobody has, and say once if all of an update may have learned under the noise of one."""
         assert self.unseen is not None, "an update goes on"
         several = self.unseen.may_be_several and not self.unseen.batches
-        if self.unseen.look() and several and "steps" not in self.warned:
-            self.warned.add("steps")
-            warn_user(
+        if self.unseen.look() and several:
+            warn_once(
+                self.warned,
+                "gradient steps",
                 "an update has learned without a step of the policy's own optimizer, and without a batch of "
                 "replay_buffer.sample, so all of it was under the noise of one gradient step. If it made several of them, "
                 "call model.policy.learning.count() after each.",
@@ -223,9 +224,10 @@ class LearningNoise:
         given = [f"keys_per_transition={self.keys_per_transition}"] if self.keys_per_transition > 1 else []
         given += [f"reward_noise={self.member_data.reward_noise}"] if self.member_data.reward_noise > 0 else []
         if given or self._may_differ(rows):
-            self.warned.add("elsewhere")
             settings = ", ".join(given) or f"members={self.settings.members}"
-            warn_user(
+            warn_once(
+                self.warned,
+                "elsewhere",
                 f"{settings}: the network is asked, with gradients, about {rows} observations that are not a batch of "
                 "replay_buffer.sample. If they are of transitions from elsewhere (another buffer, another method of this "
                 "one), these are neither repeated for their members nor do their rewards get noise; if they are joined with "
@@ -244,16 +246,16 @@ class LearningNoise:
 
         :param network: Class of the network that is learned
         """
-        if "unannounced" not in self.warned:
-            self.warned.add("unannounced")
-            warn_user(
-                f"{network} gets gradients outside of an update that its policy knows of, so it learns by the mean weights, "
-                "and settings of members, priors and noise in updates have no effect. If this is an algorithm of your own, "
-                "call sb3_flipout.register(YourAlgorithm, aliases={'FlipoutMlpPolicy': ...}) before you make the model: "
-                "its `train` then learns under noise. Other gradient steps belong in the `train` of a subclass, or in `with "
-                "model.policy.updating():`. `with sb3_flipout.perturbed(model.policy, None):` says that mean weights are "
-                "meant; where gradients are only looked at, call policy.set_training_mode(False) first.",
-            )
+        warn_once(
+            self.warned,
+            "unannounced",
+            f"{network} gets gradients outside of an update that its policy knows of, so it learns by the mean weights, "
+            "and settings of members, priors and noise in updates have no effect. If this is an algorithm of your own, "
+            "call sb3_flipout.register(YourAlgorithm, aliases={'FlipoutMlpPolicy': ...}) before you make the model: "
+            "its `train` then learns under noise. Other gradient steps belong in the `train` of a subclass, or in `with "
+            "model.policy.updating():`. `with sb3_flipout.perturbed(model.policy, None):` says that mean weights are "
+            "meant; where gradients are only looked at, call policy.set_training_mode(False) first.",
+        )
 
     def base_key(self, role: Role) -> int:
         """
@@ -278,3 +280,14 @@ class LearningNoise:
             "unseen": None,
             "batches": SampledBatches(),
         }
+
+
+def learning_of(policy: Any) -> LearningNoise | None:
+    """
+    Find the noise of a policy's gradient steps.
+
+    :param policy: Policy
+    :return: The noise; ``None`` for policies that learn from rollouts, in which the name is free for the user's own
+    """
+    found = getattr(policy, "learning", None)
+    return found if isinstance(found, LearningNoise) else None

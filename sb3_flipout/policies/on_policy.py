@@ -21,7 +21,7 @@ from sb3_flipout.layers.interface import flipout_layers
 from sb3_flipout.noise.families import FamilyName, NoiseSharing
 from sb3_flipout.noise.schedule import Schedule as NoiseSchedule
 from sb3_flipout.noise.stream import Resample
-from sb3_flipout.policies.arguments import arguments_of, settings_from
+from sb3_flipout.policies.arguments import arguments_of, settings_among, settings_from
 from sb3_flipout.policies.base import FlipoutPolicyMixin
 from sb3_flipout.policies.observations import check_extractor
 from sb3_flipout.policies.passes import OnPolicyPasses
@@ -90,23 +90,7 @@ class OnPolicyMixin(OnPolicyPasses):
         schedule_fraction: float | None = None,
         **kwargs: Any,
     ) -> None:
-        noise: dict[str, Any] = {
-            "family": family,
-            "sigma_init": sigma_init,
-            "learn_sigma": learn_sigma,
-            "resample": resample,
-            "base_every_rollouts": base_every_rollouts,
-            "noise_sharing": noise_sharing,
-            "perturb": perturb,
-            "layers": layers,
-            "skip": skip,
-            "perturb_frozen": perturb_frozen,
-            "sigma_unit": sigma_unit,
-            "init": init,
-            "schedule": schedule,
-            "schedule_end": schedule_end,
-            "schedule_fraction": schedule_fraction,
-        }
+        noise = settings_among(OnPolicySettings, locals())
         settings = settings_from(OnPolicySettings, noise | kwargs, arguments_of(type(self)))
         check_extractor(observation_space, type(self), kwargs)
         super().__init__(observation_space, action_space, lr_schedule, *args, **kwargs)

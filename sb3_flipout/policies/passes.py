@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import torch as th
 
-from sb3_flipout.checks import warn_user
+from sb3_flipout.checks import warn_once
 from sb3_flipout.noise.carried import without_noise
 from sb3_flipout.noise.compiling import eager, steps_aside
 from sb3_flipout.noise.rows import RowNoise
@@ -189,9 +189,10 @@ class OnPolicyPasses(FlipoutPolicyMixin):
         """Say that an algorithm that nobody has registered loses the noise: it acts under it and learns without."""
         unmarked = self.marks.acted_unmarked
         learns = self.training and th.is_grad_enabled() and not self.marks.updates and self.perturbed_network.active is None
-        if unmarked and learns and self._own_noise(obs) is None and "unregistered" not in self.marks.warned:
-            self.marks.warned.add("unregistered")
-            warn_user(
+        if unmarked and learns and self._own_noise(obs) is None:
+            warn_once(
+                self.marks.warned,
+                "unregistered",
                 f"{type(self).__name__} has acted under weight noise and is now evaluated for learning without it. "
                 "If this is an "
                 "algorithm of your own, call sb3_flipout.register(YourAlgorithm) before you make the model: its rollouts then "

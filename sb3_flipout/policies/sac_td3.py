@@ -25,6 +25,7 @@ from sb3_flipout.layers.interface import flipout_layers
 from sb3_flipout.noise.families import FamilyName, NoiseSharing
 from sb3_flipout.noise.schedule import Schedule as NoiseSchedule
 from sb3_flipout.noise.stream import Resample
+from sb3_flipout.policies.arguments import settings_among
 from sb3_flipout.policies.base import FlipoutPolicyMixin
 from sb3_flipout.policies.learning import (
     LearningCritic,
@@ -118,11 +119,7 @@ class ActorMixin(OffPolicyMixin):
         update_noise: UpdateNoise = "independent",
         **kwargs: Any,
     ) -> None:
-        noise: dict[str, Any] = dict(family=family, sigma_init=sigma_init, learn_sigma=learn_sigma, resample=resample)
-        noise |= dict(base_every_steps=base_every_steps, noise_sharing=noise_sharing, perturb=perturb, layers=layers)
-        noise |= dict(skip=skip, perturb_frozen=perturb_frozen, init=init, sigma_unit=sigma_unit)
-        noise |= dict(schedule=schedule, schedule_end=schedule_end, schedule_fraction=schedule_fraction)
-        noise |= dict(target_noise=target_noise, members=members, act_by_mode=act_by_mode, update_noise=update_noise)
+        noise = settings_among(ActorSettings, locals())
         self._init_off_policy(ActorSettings, noise, (observation_space, action_space), lr_schedule, args, kwargs)
 
     def _make_noisy(self, lr_schedule: Schedule) -> None:

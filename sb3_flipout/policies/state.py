@@ -14,7 +14,7 @@ from typing import Any
 import torch as th
 from stable_baselines3.common.policies import BasePolicy
 
-from sb3_flipout.checks import check_integer, check_number, warn_user
+from sb3_flipout.checks import check_integer, check_number, warn_once, warn_user
 from sb3_flipout.finite import NonFiniteError
 from sb3_flipout.noise import EvaluationStream, KeyStream, NoiseOwner, Stream, fold
 from sb3_flipout.noise.ladder import checked_ladder
@@ -136,9 +136,10 @@ class NoiseState(BasePolicy):
 
         :param cause: What lets it fall
         """
-        if self.members is not None and "members" not in self.marks.warned:
-            self.marks.warned.add("members")
-            warn_user(
+        if self.members is not None:
+            warn_once(
+                self.marks.warned,
+                "members",
                 f"{cause} lets the noise of members={self.members} fall. The noise scale multiplies what makes members "
                 "differ, their priors too: as it falls they become one network, and there is nothing left to explore by. "
                 "Leave it out; members that agree explore no more by themselves.",
