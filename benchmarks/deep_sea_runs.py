@@ -240,7 +240,7 @@ def begun(run: Run, folder: Path) -> DQN:
 
 def train(run: Run, keep: Path | None = None) -> Row:
     th.set_num_threads(1)
-    # Adam's moments of a cell that is not sampled any more stay denormal for ever, and such numbers take twenty times as long.
+    # Adam's moments of a cell that is not sampled any more stay denormal for ever: some processors take twenty times as long.
     th.set_flush_denormal(True)
     _, deterministic, cap = TASKS[run.task]
     cpu = time.process_time()

@@ -16,7 +16,7 @@ HEADER = """# Exploration of DQN variants
 Made by `python benchmarks/exploration.py --report` from [the runs]({runs}) ({versions}). Settings are in each run's line; arms
 and tasks in `benchmarks/exploration_tasks.py`. Members and their prior were chosen on seeds 0 to 4 of DeepSea 20; the others
 have what their papers say, or our defaults, and the runs below are of other seeds. How far members reach with settings chosen
-for it: [DeepSea to size 50](deep_sea.md); [MinAtar](minatar.md).
+for it: [DeepSea to size 100](deep_sea.md); [MinAtar](minatar.md).
 
 A run is **solved** when more than 90 of the last 100 training episodes reached the goal *and* the mean weights (with members:
 their vote) reached it afterwards. Episodes are median (min to max) over seeds; a run that is not solved counts as more than

@@ -98,7 +98,7 @@ def curve(returns: list[tuple[int, float]], steps: int) -> list[list[float]]:
 
 def train(run: Run) -> Row:
     th.set_num_threads(1)  # the networks are small: more threads only get into other runs' way
-    # Adam's moments of a unit that has died stay denormal for ever, and numbers so small take a processor 30 times as long.
+    # Adam's moments of a unit that has died stay denormal for ever, over which some processors take many times as long.
     th.set_flush_denormal(True)
     task, chosen = TASKS[run.task], settings(run)
     wall, cpu = time.perf_counter(), time.process_time()

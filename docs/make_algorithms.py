@@ -47,7 +47,11 @@ FACTS: dict[str, Facts] = {
         OnPolicySettings,
     ),
     "ValueMixin": Facts(
-        "the whole value network, and its target", "the same", _FRESH, f"{_MEAN}; with `members` their vote", ValueSettings
+        "the whole value network, and its target",
+        "the same",
+        f"{_FRESH}; with `members` each row is under one of K perturbations, always the same",
+        f"{_MEAN}; with `members` their vote",
+        ValueSettings,
     ),
     "ActorMixin": Facts(
         "the whole actor", "the critics", f'{_FRESH}; with `update_noise="mean"` mean weights learn', _MEAN, ActorSettings

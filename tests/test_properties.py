@@ -106,7 +106,7 @@ def test_rows_sorted_by_key_are_each_input_under_each_key(keys: list[int], input
     order = data.draw(st.permutations(range(len(keys) * inputs)))
     noise = RowsByKey(th.tensor(keys), 0.5, th.tensor(order))
     of_inputs, of_keys = th.arange(inputs)[:, None], th.arange(len(keys))
-    rows = list(zip(noise.for_rows(of_inputs)[:, 0].tolist(), noise.of_keys(of_keys).tolist(), strict=True))
+    rows = list(zip(noise.for_rows(of_inputs)[:, 0].tolist(), noise.repeat_keys(of_keys).tolist(), strict=True))
     assert sorted(rows) == [(place, key) for place in range(inputs) for key in range(len(keys))]
     assert noise.keys.tolist() == [keys[key] for _, key in rows] and noise.scale.tolist() == [0.5] * len(rows)
     assert noise.in_order(th.tensor(rows)).tolist() == [list(rows[place]) for place in order]

@@ -224,7 +224,7 @@ def own_matrices(name: str, module: nn.Module) -> dict[str, str]:
     :return: Their names, and why they stay plain
     """
     served = isinstance(module, (*PERTURBED_CLASSES, parametrize.ParametrizationList)) or parametrize.is_parametrized(module)
-    if served or next(module.children(), None) is None:  # a child may be of no truth: a compiled one has no length
+    if served or next(module.children(), None) is None:  # not by its truth: a compiled child has no length
         return {}
     why = f"a matrix that {type(module).__name__} uses itself"
     matrices = module.named_parameters(recurse=False)

@@ -82,7 +82,7 @@ class PerturbedNetwork:
 
     @property
     def is_said(self) -> bool:
-        """Whether something has been said about the rows: noise, or mean weights by name."""
+        """Whether something has been said about the rows: noise, mean weights by name, or that an update runs."""
         return self._now is not _NOTHING
 
     def is_whole(self) -> bool:

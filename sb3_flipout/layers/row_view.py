@@ -34,7 +34,7 @@ class RowView(NamedTuple):
         :return: Factors over inputs and over outputs, each (N, units)
         """
         s, r = self.of_keys[2 * block : 2 * block + 2]
-        return self.noise.of_keys(s), self.noise.of_keys(r)
+        return self.noise.repeat_keys(s), self.noise.repeat_keys(r)
 
     def is_once(self, x: th.Tensor) -> bool:
         """

@@ -41,7 +41,7 @@ class RowNoise:
     :raises ValueError: If ``keys`` or ``scale`` has a wrong shape or device, or a scale is not finite
     """
 
-    #: Of how many neighbouring rows the inputs are the same: what is perturbed may get each input once, in place of each row.
+    #: For how many rows each input is; :meth:`for_rows` says where they lie. What is perturbed may get each input once.
     rows_per_input: int = 1
     #: How many rows, next to each other, have the same key, so that what is made of keys need not be made of each row.
     rows_per_key: int = 1
@@ -162,7 +162,7 @@ class RowNoise:
         """
         return of_inputs if self.rows_per_input == 1 else of_inputs.repeat_interleave(self.rows_per_input, dim=0)
 
-    def of_keys(self, factors: th.Tensor) -> th.Tensor:
+    def repeat_keys(self, factors: th.Tensor) -> th.Tensor:
         """
         Repeat what there is of each key for the rows that have it.
 
@@ -212,7 +212,7 @@ class RowsByKey(RowNoise):
                 f"order must have a multiple of {len(keys)} rows, got {len(order)}: each input is under each of the keys."
             )
         self.rows_per_input, self.rows_per_key = len(keys), len(order) // len(keys)
-        super().__init__(self.of_keys(keys), scale)
+        super().__init__(self.repeat_keys(keys), scale)
         self._each = RowNoise(keys, scale)
         self._order = order
 

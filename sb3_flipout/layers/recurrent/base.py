@@ -169,7 +169,7 @@ class RecurrentLayer(FlipoutLayer, nn.RNNBase):
         if layout.order == "plain" or not layout.fits(sequences, len(view.noise)):
             return view
         rows = layout.spread(th.arange(len(view.noise), device=view.noise.keys.device), sequences)
-        of_rows = (view.noise.of_keys(vector).index_select(0, rows) for vector in view.of_keys)
+        of_rows = (view.noise.repeat_keys(vector).index_select(0, rows) for vector in view.of_keys)
         return RowView(view.noise[rows], tuple(of_rows), len(rows))
 
     def _layers(
