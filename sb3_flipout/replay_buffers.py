@@ -8,6 +8,7 @@ it gets its number: so those are found that were not stored by ``add`` at the pl
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from functools import cache, partial, wraps
 from typing import Any
@@ -30,13 +31,22 @@ _OR_LEAVE_OUT = "or leave out bootstrap and reward_noise."
 _FEW = 16  # numbers that are hashed sooner one by one than by torch
 
 
+class _Asked(threading.local):
+    """Buffers whose `sample` is running in this thread, by `id`: others may sample at the same time, or save them."""
+
+    def __init__(self) -> None:
+        self.buffers: set[int] = set()
+
+
+_ASKED = _Asked()
+
+
 class NumberedBufferMixin(ReplayBuffer):
     """Stands before a replay buffer class in the bases of the class that :func:`numbered` makes."""
 
     # Class attributes, so that a buffer that is made from the class of another one has them, too.
     numbers_key: int = 0  # from which numbers are hashed, with how many there were before
     numbered: int = 0  # transitions that have been given one
-    sampling_numbered: bool = False  # whether `sample` is running
 
     @property
     def _known_as(self) -> type[ReplayBuffer]:
@@ -50,8 +60,7 @@ class NumberedBufferMixin(ReplayBuffer):
         :param args: What the stock buffer takes: observation, next observation, action, reward, done, infos
         :param kwargs: The same by name
         """
-        if self.actions.shape[-1] == 1:  # made anew by a `reset` of the user's
-            self.numbered += _widen(self, self.numbers_key, self.numbered)
+        _widen_again(self)
         before = self.pos
         super().add(*args, **kwargs)
         # A class of the user's may store several steps at once; where it stores elsewhere, `sample` finds what has no number.
@@ -67,9 +76,10 @@ class NumberedBufferMixin(ReplayBuffer):
         :return: What the stock buffer gives
         :raises TypeError: If the buffer has not taken its actions from ``self.actions``, or its sample has none
         """
-        if self.sampling_numbered:  # a class that asks itself once more, for a batch that it likes better
+        if id(self) in _ASKED.buffers:  # a class that asks itself once more, for a batch that it likes better
             return super().sample(*args, **kwargs)
-        self.sampling_numbered = True
+        _widen_again(self)
+        _ASKED.buffers.add(id(self))
         try:
             samples = _with_numbers(self, partial(super().sample, *args, **kwargs))
         except (IndexError, RuntimeError) as error:  # torch's
@@ -77,17 +87,19 @@ class NumberedBufferMixin(ReplayBuffer):
                 error.args = (f"{error} (If that is about actions: {_TWO_COLUMNS}.)",)
             raise
         finally:
-            self.sampling_numbered = False
+            _ASKED.buffers.discard(id(self))
         if samples is None:  # not yet, as a class of the user's may say
             return None
         both: Any = getattr(samples, "actions", None)
         if not _are_numbered(both) or _lacks_number(both).any():
             raise TypeError(f"a sample of {self._known_as.__name__} {_why_lost(samples, both)}; {_OR_LEAVE_OUT}")
         rewards = getattr(samples, "rewards", None)
-        if isinstance(rewards, th.Tensor) and rewards.numel() == 2 * len(both):
+        several = np.ndim(getattr(self, "rewards", 0)) > 2  # objectives
+        if isinstance(rewards, th.Tensor) and rewards.numel() == 2 * len(both) and not several:
             raise TypeError(
                 f"a sample of {self._known_as.__name__} has {len(both)} actions and rewards of shape "
-                f"{tuple(rewards.shape)}; {_TWO_COLUMNS}; {_OR_LEAVE_OUT}"
+                f"{tuple(rewards.shape)}; {_TWO_COLUMNS}; where they are of two objectives, let self.rewards have a last "
+                f"dimension for these; {_OR_LEAVE_OUT}"
             )
         return _split_off_numbers(samples)
 
@@ -109,7 +121,7 @@ def _as_known(original: Any) -> Any:
 
     @wraps(original)
     def method(self: NumberedBufferMixin, *args: Any, **kwargs: Any) -> Any:
-        if self.sampling_numbered:
+        if id(self) in _ASKED.buffers:
             return original(self, *args, **kwargs)
         samples = _with_numbers(self, partial(original, self, *args, **kwargs))
         return _split_off_numbers(samples) if _are_numbered(getattr(samples, "actions", None)) else samples
@@ -225,9 +237,7 @@ def number_transitions(buffer: Any, key: int) -> int:
     """
     if isinstance(buffer, NumberedBufferMixin):
         buffer.numbers_key = key
-        fresh = _widen(buffer, key, buffer.numbered) if buffer.actions.shape[-1] == 1 else 0
-        buffer.numbered += fresh
-        return fresh
+        return _widen_again(buffer)
     actions = getattr(buffer, "actions", None)
     # Tensors, say, have no column added to them here; and whoever else reads a memory would not see the copy that has one.
     shape = actions.shape if isinstance(actions, np.ndarray) and not _is_of_others(actions) else None
@@ -275,6 +285,13 @@ def _widen(buffer: ReplayBuffer, key: int, first: int) -> int:
     if np.shape(buffer.actions) != both.shape:  # one that does something else with what it is given
         raise _unfit(buffer)
     return rows * buffer.n_envs
+
+
+def _widen_again(buffer: NumberedBufferMixin) -> int:
+    """The same for an array that the user has put there since, as in a `reset` of their own; how many had no number."""
+    fresh = _widen(buffer, buffer.numbers_key, buffer.numbered) if buffer.actions.shape[-1] == 1 else 0
+    buffer.numbered += fresh
+    return fresh
 
 
 def _empty_numbered(buffer_class: type[ReplayBuffer]) -> ReplayBuffer:

@@ -21,11 +21,23 @@ def with_parts(samples: Any, **parts: Any) -> Any:
     if hasattr(samples, "_replace"):
         return samples._replace(**parts)
     if dataclasses.is_dataclass(samples) and not isinstance(samples, type):
-        return dataclasses.replace(samples, **parts)
+        return _replaced(samples, parts)
     samples = copy.copy(samples)
     for name, part in parts.items():
         setattr(samples, name, part)
     return samples
+
+
+def _replaced(samples: Any, parts: dict[str, Any]) -> Any:
+    """The same of a dataclass, whose constructor does not take fields that it makes itself, or that were filled in later."""
+    own = {field.name for field in dataclasses.fields(samples) if not field.init}
+    found = dataclasses.replace(samples, **{name: part for name, part in parts.items() if name not in own})
+    for name in own:
+        before = getattr(samples, name, None)
+        part = parts.get(name, before)
+        if part is not before or not hasattr(found, name):  # else what it has made of the other parts is right
+            object.__setattr__(found, name, part)
+    return found
 
 
 def repeat_rows(samples: Any, times: int, rows: int) -> Any:

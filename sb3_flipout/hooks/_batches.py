@@ -156,7 +156,8 @@ class _HeardBatches:
         numbers = None
         if learning.member_data.needs_numbers:
             numbers = _numbers(given).repeat_interleave(times)
-            samples = with_parts(samples, rewards=learning.perturbed_rewards(samples.rewards, numbers))
+            if learning.member_data.reward_noise > 0:
+                samples = with_parts(samples, rewards=learning.perturbed_rewards(_rewards(samples), numbers))
         learning.batches.note(samples, learning.step, numbers)
         return samples
 
@@ -240,6 +241,17 @@ def _repeated(given: Any, times: int) -> Any:
                 "holds them as attributes, as ReplayBufferSamples of stable_baselines3 does; or leave keys_per_transition out."
             )
     return samples
+
+
+def _rewards(samples: Any) -> th.Tensor:
+    rewards = getattr(samples, "rewards", None)
+    if not isinstance(rewards, th.Tensor):
+        raise TypeError(
+            f"reward_noise perturbs the rewards of a batch, and what the replay buffer gives ({type(samples).__name__}) has "
+            f"{'none' if rewards is None else f'rewards of type {type(rewards).__name__}'}. Give a tensor `rewards`, or leave "
+            "reward_noise out."
+        )
+    return rewards
 
 
 def _numbers(samples: Any) -> th.Tensor:

@@ -15,6 +15,7 @@ from sb3_flipout.checks import warn_once
 from sb3_flipout.hooks import _finite
 from sb3_flipout.hooks._batches import batches_of_update, check_batch_size, number_stored
 from sb3_flipout.hooks._models import Method, policy_of
+from sb3_flipout.policies.base import FlipoutPolicyMixin
 from sb3_flipout.policies.learning_noise import learning_of
 
 
@@ -207,12 +208,24 @@ def train(original: Method, algorithm: Any, *args: Any, **kwargs: Any) -> Any:
     policy = policy_of(algorithm)
     policy.marks.differentiates_all = hasattr(algorithm, "_compute_actor_grad")
     policy.lead_copies(vars(algorithm).values())
+    _meet_stored(algorithm, policy)
     with _finite.explained(algorithm, policy), policy.updating(), batches_of_update(algorithm, policy):
         found = original(algorithm, *args, **kwargs)
     if algorithm.num_timesteps == policy.marks.trained_at:  # nothing is collected, so no start of a rollout will look
         _finite.check_parameters(algorithm, policy)
     policy.marks.trained_at = algorithm.num_timesteps
     return found
+
+
+def _meet_stored(algorithm: Any, policy: FlipoutPolicyMixin) -> None:
+    """Where nothing has been collected, as in training from demonstrations, the first observations are the buffer's."""
+    buffer = getattr(algorithm, "replay_buffer", None)
+    stored = getattr(buffer, "observations", None)
+    if buffer is None or stored is None or policy.knows_its_inputs or not buffer.size():
+        return
+    first = {name: part[0] for name, part in stored.items()} if isinstance(stored, dict) else stored[0]
+    normalises = algorithm.get_vec_normalize_env()
+    policy.meet_observations(first if normalises is None else normalises.normalize_obs(first))
 
 
 def train_on_rollout(original: Method, algorithm: Any, *args: Any, **kwargs: Any) -> Any:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import numpy as np
@@ -158,10 +159,17 @@ class ValueMixin(OffPolicyMixin):
             self._known_modules = modules
             self.learning.inputs_once = takes_inputs_once(self.online, self.perturbed_network, self, times)
 
-    def begin_learning(self) -> None:
-        """Tell that a call of ``learn`` begins, before which modules can have been put into the networks."""
-        super().begin_learning()
-        self._find_inputs_once()
+    @contextmanager
+    def updating(self) -> Iterator[None]:
+        """
+        Mark the gradient steps of an update, before which modules can have been put into the networks.
+
+        :return: Context manager
+        """
+        if self.perturbed_network.active is None:  # else the mean weights learn
+            self._find_inputs_once()
+        with super().updating():
+            yield
 
     def _left_out(self) -> tuple[str, ...]:
         """What is left out of one network is left out of the other, which is copied from it."""
@@ -242,12 +250,11 @@ class ValueMixin(OffPolicyMixin):
             observation = observation[:, 0]  # as replay buffers give them
         check_batch(self.observation_space, observation)
         tensors: Any = observation if isinstance(observation, th.Tensor) else self._as_tensors(observation)
-        n = n_rows(tensors)
-        keys = th.arange(members, device=self.device).repeat_interleave(n)
+        keys = th.arange(members, device=self.device).repeat_interleave(n_rows(tensors))
         with th.no_grad(), self.perturbed_network.activate(RowNoise(keys, self.effective_scale)):
             values = self.online(each_for(members, tensors))
         values = values.mean(dim=1) if values.dim() == 3 else values
-        return values.view(members, n, -1)
+        return values.view(members, n_rows(tensors), -1)
 
     def _as_tensors(self, observation: Any) -> Any:
         if isinstance(observation, dict) and all(isinstance(value, th.Tensor) for value in observation.values()):

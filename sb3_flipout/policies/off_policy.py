@@ -16,6 +16,7 @@ import torch as th
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 
+from sb3_flipout.checks import warn_once, warn_user
 from sb3_flipout.layers import Ask, FlipoutLayer, PerturbedNetwork
 from sb3_flipout.noise import RowNoise
 from sb3_flipout.policies.arguments import arguments_of, settings_from
@@ -118,11 +119,20 @@ class OffPolicyMixin(FlipoutPolicyMixin):
 
     def lead_copies(self, held: Iterable[Any]) -> None:
         """
-        Let copies of this policy's networks learn under its noise.
+        Let copies of this policy's networks learn under its noise; say once if plain ones learn beside them.
 
         :param held: What the algorithm holds
         """
-        follow(self._learning_networks(), held)
+        held = list(held)
+        plain = follow(self._learning_networks(), held)
+        if plain and _learned_by(plain, [self.step_optimizer, *held]):
+            warn_once(
+                self.marks.warned,
+                "plain networks",
+                f"the algorithm learns a {type(plain[0]).__name__} beside those of its policy, which has no weight noise: "
+                "settings of members, priors and bootstrap have no effect on it. The policy's own make_ methods make plain "
+                "networks: take a copy of one that it has, such as copy.deepcopy(model.policy.q_net).",
+            )
 
     @contextmanager
     def updating(self) -> Iterator[None]:
@@ -137,6 +147,7 @@ class OffPolicyMixin(FlipoutPolicyMixin):
             yield
             return
         self._align_members()
+        self._leave_sigma_as_it_is()
         acting_bases = self.perturbed_network.bases() if self.learning.base_moves else None
         said = self.perturbed_network.active is not None
         # Hung on here, not once for all: copies of an optimizer, and another one put in its place, have no hooks.
@@ -161,6 +172,15 @@ class OffPolicyMixin(FlipoutPolicyMixin):
             self.marks.updates = False
             if acting_bases is not None:
                 self.perturbed_network.bind(acting_bases)
+
+    def _leave_sigma_as_it_is(self) -> None:
+        """Dividing sigma after the first gradient step would make members others than those who have learned."""
+        if not self._sigma_in_units:
+            self._sigma_in_units = True
+            warn_user(
+                'sigma_unit="inputs" has no effect: gradient steps are made before the policy has met observations, so sigma '
+                "stays in units of 1/sqrt(fan_in). Call policy.meet_observations(observations) first, of shape (n, ...).",
+            )
 
     def _align_members(self) -> None:
         """
@@ -250,6 +270,13 @@ class OffPolicyMixin(FlipoutPolicyMixin):
         if self.noise_settings.members is None:  # members' base is a weight, and loaded with the weights
             for network in self._perturbed_networks():
                 network.redraw(self._acting_base_key)
+
+
+def _learned_by(networks: Iterable[nn.Module], things: Iterable[Any]) -> bool:
+    """Whether optimizers among things move parameters of networks."""
+    optimizers = [one for one in things if isinstance(one, th.optim.Optimizer)]
+    moved = {id(p) for one in optimizers for group in one.param_groups for p in group["params"]}
+    return any(id(p) in moved for network in networks for p in network.parameters())
 
 
 def _base_draws(pairs: Sequence[tuple[FlipoutLayer, FlipoutLayer]]) -> list[th.Tensor]:

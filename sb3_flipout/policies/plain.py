@@ -30,7 +30,9 @@ def plain_copy(policy: Any, mixin: type) -> BasePolicy:
     )
     noise_names = {field.name for field in fields(policy.noise_settings)}
     arguments = {name: value for name, value in policy._get_constructor_parameters().items() if name not in noise_names}
-    own = policy.state_dict()
+    own = {
+        name.replace("_orig_mod.", ""): part for name, part in policy.state_dict().items()
+    }  # in which torch.compile puts it
     with th.random.fork_rng(devices=[]):  # the initialisation, overwritten at once, must not move the global generator
         try:
             plain: BasePolicy = plain_class(**arguments)

@@ -107,7 +107,12 @@ class Prior(nn.Module):
     def _values(self, noise: RowNoise | None, given: tuple[Any, ...], named: dict[str, Any]) -> th.Tensor:
         """Nothing in it learns, so no graph is built, but where somebody asks for gradients by the observations."""
         with self.perturbed_network.activate(noise):
-            values: th.Tensor = self.network(to_take_from(given[0]), *given[1:], **named)
+            values: Any = self.network(to_take_from(given[0]), *given[1:], **named)
+        if not isinstance(values, th.Tensor):
+            raise TypeError(
+                f"prior_scale adds a prior to the values of a network, which gives a {type(values).__name__}. Let its forward "
+                "give one tensor of values, or leave prior_scale out."
+            )
         return values
 
     def forward(self, noise: RowNoise, *given: Any, **named: Any) -> th.Tensor:

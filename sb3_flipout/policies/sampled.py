@@ -186,9 +186,15 @@ class MemberData:
         :param members: Member of each row, shape (N,)
         :return: The same values
         :raises ValueError: If it cannot be told which transitions they are
+        :raises TypeError: If it does not give a tensor
         """
         if self.share == 1:
             return values
+        if not isinstance(values, th.Tensor):
+            raise TypeError(
+                f"bootstrap={self.share} masks the values of a network, which gives a {type(values).__name__}. Let its "
+                "forward give one tensor of values, or leave bootstrap out."
+            )
         if batch is None or batch.numbers is None:
             raise ValueError(
                 f"bootstrap={self.share}: the network was asked, with gradients, about observations that are not those of a "

@@ -108,6 +108,11 @@ class NoiseState(BasePolicy):
         return any(period is not None for period in every)
 
     @property
+    def knows_its_inputs(self) -> bool:
+        """Whether sigma is in the units that the setting ``sigma_unit`` asks for, or stays without them."""
+        return self._sigma_in_units
+
+    @property
     def effective_scale(self) -> float:
         """What perturbations are multiplied by now: the noise scale, times what the schedule has left of it."""
         return self._noise_scale * self._schedule_factor

@@ -91,6 +91,15 @@ class _Trial:
     def __init__(self, trial: Any, kept: Mapping[str, Any]) -> None:
         self._trial, self._kept = trial, kept
 
+    def set_user_attr(self, name: str, value: Any) -> None:
+        """
+        Note what is used.
+
+        :param name: Name
+        :param value: Value, of what is searched
+        """
+        self._trial.set_user_attr(name, self._kept.get(name, value))
+
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._trial, name)
         if not name.startswith("suggest_"):
@@ -106,7 +115,12 @@ def _sampler(algo: str, stock: Sampler) -> Sampler:
             return stock(trial, n_actions, n_envs, additional_args)
         kept = {name: hyperparams[name] for name in _KEPT if name in hyperparams}
         yaml_kwargs = hyperparams.get("policy_kwargs") or {}
+        in_copies = yaml_kwargs.get("keys_per_transition", 1) > 1 and "batch_size" in hyperparams
+        if in_copies:  # the batch is made of repeated transitions, and rl_zoo3 tries powers of two
+            kept |= {"batch_size_pow": 0, "batch_size": hyperparams["batch_size"]}
         chosen = stock(_Trial(trial, kept), n_actions, n_envs, additional_args)
+        if in_copies:
+            chosen["batch_size"] = hyperparams["batch_size"]
         if algo == "flipes":
             return with_noise(chosen, {}, yaml_kwargs)
         return with_noise(chosen, suggested(trial, _learns(algo), yaml_kwargs), yaml_kwargs)

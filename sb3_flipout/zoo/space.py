@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any, Protocol
+
+from sb3_flipout.policies import ActorSettings, NoiseSettings, OnPolicySettings, ValueSettings
 
 #: Version of the space: a trial of another one cannot be made again. Count up where an option comes, goes or changes.
 VERSION = 1
@@ -20,6 +23,7 @@ FAMILIES = ("gaussian", "factorised", "isotropic")
 #: How long a draw may be held, by what the algorithm learns: a policy from rollouts, values, or an actor from a buffer.
 RESAMPLE = {"rollouts": ("step", "episode", "rollout"), "values": ("step", "episode"), "actors": ("episode", "rollout")}
 MEMBERS = (0, 10, 20)  # 0 for none: Optuna stores numbers
+_SETTINGS: dict[str, type[NoiseSettings]] = {"rollouts": OnPolicySettings, "values": ValueSettings, "actors": ActorSettings}
 
 
 class _Choice(Protocol):
@@ -73,9 +77,27 @@ class _Remembered:
         return name in self.left
 
 
+def _fits(learns: str, given: Mapping[str, Any], choice: Options) -> bool:
+    """Whether a policy takes a choice beside what the YAML says of it."""
+    kind = _SETTINGS[learns]
+    names = {field.name for field in fields(kind)}
+    try:
+        kind(**{**{name: value for name, value in given.items() if name in names}, **choice})
+    except ValueError:
+        return False
+    return True
+
+
+def _of_members(members: int) -> Options:
+    """Settings of so many members; without any, what the YAML says of them is taken back."""
+    found = dict(members=members or None, prior_scale=0.0, target_noise="same" if members else "independent")
+    return found if members else {**found, "bootstrap": 1.0, "reward_noise": 0.0}
+
+
 def _noise_settings(choice: _Choice, learns: str, given: Mapping[str, Any]) -> Options:
+    families = [family for family in FAMILIES if _fits(learns, given, dict(family=family, sigma_init=1.0))]
     found: Options = dict(
-        family=choice.among("family", FAMILIES),
+        family=choice.among("family", families or FAMILIES),
         sigma_init=choice.between("sigma_init", 0.05, 2.0, log=True),
         resample=choice.among("resample", RESAMPLE[learns]),
         schedule=choice.among("schedule", ("constant", "linear")),
@@ -87,10 +109,11 @@ def _noise_settings(choice: _Choice, learns: str, given: Mapping[str, Any]) -> O
         found["learn_sigma"] = choice.among("learn_sigma", (False, True))
     if choice.asks("schedule_fraction", found["schedule"] == "linear"):
         found["schedule_fraction"] = choice.between("schedule_fraction", 0.1, 1.0)
-    # How many members learn from a transition is said for a number of members, and for a batch size.
-    if choice.asks("members", learns == "values" and given.get("keys_per_transition", 1) == 1):
-        members = choice.among("members", MEMBERS)
-        found |= dict(members=members or None, prior_scale=0.0, target_noise="same" if members else "independent")
+    # How many of them learn from a transition is said for a number of members.
+    numbers = [number for number in MEMBERS if learns == "values" and _fits(learns, given, _of_members(number))]
+    if choice.asks("members", any(numbers) and given.get("keys_per_transition", 1) == 1):
+        members = choice.among("members", numbers)
+        found |= _of_members(members)
         if choice.asks("prior_scale", members > 0):
             found["prior_scale"] = choice.between("prior_scale", 0.0, 1.0)
     return found

@@ -28,7 +28,9 @@ class RandomEnv(gym.Env):
             return {name: self._draw(part) for name, part in space.items()}
         if isinstance(space, spaces.Discrete):
             return int(self.np_random.integers(space.n))
-        return self.np_random.uniform(space.low, space.high + (space.dtype == np.uint8)).astype(space.dtype)
+        if space.dtype == np.uint8:  # whose own arithmetic wraps round: 255 + 1 is 0
+            return self.np_random.integers(space.low, space.high, dtype=np.uint8, endpoint=True)
+        return self.np_random.uniform(space.low, space.high).astype(space.dtype)
 
     def _observation(self) -> Any:
         return self._draw(self.observation_space)

@@ -15,6 +15,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from torch import nn
 
 from sb3_flipout.callbacks import NoiseEvalCallback
+from sb3_flipout.policies import ValueSettings
 from sb3_flipout.zoo import manager, register, search
 
 register()
@@ -150,13 +151,49 @@ def test_the_environments_of_the_evaluation_are_those_of_the_training(tmp_path: 
     assert asked.eval_env_kwargs == {"a": 1}  # what the command line says goes before
 
 
-def test_members_are_not_searched_where_a_batch_is_made_for_them() -> None:
+@pytest.mark.parametrize("algo", ["dqn", "qrdqn"])
+def test_members_and_batch_are_not_searched_where_one_is_made_for_the_other(algo: str) -> None:
     trial = optuna.create_study().ask()
     given = dict(members=20, keys_per_transition=20)
-    with search.given("dqn", dict(policy="FlipoutMlpPolicy", policy_kwargs=given)):
-        chosen = HYPERPARAMS_SAMPLER["dqn"](trial, 1, 1, dict(NO_ARGS))
-    assert "flipout_members" not in trial.params
-    assert chosen["policy_kwargs"]["members"] == 20
+    with search.given(algo, dict(policy="FlipoutMlpPolicy", policy_kwargs=given, batch_size=1280)):
+        chosen = HYPERPARAMS_SAMPLER[algo](trial, 1, 1, dict(NO_ARGS))
+    assert not {"flipout_members", "batch_size_pow"} & trial.params.keys()
+    assert chosen["policy_kwargs"]["members"] == 20 and chosen["batch_size"] == 1280 == trial.user_attrs["batch_size"]
+    assert "batch_size" not in HYPERPARAMS_CONVERTER[algo](dict(trial.params)), "made again, the YAML's stays"
+    ALGOS[algo](env="CartPole-v1", policy="FlipoutMlpPolicy", **chosen, device="cpu", buffer_size=100)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        dict(members=10, bootstrap=0.5, reward_noise=0.1),
+        dict(members=20, keys_per_transition=20, bootstrap=0.5),
+        dict(noise_sharing="shared", family="factorised"),
+        dict(base_every_steps=100),
+        dict(init="noisynet", family="factorised"),
+    ],
+    ids=str,
+)
+def test_a_trial_chooses_what_fits_the_yaml(given: dict[str, Any]) -> None:
+    """Else its policy would be refused, and the study end."""
+    study, chosen = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0)), []
+    for _ in range(40):
+        with search.given("dqn", dict(policy="FlipoutMlpPolicy", policy_kwargs=given)):
+            chosen.append(HYPERPARAMS_SAMPLER["dqn"](study.ask(), 1, 1, dict(NO_ARGS))["policy_kwargs"])
+        ValueSettings(**{name: value for name, value in chosen[-1].items() if name != "net_arch"})
+    without_choice = {"noise_sharing", "base_every_steps", "keys_per_transition"} & given.keys()
+    assert len({one.get("members") for one in chosen}) == (1 if without_choice else 3)
+    assert len({one["family"] for one in chosen}) == {"init": 1, "base_every_steps": 2}.get(next(iter(given)), 3)
+
+
+def test_what_is_of_members_alone_goes_with_them_when_a_trial_is_made_again() -> None:
+    """A trial without members, on a YAML that has them and bootstrap."""
+    again = HYPERPARAMS_CONVERTER["dqn"](
+        dict(one_minus_gamma=0.01, net_arch="small", flipout_family="gaussian", flipout_sigma_init=1.0)
+        | dict(flipout_resample="step", flipout_schedule="constant", flipout_learn_sigma=False, flipout_members=0)
+    )
+    assert again["policy_kwargs"]["members"] is None
+    assert (again["policy_kwargs"]["bootstrap"], again["policy_kwargs"]["reward_noise"]) == (1.0, 0.0)
 
 
 @pytest.mark.parametrize(
