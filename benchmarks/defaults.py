@@ -15,7 +15,7 @@ from itertools import product
 from typing import Any
 
 import numpy as np
-from learning import difference_interval
+from intervals import difference_interval
 from runs import Row, execute, left_of, options, read, versions_of
 from zoo_runs import Run, Task, train
 

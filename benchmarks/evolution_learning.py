@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import gymnasium as gym
 import numpy as np
 import torch as th
-from learning import difference_interval
+from intervals import difference_interval
 from runs import Row, execute, left_of, made_with, options, read, versions_of
 from sb3_contrib import ARS
 from stable_baselines3.common.env_util import make_vec_env

@@ -1,6 +1,7 @@
 """Does RecurrentPPO solve a task that needs memory as fast through a flipout LSTM? CartPole-v1 without velocities.
 
-    python benchmarks/memory.py --jobs 2
+    python benchmarks/memory.py --jobs 2                   # goes on where it was stopped
+    python benchmarks/memory.py --report
 
 rl-zoo's settings for CartPoleNoVel-v1 in all arms (PPO without memory: the same without the LSTM), at most 100,000 steps.
 Every 4,096 steps the *mean weights* are judged over 20 episodes on environments of another seed; a run is solved at the first
@@ -9,13 +10,14 @@ mean return of 475 or more, and stops there. A run that is not solved counts as 
 
 from __future__ import annotations
 
-from typing import Any
+import sys
+from typing import Any, NamedTuple
 
 import gymnasium as gym
 import numpy as np
 import torch as th
-from learning import Row, run
 from rl_zoo3.wrappers import MaskVelocityWrapper
+from runs import Row, execute, left_of, made_with, options, read, versions_of
 from sb3_contrib import RecurrentPPO
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
@@ -26,15 +28,7 @@ from torch import nn
 
 import sb3_flipout  # noqa: F401  (registers the policies)
 
-SOLVED, EVERY = 475.0, 4096
-
-HEADER = f"""# CartPole-v1 without velocities: RecurrentPPO
-
-`python benchmarks/memory.py --jobs 2`: rl-zoo's settings for CartPoleNoVel-v1, noise at its defaults, chosen on none of these
-seeds. Solved: the **mean weights** reach a mean return of
-{SOLVED:.0f} over 20 episodes, judged every {EVERY} steps.
-
-"""
+SOLVED, EVERY, STEPS = 475.0, 4096, 100_000
 
 _NETWORK = dict(ortho_init=False, activation_fn=nn.ReLU, net_arch=dict(pi=[64], vf=[64]))
 _LSTM = dict(**_NETWORK, lstm_hidden_size=64, enable_critic_lstm=True)
@@ -76,10 +70,17 @@ def linear(initial: float) -> Any:
     return lambda progress_remaining: progress_remaining * initial
 
 
-def train(task: str, arm: str, seed: int, steps: int) -> Row:
+class Run(NamedTuple):
+    """One training run."""
+
+    arm: str
+    seed: int
+
+
+def train(run: Run) -> Row:
     th.set_num_threads(1)
-    algorithm, policy, policy_kwargs = ARMS[arm]
-    env = VecNormalize(make_vec_env(make_env, n_envs=8, seed=seed))
+    algorithm, policy, policy_kwargs = ARMS[run.arm]
+    env = VecNormalize(make_vec_env(make_env, n_envs=8, seed=run.seed))
     model = algorithm(
         policy,
         env,
@@ -92,14 +93,26 @@ def train(task: str, arm: str, seed: int, steps: int) -> Row:
         learning_rate=linear(0.001),
         clip_range=linear(0.2),
         policy_kwargs=dict(policy_kwargs),
-        seed=seed,
+        seed=run.seed,
         device="cpu",
     )
-    watch = UntilSolved(seed)
-    model.learn(steps, callback=watch)
+    watch = UntilSolved(run.seed)
+    model.learn(STEPS, callback=watch)
     at, last = watch.scores[-1]
     best = max(score for _, score in watch.scores)
-    return dict(task=task, arm=arm, seed=seed, steps=steps, solved_at=at if last >= SOLVED else None, best=best)
+    return dict(**run._asdict(), steps=STEPS, solved_at=at if last >= SOLVED else None, best=best, **made_with())
+
+
+def report(rows: list[Row]) -> str:
+    return f"""# CartPole-v1 without velocities: RecurrentPPO
+
+Made by `python benchmarks/memory.py --report` from [the runs](memory.jsonl) ({versions_of(rows)}).
+
+rl-zoo's settings for CartPoleNoVel-v1, noise at its defaults, chosen on none of these seeds. Solved: the **mean weights**
+reach a mean return of {SOLVED:.0f} over 20 episodes, judged every {EVERY} steps.
+
+{table(rows)}
+"""
 
 
 def table(rows: list[Row]) -> str:
@@ -114,10 +127,20 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    arms = ["stock", "flipout", "ppo"]
-    run(__doc__, train, ["CartPole-without-velocities"], ARMS, arms, 100_000, HEADER, "docs/benchmarks/memory.json", table)
+def main() -> int:
+    parser = options(__doc__, "docs/benchmarks/memory.jsonl", 5, 100)
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=["stock", "flipout", "ppo"])
+    args = parser.parse_args()
+    if args.report:
+        args.out.with_suffix(".md").write_text(report(read(args.out)))
+        return 0
+    runs = [Run(arm, seed) for seed in range(args.first_seed, args.first_seed + args.seeds) for arm in args.arms]
+    return execute(train, left_of(runs, read(args.out)), args.out, args.jobs, brief)
+
+
+def brief(row: Row) -> str:
+    return f"{row['arm']}, {row['seed']}: {row['solved_at']}"
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(1 if main() else 0)

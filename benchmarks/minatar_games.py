@@ -16,7 +16,7 @@ from itertools import product
 import numpy as np
 from exploration_tasks import Run
 from exploration_training import train
-from learning import difference_interval
+from intervals import difference_interval
 from runs import Row, execute, left_of, options, read, versions_of
 
 GAMES = ("breakout", "asterix", "freeway", "seaquest", "spaceinvaders")

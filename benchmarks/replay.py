@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch as th
 from gymnasium.spaces import Discrete
-from learning import difference_interval, mean_interval
+from intervals import difference_interval, mean_interval
 from rl_zoo3.utils import ALGOS
 from runs import Row, execute, left_of, options, read, versions_of
 from stable_baselines3 import PPO
