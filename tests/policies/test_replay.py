@@ -13,7 +13,11 @@ from sb3_flipout.layers import effective_weight
 from sb3_flipout.noise import FAMILIES, noise_of
 
 RATIO_TOLERANCE = 1e-5
-SIZES = {PPO: dict(batch_size=8, n_epochs=2), TRPO: dict(batch_size=8, n_critic_updates=2, cg_max_steps=4), A2C: {}}
+SIZES = {
+    PPO: dict(batch_size=8, n_epochs=2),
+    TRPO: dict(batch_size=8, n_critic_updates=2, cg_max_steps=4),
+    A2C: dict(learning_rate=1e-4),  # with its default of 7e-4 one action is certain after two rollouts of images
+}
 
 
 def learn(algorithm, case, probe, steps=None, **more):
