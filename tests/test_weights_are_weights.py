@@ -286,7 +286,7 @@ def test_a_copy_made_in_mid_training_trains_on_and_redraws_its_base(of_model: bo
         copied = build(seed=5)
         copied.policy = callback.copied
     marks = copied.policy.marks
-    assert copied.policy is not model.policy and not marks.told and not marks.collects and not marks.updates
+    assert copied.policy is not model.policy and not marks.running and not marks.collects and not marks.updates
     assert copied.policy.perturbed_network is not model.policy.perturbed_network
     before = weights_of(copied.policy)
     assert len(set(bases_in_rollouts(copied, copied.policy, 3))) == 3

@@ -54,15 +54,15 @@ def _wrap(original: Method, wrapper: Method) -> Method:
             return original(self, *args, **kwargs)
         if getattr(self, "policy", None) is None:
             return wrapper(original, self, *args, **kwargs)
-        told_now = models.policy_of(self).marks.told
+        running = models.policy_of(self).marks.running
         # A subclass's method calls its parent's inside its own, and both are wrapped: the outer one tells.
-        if what in told_now:
+        if what in running:
             return original(self, *args, **kwargs)
-        told_now.add(what)
+        running.add(what)
         try:
             return wrapper(original, self, *args, **kwargs)
         finally:
-            told_now.discard(what)
+            running.discard(what)
 
     method.wraps_for_flipout = True  # type: ignore[attr-defined]
     return method

@@ -61,9 +61,9 @@ def check_first_observations(algorithm: Any, policy: Any) -> None:
     :param policy: Its policy
     :raises NonFiniteError: If some are not finite
     """
-    told = _found(algorithm, policy, algorithm._last_obs, None)
-    if told is not None:
-        raise told
+    error = _found(algorithm, policy, algorithm._last_obs, None)
+    if error is not None:
+        raise error
 
 
 def check_rollout(algorithm: Any, policy: Any) -> bool:
@@ -79,23 +79,23 @@ def check_rollout(algorithm: Any, policy: Any) -> bool:
     collected = [getattr(buffer, name, None) for name in ("observations", "rewards", "values", "log_probs", "actions")]
     if all(map(is_finite, collected)):
         return True
-    told = _found(algorithm, policy, getattr(buffer, "observations", None), getattr(buffer, "rewards", None), 1)
+    error = _found(algorithm, policy, getattr(buffer, "observations", None), getattr(buffer, "rewards", None), 1)
     outputs = [name for name in ("values", "log_probs", "actions") if not_finite(getattr(buffer, name, None)) is not None]
-    if told is None and outputs:
-        told = NonFiniteError(
+    if error is None and outputs:
+        error = NonFiniteError(
             f"{outputs[0]} of the rollout of {type(algorithm).__name__} that ended at step {algorithm.num_timesteps} are not "
             "finite, though its observations are: the numbers are too large for the network. Bring observations to a scale of "
             "about 1 (VecNormalize does that), or use a smaller sigma.",
             outputs[0],
         )
-    return told is None or _ends_quietly(policy, told)
+    return error is None or _ends_quietly(policy, error)
 
 
-def _ends_quietly(policy: Any, told: NonFiniteError) -> bool:
+def _ends_quietly(policy: Any, error: NonFiniteError) -> bool:
     """Leave it to the callback that has asked for it to end training, else raise; never True."""
     if not policy.marks.numbers_guarded:
-        raise told
-    policy.marks.non_finite = told
+        raise error
+    policy.marks.non_finite = error
     return False
 
 
@@ -114,10 +114,10 @@ def store_transition(
     """Look at a step of the environments before it goes into the replay buffer."""
     if dones.any() or not (is_finite(reward) and is_finite(new_obs)):
         policy = policy_of(algorithm)
-        told = _found(algorithm, policy, new_obs, reward)
+        error = _found(algorithm, policy, new_obs, reward)
         for place in np.flatnonzero(dones):
-            told = told or _found(algorithm, policy, infos[place].get("terminal_observation"), None, of=int(place))
-        if told is not None and not _ends_quietly(policy, told):
+            error = error or _found(algorithm, policy, infos[place].get("terminal_observation"), None, of=int(place))
+        if error is not None and not _ends_quietly(policy, error):
             return
     original(algorithm, replay_buffer, buffer_action, new_obs, reward, dones, infos, *args, **kwargs)
 

@@ -33,7 +33,7 @@ class VisitGuard:
         self.done = False
         self.compiled = False  # whether a part of the policy is: what it calls cannot be noted
         self.reached = True  # whether layers were called when the policy was made, as far as is known
-        self.told = False  # whether it has been said that the mean weights act
+        self.warned = False  # whether it has been said that the mean weights act
 
     def __reduce__(self) -> Any:
         return VisitGuard, ()
@@ -56,8 +56,8 @@ class VisitGuard:
             yield
         finally:
             self.collected, network.visited = network.visited or None, None
-        if network.unsaid and not network.asked and not self.told:
-            self.told = True
+        if network.unsaid and not network.asked and not self.warned:
+            self.warned = True
             warn_user(
                 "perturbed layers were called to choose actions, and nobody has said which noise their rows see, so the mean "
                 f"weights act and nothing explores. Ask {type(policy).__name__} itself, or one of its networks as a whole, "

@@ -33,7 +33,7 @@ class RunMarks:
     """What a policy knows of the run that goes on. Copies of it are blank: a copied policy takes part in no run yet."""
 
     def __init__(self) -> None:
-        self.told: set[str] = set()  # what the algorithm is telling right now, so that it is told once
+        self.running: set[str] = set()  # hooks that are running, so that each tells once
         self.collects = False  # a rollout is being collected
         self.step_due = False  # the algorithm's next collection step has not been made yet
         self.updates = False  # SB3's `train` is running
@@ -243,10 +243,10 @@ class NoiseState(BasePolicy):
         return state_dict if self.members is None else with_bases(self, state_dict, int(saved["seed"]))
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
-        told = super()._get_constructor_parameters()
+        arguments = super()._get_constructor_parameters()
         if "share_features_extractor" in arguments_of(type(self)):  # SB3 leaves it out; without it, copies are other networks
-            told["share_features_extractor"] = self.share_features_extractor
-        return {**told, **asdict(self.noise_settings)}
+            arguments["share_features_extractor"] = self.share_features_extractor
+        return {**arguments, **asdict(self.noise_settings)}
 
     def _base_key(self, draw: int) -> int:
         """Key of a draw of the base, by its number."""
