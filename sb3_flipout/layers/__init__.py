@@ -17,9 +17,9 @@ from sb3_flipout.layers.divergence import kl_divergence
 from sb3_flipout.layers.embedding import FlipoutEmbedding, FlipoutOneHotLinear, OneHotLinear
 from sb3_flipout.layers.interface import attach, effective_weight, flipout_layers, network_of, perturbed, redraw
 from sb3_flipout.layers.linear import FlipoutLinear
-from sb3_flipout.layers.network import Ask, PerturbedNetwork
+from sb3_flipout.layers.network import PerturbedNetwork
 from sb3_flipout.layers.recurrent import FlipoutGRU, FlipoutGRUCell, FlipoutLSTM
-from sb3_flipout.layers.row_view import RowView
+from sb3_flipout.layers.row_view import Ask, RowView
 
 __all__ = [
     "NOISYNET_SIGMA",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from enum import Enum
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -13,22 +12,12 @@ import torch as th
 from sb3_flipout.layers import recomputation
 from sb3_flipout.layers.base import FlipoutLayer
 from sb3_flipout.layers.block import FixedDelta, Pair
-from sb3_flipout.layers.row_view import RowView
+from sb3_flipout.layers.row_view import Ask, RowView
+from sb3_flipout.layers.visits import Visits
 from sb3_flipout.layers.weights import PerturbedWeights
 from sb3_flipout.noise.compiling import eager
 from sb3_flipout.noise.rows import RowNoise
 from sb3_flipout.noise.signs import FactorPlan
-
-
-class Ask(Enum):
-    """What rows can see besides noise."""
-
-    #: Nobody has said anything: layers use their mean weights.
-    NOTHING = "nothing"
-    #: Mean weights were asked for by name.
-    MEAN_WEIGHTS = "mean weights"
-    #: An update runs, in which every pass has to say what its rows see; a layer that is called without raises.
-    EXPLICIT = "explicit"
 
 
 class _Seen(NamedTuple):
@@ -63,12 +52,8 @@ class PerturbedNetwork:
         self.layers = tuple(layers)
         self.of_policy = of_policy
         self.plan = FactorPlan([layer.vectors() for layer in self.layers])
-        #: Numbers of the layers that have been called under noise, heard or not, while somebody wants to know.
-        self.visited: set[int] | None = None
-        #: Whether rows were given noise meanwhile.
-        self.asked = False
-        #: Whether layers were called meanwhile of which nobody had said what their rows see.
-        self.unsaid = False
+        #: What is noted of its passes, while somebody wants to know.
+        self.visits: Visits | None = None
         self._now = _NOTHING
         self._kept: dict[int, tuple[FixedDelta, Pair]] | None = None
 
@@ -117,10 +102,10 @@ class PerturbedNetwork:
                 'or leave the module out with policy_kwargs=dict(skip=["its.name"]).'
             )
         view = None if now.views is None else now.views[slot]
-        if self.visited is not None:
+        if self.visits is not None:
             if view is not None or (now.views is None and isinstance(now.what, RowNoise)):
-                self.visited.add(slot)
-            self.unsaid = self.unsaid or now.what is Ask.NOTHING
+                self.visits.called.add(slot)
+            self.visits.unsaid |= now.what is Ask.NOTHING
         return view
 
     def activate(self, what: RowNoise | Ask | None, only: Sequence[FlipoutLayer] | None = None) -> Activation:
@@ -137,7 +122,8 @@ class PerturbedNetwork:
     def _seen(self, what: RowNoise | Ask, only: Sequence[FlipoutLayer] | None) -> _Seen:
         views: tuple[RowView | None, ...] | None = None
         if isinstance(what, RowNoise):
-            self.asked = True
+            if self.visits is not None:
+                self.visits.given_noise = True
             views = self._views(what) if self._must_compute(what) else None
         place = None
         if not th.compiler.is_compiling() and (recomputation.top_hooks(False) or recomputation.backward_task() != -1):
@@ -238,6 +224,19 @@ class PerturbedNetwork:
         for layer, of_layer in zip(self.layers, bases, strict=True):
             layer.bind(of_layer)
 
+    @contextmanager
+    def noting(self) -> Iterator[Visits]:
+        """
+        Note what is called, and under what.
+
+        :return: Context manager, which gives what is noted
+        """
+        before, self.visits = self.visits, Visits()
+        try:
+            yield self.visits
+        finally:
+            self.visits = before
+
     # ---- copies --------------------------------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
@@ -255,7 +254,7 @@ class PerturbedNetwork:
         :param state: What :meth:`__getstate__` gave
         """
         self.__dict__.update(state)
-        self.visited, self.asked, self.unsaid, self._now, self._kept = None, False, False, _NOTHING, None
+        self.visits, self._now, self._kept = None, _NOTHING, None
         for slot, layer in enumerate(self.layers):
             layer.join(self, slot)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import Enum
 from typing import Any, NamedTuple, Protocol
 
 import torch as th
@@ -9,6 +10,17 @@ import torch as th
 from sb3_flipout.layers.block import Pair
 from sb3_flipout.layers.weights import PerturbedWeights
 from sb3_flipout.noise.rows import RowNoise
+
+
+class Ask(Enum):
+    """What rows can see besides noise."""
+
+    #: Nobody has said anything: layers use their mean weights.
+    NOTHING = "nothing"
+    #: Mean weights were asked for by name.
+    MEAN_WEIGHTS = "mean weights"
+    #: An update runs, in which every pass has to say what its rows see; a layer that is called without raises.
+    EXPLICIT = "explicit"
 
 
 class RowView(NamedTuple):

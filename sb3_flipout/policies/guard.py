@@ -51,12 +51,12 @@ class VisitGuard:
         if self.done or self.collected or self.compiled:
             yield
             return
-        network.visited, network.asked, network.unsaid = set(), False, False
-        try:
-            yield
-        finally:
-            self.collected, network.visited = network.visited or None, None
-        if network.unsaid and not network.asked and not self.warned:
+        with network.noting() as visits:
+            try:
+                yield
+            finally:
+                self.collected = visits.called or None
+        if visits.unsaid and not visits.given_noise and not self.warned:
             self.warned = True
             warn_user(
                 "perturbed layers were called to choose actions, and nobody has said which noise their rows see, so the mean "
@@ -64,7 +64,7 @@ class VisitGuard:
                 "about one row per environment: these know the noise of the step. For mean weights, say so: "
                 "`with sb3_flipout.perturbed(policy, None):`."
             )
-        if network.asked and not self.collected and not self.reached:
+        if visits.given_noise and not self.collected and not self.reached:
             names = ", ".join(name for name, layer in policy.named_modules() if layer in network.layers)
             raise ValueError(
                 f"the policy has acted, and none of its perturbed layers was called, so nothing explores: {names}. Their "
@@ -118,15 +118,14 @@ class VisitGuard:
         :param network: The network of the policy's layers that act
         :return: Context manager
         """
-        if self.done or self.collected is None or network.visited is not None:
+        if self.done or self.collected is None or network.visits is not None:
             yield
             return
-        network.visited = set()
-        try:
-            yield
-        finally:
-            self.updated |= network.visited
-            network.visited = None
+        with network.noting() as visits:
+            try:
+                yield
+            finally:
+                self.updated |= visits.called
 
     def compare(
         self, policy: nn.Module, network: PerturbedNetwork, acting: nn.Module | None = None, by_mean: bool = False

@@ -20,8 +20,8 @@ from sb3_flipout.layers import (
 )
 from sb3_flipout.layers.config import LayerNoise
 from sb3_flipout.layers.interface import attach, network_of, without
-from sb3_flipout.layers.network import Ask, PerturbedNetwork
-from sb3_flipout.layers.row_view import RowView
+from sb3_flipout.layers.network import PerturbedNetwork
+from sb3_flipout.layers.row_view import Ask, RowView
 from sb3_flipout.noise import RowNoise
 
 KEYS = th.arange(3)
@@ -118,7 +118,7 @@ def test_a_layer_that_is_perturbed_otherwise_is_planned_anew() -> None:
 def test_what_was_said_of_the_rows() -> None:
     net = two()
     network = network_of(net)
-    assert network.active is None and network.asked is False
+    assert network.active is None and network.visits is None
     assert PerturbedNetwork(network.layers).of_policy is False and PerturbedNetwork(network.layers, True).of_policy is True
     with perturbed(net, None):
         assert network.active is Ask.MEAN_WEIGHTS
@@ -166,12 +166,11 @@ def test_bases_of_another_network_are_refused() -> None:
 def test_a_copy_has_seen_nothing() -> None:
     net = two()
     network = network_of(net)
-    network.visited = set()
-    with perturbed(net, KEYS), network.keeping_deltas():
+    with network.noting() as visits, perturbed(net, KEYS), network.keeping_deltas():
         net(th.ones(3, 2))
         copied = copy.deepcopy(Names(net)).perturbed_network
-        assert network.asked and network.visited == {0, 1} and network.active is not None
-    assert (copied.visited, copied.asked, copied.active, copied._kept) == (None, False, None, None)
+        assert visits.given_noise and visits.called == {0, 1} and network.active is not None
+    assert (copied.visits, copied.active, copied._kept) == (None, None, None)
     assert network_of(copied.layers[0]) is copied is not network and [layer._slot for layer in copied.layers] == [0, 1]
 
 

@@ -8,6 +8,7 @@ from cases import KEYS, N, every_geometry, every_noise, inputs, make, plain_twin
 from torch import nn
 
 from sb3_flipout.layers import FlipoutLinear, FlipoutLSTM, attach, base, flipout_layers, perturb, perturbed, redraw
+from sb3_flipout.layers.visits import Visits
 from sb3_flipout.layers.weights import PerturbedWeights
 from sb3_flipout.noise import RowNoise, RowsByKey
 
@@ -232,10 +233,10 @@ def test_what_inference_mode_has_made_is_kept_from_autograd() -> None:
 def test_who_is_called_is_noted_of_silent_noise_too() -> None:
     net = perturb(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), learn_sigma=False)
     network = attach(flipout_layers([net]))
-    network.visited = set()
-    with network.activate(None):
-        net(th.randn(N, 3))
-    assert not network.visited and not network.asked
-    with network.activate(RowNoise(KEYS, 0.0)):
-        net[1](th.randn(N, 4))
-    assert network.visited == {1} and network.asked
+    with network.noting() as visits:
+        with network.activate(None):
+            net(th.randn(N, 3))
+        assert visits == Visits()
+        with network.activate(RowNoise(KEYS, 0.0)):
+            net[1](th.randn(N, 4))
+    assert visits == Visits({1}, given_noise=True) and network.visits is None
