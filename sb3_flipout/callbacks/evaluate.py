@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from inspect import signature
 from typing import Any, Literal
 
 import numpy as np
 import torch as th
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import EvalCallback
+from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_flipout.callbacks.common import flipout_policy
 from sb3_flipout.checks import check_choice, warn_user
@@ -21,7 +23,12 @@ from sb3_flipout.layers import perturbed, redraw
 from sb3_flipout.noise import EvaluationStream, RowNoise, Stream, fold
 
 BestBy = Literal["mean", "sampled", "vote"]
+_MASKS = "action_masks"  # sb3-contrib's name for the method of environments and the argument of `predict`
 _TAGS = {"eval/mean_reward": "return", "eval/mean_ep_length": "ep_length", "eval/success_rate": "success_rate"}
+
+
+def _takes_masks(model: BaseAlgorithm) -> bool:
+    return _MASKS in signature(model.predict).parameters  # sb3-contrib's MaskablePPO, and what a user derives from it
 
 
 class _Arm:
@@ -32,9 +39,10 @@ class _Arm:
     model's.
     """
 
-    def __init__(self, model: BaseAlgorithm, logger: Any) -> None:
-        self._model, self.logger = model, logger
+    def __init__(self, model: BaseAlgorithm, logger: Any, env: VecEnv) -> None:
+        self._model, self.logger, self._env = model, logger, env
         self._policy: Any = flipout_policy(model, NoiseEvalCallback.__name__)
+        self._is_masked = _takes_masks(model) and env.has_attr(_MASKS)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
@@ -47,15 +55,16 @@ class _Arm:
         """Learn that an episode has ended that counts as one: lives that a wrapper makes episodes of do not."""
 
     def predict(self, observation: Any, state: Any, episode_start: np.ndarray, deterministic: bool) -> tuple[np.ndarray, Any]:
+        masks: dict[str, Any] = {_MASKS: np.stack(self._env.env_method(_MASKS))} if self._is_masked else {}
         with self.weights(len(episode_start)):
-            return self._model.predict(observation, state, episode_start, deterministic)
+            return self._model.predict(observation, state, episode_start, deterministic, **masks)
 
 
 class _Sampled(_Arm):
     """Each environment acts with one draw of the weights for a whole episode; where all share one, so do their episodes."""
 
-    def __init__(self, model: BaseAlgorithm, logger: Any) -> None:
-        super().__init__(model, logger)
+    def __init__(self, model: BaseAlgorithm, logger: Any, env: VecEnv) -> None:
+        super().__init__(model, logger, env)
         members = self._policy.members
         self._stream = EvaluationStream(fold(Stream.NOISE_EVAL, model.num_timesteps), 0, members)
         self._noise: RowNoise | None = None
@@ -156,7 +165,8 @@ class NoiseEvalCallback(_EpisodesEval):
 
     Each takes the most likely action (unless ``deterministic=False``), so that what differs is the weights. Each plays
     ``n_eval_episodes``, so an evaluation takes two or three times as long as ``EvalCallback``'s. Keys come from a stream of
-    their own: training is bit for bit what it is without, as long as ``deterministic`` is left ``True``.
+    their own: training is bit for bit what it is without, as long as ``deterministic`` is left ``True``. Actions that
+    MaskablePPO's environments forbid are masked here too.
 
     The one named by ``best_by`` is evaluated by ``EvalCallback``'s own code: what it logs as ``eval/...``, stores in
     ``evaluations.npz`` and saves as ``best_model`` is that one's. Every one is logged as ``noise_eval/...`` too, and the
@@ -180,7 +190,7 @@ class NoiseEvalCallback(_EpisodesEval):
     :param kwargs: As for ``EvalCallback``: ``eval_env``, ``n_eval_episodes``, ``eval_freq``, ``log_path``,
         ``best_model_save_path``, ...; ``deterministic`` is about actions, not about weights
     :raises ValueError: If ``best_by`` is none of them; at the start of training, if the policy is no flipout policy, or
-        ``best_by="vote"`` and it has no members
+        ``best_by="vote"`` and it has no members, or the training environments mask actions and ``eval_env`` does not
     """
 
     def __init__(self, *args: Any, best_by: BestBy = "mean", **kwargs: Any) -> None:
@@ -201,6 +211,12 @@ class NoiseEvalCallback(_EpisodesEval):
             raise ValueError(
                 'best_by="vote" needs members that vote, this policy has none. Give policy_kwargs=dict(members=10) to a '
                 'value-based algorithm, or use best_by="mean".'
+            )
+        masked = _takes_masks(self.model) and self.training_env.has_attr(_MASKS)
+        if masked and not self.eval_env.has_attr(_MASKS):
+            raise ValueError(
+                f"eval_env has no method {_MASKS}, and the training environments have one: forbidden actions would be "
+                "evaluated. Wrap it as these are, in an ActionMasker, say."
             )
         self._policy = policy
         self.returns = self.returns or {name: [] for name in ARMS if name != "vote" or has_members(policy)}
@@ -239,7 +255,7 @@ class NoiseEvalCallback(_EpisodesEval):
         return continue_training
 
     def _arm(self, name: str, before_dump: Callable[[Any], None] | None) -> _Arm:
-        return ARMS[name](self.model, _ArmLogger(self.logger, name, before_dump))
+        return ARMS[name](self.model, _ArmLogger(self.logger, name, before_dump), self.eval_env)
 
     def _record_lag(self, logger: Any) -> None:
         self.returns[self.best_by].append(self.last_mean_reward)

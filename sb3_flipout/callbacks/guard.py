@@ -29,7 +29,8 @@ class StopOnNonFinite(NoiseCallback):
     the statistics of ``VecNormalize`` are in no checkpoint, and stay as they are.
 
     :param save_path: File of the last good checkpoint, for ``Algorithm.load``; replaced each time, never half-written
-    :param every: Gradient steps between two looks. On-policy also at the starts of rollouts
+    :param every: Gradient steps between two looks, off-policy. On-policy it looks at each one, whatever this says: the next
+        would evaluate the broken policy; and at the starts of rollouts
     :param save_every: Timesteps between checkpoints. The first one is made when training starts
     :param verbose: Verbosity level of SB3's callbacks
     :raises TypeError: If a number is no integer
@@ -116,7 +117,8 @@ class StopOnNonFinite(NoiseCallback):
                 optimizer.zero_grad(set_to_none=True)  # what has no gradient is left alone
 
         def look(*_: Any) -> None:
-            if self._watching() and next(steps) % self.every == 0 and self._look(named):
+            every = self.every if self.off_policy else 1
+            if self._watching() and next(steps) % every == 0 and self._look(named):
                 # Only what this step has changed in place anyway: the rest may be part of a graph of SAC's, to be gone through
                 # backwards. All else waits for the end of the update.
                 with th.no_grad():

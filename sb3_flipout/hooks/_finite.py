@@ -44,11 +44,15 @@ def check_parameters(algorithm: Any, policy: Any, now: bool = False) -> None:
         raise _broken(algorithm, name)
 
 
+_ADVICE = " The callback StopOnNonFinite stops at that gradient step and goes back to a model that is good."
+
+
 def _broken(algorithm: Any, name: str) -> NonFiniteError:
+    guarded = policy_of(algorithm).marks.numbers_guarded
     return NonFiniteError(
         f"{name} of the policy of {type(algorithm).__name__} is not finite at step {algorithm.num_timesteps}: a gradient step "
         f"has broken it, at most some {LOOK_EVERY} steps ago. Try a lower learning rate, a smaller sigma, or rewards of a "
-        "smaller scale. The callback StopOnNonFinite stops at that gradient step and goes back to a model that is good.",
+        f"smaller scale.{'' if guarded else _ADVICE}",
         name,
     )
 

@@ -40,6 +40,7 @@ class FlipoutPolicyMixin(NoiseState):
     def _init_noise(self, settings: NoiseSettings) -> None:
         """Set the noise up; called in the constructor, after SB3 has built the stock policy."""
         self.guard = VisitGuard()
+        self._known_plain: set[str] = set()  # layers that stay plain, of which that has been said
         self._init_state(settings)
         checked_patterns(settings.skip, names_to_skip(dict(self.named_modules())))
 
@@ -63,6 +64,7 @@ class FlipoutPolicyMixin(NoiseState):
         names = {known.get(id(layer), f"{type(layer).__name__} {i}"): layer for i, layer in enumerate(inside)}
         wanted = Wanted(settings.layers, self._left_out(), settings.perturb_frozen)
         left = perturb_named(names, settings.layer_noise(), wanted, lambda: self._base_key(0))
+        self._known_plain |= left.keys()
         if not quietly:  # the matrix of gSDE is noise of its own, and no weight that stays plain
             warn_of_plain({name: why for name, why in left.items() if name.split(".")[-1] != "log_std"})
 

@@ -79,9 +79,14 @@ class VisitGuard:
 
         :param policy: Policy
         :param network: The network of its layers that act
-        :raises ValueError: If some have been replaced
+        :raises ValueError: If some have been replaced, or another policy has them
         """
         self.compiled = _is_compiled(policy)
+        if not network.is_whole():
+            raise ValueError(
+                "perturbed layers of the policy have become those of another policy, so nothing explores through them here: "
+                "two models hold the same module, an encoder say. Give each one of its own, copy.deepcopy(encoder)."
+            )
         inside = {id(module) for module in policy.modules()}
         gone = [layer for layer in network.layers if id(layer) not in inside]
         if gone:

@@ -14,6 +14,7 @@ from stable_baselines3.common.policies import ActorCriticCnnPolicy, ActorCriticP
 from stable_baselines3.common.type_aliases import Schedule
 from torch import nn
 
+from sb3_flipout.checks import warn_once
 from sb3_flipout.layers import Ask, attach
 from sb3_flipout.layers.config import Init
 from sb3_flipout.layers.convert import Layers
@@ -23,8 +24,10 @@ from sb3_flipout.noise.schedule import Schedule as NoiseSchedule
 from sb3_flipout.noise.stream import Resample
 from sb3_flipout.policies.arguments import arguments_of, settings_among, settings_from
 from sb3_flipout.policies.base import FlipoutPolicyMixin
+from sb3_flipout.policies.left_plain import plain_in_actions
 from sb3_flipout.policies.observations import check_extractor
 from sb3_flipout.policies.passes import OnPolicyPasses
+from sb3_flipout.policies.probing import nothing_own
 from sb3_flipout.policies.settings import OnPolicySettings, Perturb
 
 
@@ -107,9 +110,26 @@ class OnPolicyMixin(OnPolicyPasses):
             return [self]
         if perturb == "heads":
             return [self.action_net]
-        # A user's own mlp_extractor need not have a policy_net; then it is perturbed as a whole.
-        hidden = getattr(self.mlp_extractor, "policy_net", self.mlp_extractor)
-        return [self.pi_features_extractor, hidden, self.action_net]
+        hidden = [self.mlp_extractor]
+        if hasattr(self.mlp_extractor, "policy_net"):  # what a user's own has beside it may stand before both nets
+            hidden = [net for name, net in self.mlp_extractor.named_children() if name != "value_net"]
+        return [self.pi_features_extractor, *hidden, self.action_net]
+
+    def begin_learning(self) -> None:
+        """Tell that a call of ``learn`` begins; say once which layers explore nothing."""
+        super().begin_learning()
+        if self.noise_settings.perturb == "heads" or nothing_own(self) or "plain layers" in self.marks.warned:
+            return
+        plain = sorted(set(plain_in_actions(self)) - self._known_plain)
+        if plain:
+            warn_once(
+                self.marks.warned,
+                "plain layers",
+                f"actions depend on {', '.join(plain)}, which stay{'s' if len(plain) == 1 else ''} plain, so nothing explores "
+                f"through their weights: perturb={self.noise_settings.perturb!r} takes the parts that SB3's policies have, "
+                "and what is there when the policy has been built. Put them into the features extractor or mlp_extractor, or "
+                'make them in _build and use perturb="all"; there, skip= says of them that this is as it should be.',
+            )
 
     # ---- what the algorithm tells -------------------------------------------------------------------------------
 
@@ -173,9 +193,9 @@ class OnPolicyMixin(OnPolicyPasses):
         """
         Take what a resumed training has to know, as plain values.
 
-        :return: As of every policy, and the number of rollouts
+        :return: As of every policy, and the number of rollouts and the present base
         """
-        return {**super().noise_state(), "rollouts": self._rollouts}
+        return {**super().noise_state(), "rollouts": self._rollouts, "base": self.perturbed_network.layers[0].base_key}
 
     def set_noise_state(self, state: Mapping[str, Any]) -> None:
         """
@@ -188,7 +208,10 @@ class OnPolicyMixin(OnPolicyPasses):
         super().set_noise_state(state)
         self._rollouts = rollouts
         every = self.noise_settings.rollouts_per_base
-        self.perturbed_network.redraw(self._base_key(0 if every is None else max(self._rollouts - 1, 0) // every))
+        base = state.get("base")  # another than that of the seed, if the noise has been reseeded since it was drawn
+        if base is None:
+            base = self._base_key(0 if every is None else max(self._rollouts - 1, 0) // every)
+        self.perturbed_network.redraw(int(base))
 
     @staticmethod
     def outputs_of(policy: Any, obs: Any) -> list[th.Tensor]:

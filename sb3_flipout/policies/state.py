@@ -83,7 +83,7 @@ class NoiseState(BasePolicy):
 
     @noise_scale.setter
     def noise_scale(self, scale: float) -> None:
-        self._noise_scale = check_number("noise_scale", scale, hint="Use 0.0 to switch the noise off.")
+        self._noise_scale = check_number("noise_scale", scale, 0.0, _LARGEST_SCALE, "Use 0.0 to switch the noise off.")
 
     @property
     def noise_ladder(self) -> tuple[float, ...] | None:
