@@ -47,8 +47,7 @@ def check_parameters(algorithm: Any, policy: Any, now: bool = False) -> None:
 _ADVICE = " The callback StopOnNonFinite stops at that gradient step and goes back to a model that is good."
 
 
-def _broken(algorithm: Any, name: str) -> NonFiniteError:
-    guarded = policy_of(algorithm).marks.numbers_guarded
+def _broken(algorithm: Any, name: str, guarded: bool = False) -> NonFiniteError:
     return NonFiniteError(
         f"{name} of the policy of {type(algorithm).__name__} is not finite at step {algorithm.num_timesteps}: a gradient step "
         f"has broken it, at most some {LOOK_EVERY} steps ago. Try a lower learning rate, a smaller sigma, or rewards of a "
@@ -176,7 +175,7 @@ def explained(algorithm: Any, policy: Any) -> Iterator[None]:
                 raise _wrong(algorithm, what, places, array[wrong][0]) from error
         name = first_non_finite(dict(policy.named_parameters()))
         if name is not None:
-            raise _broken(algorithm, name) from error
+            raise _broken(algorithm, name, policy.marks.numbers_guarded) from error
         raise
 
 

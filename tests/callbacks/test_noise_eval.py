@@ -147,7 +147,7 @@ def test_a_shared_draw_is_fresh_for_each_episode_and_training_keeps_its_own() ->
     model.learn(40)
     layers = model.policy.online.perturbed_network.layers
     acting = [layer.bases()[1]["weight_base"] for layer in layers]
-    arm = _Sampled(model, None)
+    arm = _Sampled(model, None, model.get_env())
     obs, seen = model.env.reset(), []
     for ended in (None, None, 0, 1):  # the second environment's end changes nothing
         if ended is not None:
@@ -174,7 +174,7 @@ def test_a_vote_has_no_chance_in_it_whatever_deterministic_says() -> None:
     model = make(DQN, **MEMBERS)
     model.exploration_rate = 1.0
     obs = np.random.default_rng(0).uniform(-1, 1, (64, 5)).astype(np.float32)
-    arm, start = ARMS["vote"](model, None), np.ones(64, dtype=bool)
+    arm, start = ARMS["vote"](model, None, model.get_env()), np.ones(64, dtype=bool)
     voted, asked = (arm.predict(obs, None, start, deterministic)[0] for deterministic in (True, False))
     np.testing.assert_array_equal(voted, asked)
     np.testing.assert_array_equal(voted, model.predict(obs, deterministic=True)[0])

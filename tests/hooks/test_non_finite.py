@@ -30,12 +30,13 @@ def test_what_came_in(places: list[int], several: str) -> None:
     assert told.where == f"reward of {several}"
 
 
-def test_what_is_broken() -> None:
-    told = _finite._broken(AT_7, "q.weight")
+@pytest.mark.parametrize("guarded", [False, True])
+def test_what_is_broken(guarded: bool) -> None:
+    told = _finite._broken(AT_7, "q.weight", guarded)
+    advice = " The callback StopOnNonFinite stops at that gradient step and goes back to a model that is good."
     assert str(told) == (
         "q.weight of the policy of SimpleNamespace is not finite at step 7: a gradient step has broken it, at most some 1000 "
-        "steps ago. Try a lower learning rate, a smaller sigma, or rewards of a smaller scale. The callback StopOnNonFinite "
-        "stops at that gradient step and goes back to a model that is good."
+        f"steps ago. Try a lower learning rate, a smaller sigma, or rewards of a smaller scale.{'' if guarded else advice}"
     )
     assert told.where == "q.weight"
 

@@ -252,7 +252,7 @@ def test_on_policy_a_broken_step_is_undone_however_seldom_is_looked(every: int, 
 
 def test_the_callback_is_advised_where_there_is_none(tmp_path: Path) -> None:
     for callbacks, advised in (([], True), ([StopOnNonFinite(tmp_path / "good", verbose=0)], False)):
-        model = build(action="box")
+        model = build()
 
         class Breaks(BaseCallback):
             def _on_step(self) -> bool:
