@@ -204,14 +204,14 @@ class OnPolicyMixin(OnPolicyPasses):
         :param state: What :meth:`noise_state` gave
         :raises NoiseStateError: If the weights saved with it mean something else under the settings of this policy
         """
-        rollouts = int(state["rollouts"])
+        rollouts, base = int(state["rollouts"]), state.get("base")
+        base = None if base is None else int(base)
         super().set_noise_state(state)
         self._rollouts = rollouts
-        every = self.noise_settings.rollouts_per_base
-        base = state.get("base")  # another than that of the seed, if the noise has been reseeded since it was drawn
-        if base is None:
+        if base is None:  # 0.1.0 saved none, and it follows from the seed unless the noise has been reseeded since
+            every = self.noise_settings.rollouts_per_base
             base = self._base_key(0 if every is None else max(self._rollouts - 1, 0) // every)
-        self.perturbed_network.redraw(int(base))
+        self.perturbed_network.redraw(base)
 
     @staticmethod
     def outputs_of(policy: Any, obs: Any) -> list[th.Tensor]:
