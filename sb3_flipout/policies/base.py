@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from inspect import signature
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch as th
@@ -22,10 +22,11 @@ from sb3_flipout.noise import RowNoise, Scales, noise_of
 from sb3_flipout.noise.carried import lost_by
 from sb3_flipout.noise.compiling import eager
 from sb3_flipout.policies.guard import VisitGuard
+from sb3_flipout.policies.left_plain import warn_of_plain_in_actions
 from sb3_flipout.policies.observations import looked_at, n_rows
 from sb3_flipout.policies.optimizers import is_of_the_user, join_sigma, sigmas_of
 from sb3_flipout.policies.plain import plain_copy
-from sb3_flipout.policies.probing import give_layouts
+from sb3_flipout.policies.probing import give_layouts, nothing_own
 from sb3_flipout.policies.settings import NoiseSettings
 from sb3_flipout.policies.sigma_units import divide_by_inputs
 from sb3_flipout.policies.state import NoiseState
@@ -36,6 +37,8 @@ class FlipoutPolicyMixin(NoiseState):
 
     #: The network of the layers that act; what rows see is said there and nowhere else.
     perturbed_network: PerturbedNetwork
+    #: Where a user's layers have to be made to be perturbed.
+    where_layers_belong: ClassVar[str]
 
     def _init_noise(self, settings: NoiseSettings) -> None:
         """Set the noise up; called in the constructor, after SB3 has built the stock policy."""
@@ -213,8 +216,10 @@ class FlipoutPolicyMixin(NoiseState):
         return plain_copy(self, NoiseState)
 
     def begin_learning(self) -> None:
-        """Tell that a call of ``learn`` begins."""
+        """Tell that a call of ``learn`` begins; say once which layers explore nothing."""
         self.marks.begin_learning()
+        if self.noise_settings.perturb != "heads" and not nothing_own(self):
+            warn_of_plain_in_actions(self, self._known_plain, self.where_layers_belong)
 
     def meet_observations(self, obs: Any) -> None:
         """

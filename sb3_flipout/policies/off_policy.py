@@ -35,6 +35,9 @@ class OffPolicyMixin(FlipoutPolicyMixin):
     noise_settings: LearningSettings
     #: Names of the target networks, with the network that each follows by polyak averaging.
     targets: ClassVar[tuple[tuple[str, str], ...]]
+    where_layers_belong = (
+        "Put them into the features extractor, or into the network that make_q_net (make_quantile_net, make_actor) gives"
+    )
 
     def _init_off_policy(
         self,

@@ -14,7 +14,6 @@ from stable_baselines3.common.policies import ActorCriticCnnPolicy, ActorCriticP
 from stable_baselines3.common.type_aliases import Schedule
 from torch import nn
 
-from sb3_flipout.checks import warn_once
 from sb3_flipout.layers import Ask, attach
 from sb3_flipout.layers.config import Init
 from sb3_flipout.layers.convert import Layers
@@ -24,10 +23,8 @@ from sb3_flipout.noise.schedule import Schedule as NoiseSchedule
 from sb3_flipout.noise.stream import Resample
 from sb3_flipout.policies.arguments import arguments_of, settings_among, settings_from
 from sb3_flipout.policies.base import FlipoutPolicyMixin
-from sb3_flipout.policies.left_plain import plain_in_actions
 from sb3_flipout.policies.observations import check_extractor
 from sb3_flipout.policies.passes import OnPolicyPasses
-from sb3_flipout.policies.probing import nothing_own
 from sb3_flipout.policies.settings import OnPolicySettings, Perturb
 
 
@@ -69,6 +66,7 @@ class OnPolicyMixin(OnPolicyPasses):
     mlp_extractor: Any
     action_net: Any
     noise_settings: OnPolicySettings
+    where_layers_belong = 'Put them into the features extractor or mlp_extractor, or make them in _build and use perturb="all"'
 
     def __init__(
         self,
@@ -114,22 +112,6 @@ class OnPolicyMixin(OnPolicyPasses):
         if hasattr(self.mlp_extractor, "policy_net"):  # what a user's own has beside it may stand before both nets
             hidden = [net for name, net in self.mlp_extractor.named_children() if name != "value_net"]
         return [self.pi_features_extractor, *hidden, self.action_net]
-
-    def begin_learning(self) -> None:
-        """Tell that a call of ``learn`` begins; say once which layers explore nothing."""
-        super().begin_learning()
-        if self.noise_settings.perturb == "heads" or nothing_own(self) or "plain layers" in self.marks.warned:
-            return
-        plain = sorted(set(plain_in_actions(self)) - self._known_plain)
-        if plain:
-            warn_once(
-                self.marks.warned,
-                "plain layers",
-                f"actions depend on {', '.join(plain)}, which stay{'s' if len(plain) == 1 else ''} plain, so nothing explores "
-                f"through their weights: perturb={self.noise_settings.perturb!r} takes the parts that SB3's policies have, "
-                "and what is there when the policy has been built. Put them into the features extractor or mlp_extractor, or "
-                'make them in _build and use perturb="all"; there, skip= says of them that this is as it should be.',
-            )
 
     # ---- what the algorithm tells -------------------------------------------------------------------------------
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,8 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
-from helpers import ReplayProbe, vector_env
-from sb3_contrib import MaskablePPO, RecurrentPPO
+from helpers import vector_env
+from sb3_contrib import MaskablePPO
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
@@ -21,10 +20,7 @@ from torch import nn
 
 from sb3_flipout.callbacks import NoiseEvalCallback, StopOnNonFinite
 from sb3_flipout.finite import NonFiniteError
-from sb3_flipout.layers import FlipoutLayer
 from sb3_flipout.noise import RowNoise, noise_of, with_noise
-from sb3_flipout.policies import FlipoutActorCriticPolicy
-from sb3_flipout.policies.contrib import FlipoutRecurrentPolicy
 
 
 def build(policy: Any = "FlipoutMlpPolicy", algorithm: Any = PPO, action: str = "discrete", **kwargs: Any) -> Any:
@@ -32,99 +28,7 @@ def build(policy: Any = "FlipoutMlpPolicy", algorithm: Any = PPO, action: str = 
     return algorithm(policy, vector_env(action, 2), **{**settings, **kwargs})
 
 
-def perturbed_of(model: Any) -> set[str]:
-    return {name for name, layer in model.policy.named_modules() if isinstance(layer, FlipoutLayer)}
-
-
-# ---- layers that nothing explores through ------------------------------------------------------------------------------
-
-
-class Trunk(nn.Module):
-    """Hidden layers that both nets have in common, before SB3's two."""
-
-    latent_dim_pi = latent_dim_vf = 6
-
-    def __init__(self, features: int) -> None:
-        super().__init__()
-        self.shared_net, self.policy_net, self.value_net = nn.Linear(features, 6), nn.Linear(6, 6), nn.Linear(6, 6)
-
-    def forward(self, features: th.Tensor) -> Any:
-        return self.forward_actor(features), self.forward_critic(features)
-
-    def forward_actor(self, features: th.Tensor) -> th.Tensor:
-        return th.tanh(self.policy_net(th.tanh(self.shared_net(features))))
-
-    def forward_critic(self, features: th.Tensor) -> th.Tensor:
-        return th.tanh(self.value_net(th.tanh(self.shared_net(features))))
-
-
-class WithTrunk(FlipoutActorCriticPolicy):
-    def _build_mlp_extractor(self) -> None:
-        self.mlp_extractor: Any = Trunk(self.features_dim)
-
-
-def test_what_stands_before_both_nets_is_perturbed_and_replayed() -> None:
-    probe = ReplayProbe(8)
-    model = build(WithTrunk, policy_kwargs=dict(schedule="constant")).learn(32, callback=probe)
-    assert perturbed_of(model) == {"mlp_extractor.shared_net", "mlp_extractor.policy_net", "action_net"}
-    assert probe.worst_ratio < 1e-5 and probe.worst_value < 1e-5
-
-
-class Adapted(FlipoutActorCriticPolicy):
-    """A layer that SB3's policies do not have; made while the policy is built, or after it."""
-
-    def _build(self, lr_schedule: Any) -> None:
-        super()._build(lr_schedule)
-        self.adapter = nn.Linear(5, 5)
-
-    def extract_features(self, obs: Any, features_extractor: Any = None) -> Any:
-        return self.adapter(super().extract_features(obs, features_extractor))
-
-
-class Late(Adapted):
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.late = nn.Linear(5, 5)
-
-    def extract_features(self, obs: Any, features_extractor: Any = None) -> Any:
-        found = super().extract_features(obs, features_extractor)
-        return self.late(found) if hasattr(self, "late") else found  # SB3's constructor does not ask
-
-
-class AdaptedRecurrent(FlipoutRecurrentPolicy):
-    def _build(self, lr_schedule: Any) -> None:
-        super()._build(lr_schedule)
-        self.adapter = nn.Linear(5, 5)
-
-    def extract_features(self, obs: Any, features_extractor: Any = None) -> Any:
-        return self.adapter(super().extract_features(obs, features_extractor))
-
-
-@pytest.mark.parametrize(
-    ("policy", "noise", "said"),
-    [
-        (Adapted, {}, "actions depend on adapter, which stays plain, so nothing explores"),
-        (Late, {}, "actions depend on adapter, late, which stay plain"),
-        (Late, dict(perturb="all"), "actions depend on late, which stays plain"),
-        (AdaptedRecurrent, {}, "actions depend on adapter, which stays plain"),
-    ],
-)
-def test_plain_layers_that_actions_depend_on_are_said_once(policy: Any, noise: dict[str, Any], said: str) -> None:
-    algorithm = RecurrentPPO if policy is AdaptedRecurrent else PPO
-    model = build(policy, algorithm, policy_kwargs=noise)
-    with pytest.warns(UserWarning, match=said):
-        model.learn(16)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        model.learn(16)
-
-
-@pytest.mark.parametrize("noise", [dict(skip=["adapter"]), dict(perturb="heads"), dict(perturb="all")], ids=str)
-def test_nothing_is_said_of_layers_that_are_meant_to_be_plain(noise: dict[str, Any]) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        build(Adapted, policy_kwargs=noise).learn(16)
-        build(WithTrunk).learn(16)
+# ---- modules of two models --------------------------------------------------------------------------------------------
 
 
 ENCODER = nn.Linear(5, 4)
