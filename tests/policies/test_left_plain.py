@@ -117,6 +117,22 @@ def test_nothing_is_said_of_layers_that_are_meant_to_be_plain(noise: dict[str, A
         on_policy(WithTrunk).learn(16)
 
 
+class Picky(Adapted):
+    """Takes batches of as many rows as come in training, and no others."""
+
+    def extract_features(self, obs: Any, features_extractor: Any = None) -> Any:
+        if len(obs) not in (1, 2, 8):
+            raise RuntimeError(f"no batches of {len(obs)}")
+        return super().extract_features(obs, features_extractor)
+
+
+def test_a_policy_that_cannot_be_asked_learns_all_the_same() -> None:
+    model = on_policy(Picky)
+    before = model.policy.action_net.weight.clone()
+    model.learn(16)
+    assert not th.equal(model.policy.action_net.weight, before)
+
+
 # ---- off-policy --------------------------------------------------------------------------------------------------------
 
 
