@@ -117,6 +117,38 @@ def test_nothing_is_said_of_layers_that_are_meant_to_be_plain(noise: dict[str, A
         on_policy(WithTrunk).learn(16)
 
 
+class Frozen(Adapted):
+    def _build(self, lr_schedule: Any) -> None:
+        super()._build(lr_schedule)
+        self.adapter.requires_grad_(False)
+
+
+def test_nothing_is_said_of_layers_that_do_not_learn() -> None:
+    model = on_policy(Frozen)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.learn(16)
+
+
+class Regularised(FlipoutActorCriticPolicy):
+    def _build(self, lr_schedule: Any) -> None:
+        super()._build(lr_schedule)
+        self.adapter = nn.Sequential(nn.BatchNorm1d(5), nn.Linear(5, 5), nn.Dropout(0.5))
+
+    def extract_features(self, obs: Any, features_extractor: Any = None) -> Any:
+        return self.adapter(super().extract_features(obs, features_extractor))
+
+
+def test_looking_for_plain_layers_changes_nothing() -> None:
+    policy = on_policy(Regularised).policy
+    policy.set_training_mode(True)
+    before, generator = {name: value.clone() for name, value in policy.state_dict().items()}, th.get_rng_state()
+    with pytest.warns(UserWarning, match=r"actions depend on adapter\.1, which stays plain"):
+        policy.begin_learning()
+    assert all(th.equal(value, before[name]) for name, value in policy.state_dict().items())
+    assert th.equal(th.get_rng_state(), generator) and policy.training
+
+
 class Picky(Adapted):
     """Takes batches of as many rows as come in training, and no others."""
 
