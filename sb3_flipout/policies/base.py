@@ -37,8 +37,10 @@ class FlipoutPolicyMixin(NoiseState):
 
     #: The network of the layers that act; what rows see is said there and nowhere else.
     perturbed_network: PerturbedNetwork
+    #: Which outputs of :meth:`outputs_of` actions are chosen by.
+    action_outputs: ClassVar[tuple[int, ...]] = (0,)
     #: Where a user's layers have to be made to be perturbed.
-    where_layers_belong: ClassVar[str]
+    where_layers_belong: ClassVar[str] = "Put them into the features extractor"
 
     def _init_noise(self, settings: NoiseSettings) -> None:
         """Set the noise up; called in the constructor, after SB3 has built the stock policy."""

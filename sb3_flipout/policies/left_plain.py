@@ -1,4 +1,4 @@
-"""Layers that are plain and are called where actions are chosen: what a policy of the user's has beside what SB3 knows of."""
+"""Layers that are plain and on which actions depend: what a policy of the user's has beside what SB3 knows of."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections.abc import Iterable
 from itertools import islice
 from typing import Any
 
+import torch as th
+
 from sb3_flipout.checks import warn_once
 from sb3_flipout.layers import FlipoutLayer
 from sb3_flipout.layers.convert import LAYER_CHOICES, is_skipped
 from sb3_flipout.policies.observations import drawn, looked_at, stacked
 
 _LOOKED_AT = 4  # observations
-# What SB3 and sb3-contrib call what computes values alone, beside the actions.
-_CRITICS = ("value_net", "mlp_extractor.value_net", "vf_features_extractor", "lstm_critic", "critic")
 
 
 def warn_of_plain_in_actions(policy: Any, known: Iterable[str], where_layers_belong: str) -> None:
@@ -43,24 +43,27 @@ def plain_in_actions(policy: Any) -> list[str]:
     :param policy: Flipout policy, in which nothing changes
     :return: Names of the layers in the policy; none if it could not be asked
     """
-    settings, called = policy.noise_settings, []
-    kinds = tuple(LAYER_CHOICES[settings.layers])
+    settings, kinds = policy.noise_settings, tuple(LAYER_CHOICES[policy.noise_settings.layers])
     plain = {
-        name: layer
+        name: list(filter(_learns, layer.parameters()))
         for name, layer in policy.named_modules()
-        if isinstance(layer, kinds)
-        and not isinstance(layer, FlipoutLayer)
-        and not is_skipped(name, (*settings.skip, *_CRITICS))
-        and (settings.perturb_frozen or any(parameter.requires_grad for parameter in layer.parameters()))
+        if isinstance(layer, kinds) and not isinstance(layer, FlipoutLayer) and not is_skipped(name, settings.skip)
     }
-    handles = [layer.register_forward_pre_hook(lambda *_, name=name: called.append(name)) for name, layer in plain.items()]
+    weights = [weight for of_layer in plain.values() for weight in of_layer]
+    if not weights:
+        return []
     try:
-        with looked_at(policy):
+        # cuDNN's LSTMs have no gradients in evaluation mode.
+        with looked_at(policy), th.enable_grad(), th.backends.cudnn.flags(enabled=False):
             observations = stacked(list(islice(drawn(policy.observation_space), _LOOKED_AT)))
-            policy.outputs_of(policy, policy.obs_to_tensor(observations)[0])
+            outputs = policy.outputs_of(policy, policy.obs_to_tensor(observations)[0])
+            chosen_by = [outputs[i].sum() for i in policy.action_outputs if outputs[i].requires_grad]
+            gradients = th.autograd.grad(chosen_by, weights, allow_unused=True)
     except Exception:  # a policy of the user's that chooses in another way
         return []
-    finally:
-        for handle in handles:
-            handle.remove()
-    return list(dict.fromkeys(called))
+    moved = {id(weight) for weight, gradient in zip(weights, gradients, strict=True) if gradient is not None}
+    return [name for name, of_layer in plain.items() if any(id(weight) in moved for weight in of_layer)]
+
+
+def _learns(parameter: th.Tensor) -> bool:
+    return parameter.requires_grad

@@ -66,6 +66,7 @@ class OnPolicyMixin(OnPolicyPasses):
     mlp_extractor: Any
     action_net: Any
     noise_settings: OnPolicySettings
+    action_outputs = (0, 2)  # the likeliest actions, of which discrete ones have no gradient, and their probabilities
     where_layers_belong = 'Put them into the features extractor or mlp_extractor, or make them in _build and use perturb="all"'
 
     def __init__(

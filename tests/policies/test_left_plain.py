@@ -117,6 +117,27 @@ def test_nothing_is_said_of_layers_that_are_meant_to_be_plain(noise: dict[str, A
         on_policy(WithTrunk).learn(16)
 
 
+class OwnCritic(FlipoutActorCriticPolicy):
+    """Values from a network with a name of the user's, which no action depends on."""
+
+    def _build(self, lr_schedule: Any) -> None:
+        super()._build(lr_schedule)
+        self.baseline = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 1))
+
+    def forward(self, obs: Any, deterministic: bool = False) -> Any:
+        actions, _, log_prob = super().forward(obs, deterministic)
+        return actions, self.predict_values(obs), log_prob
+
+    def predict_values(self, obs: Any) -> th.Tensor:
+        return self.baseline(self.extract_features(obs, self.vf_features_extractor))
+
+
+def test_nothing_is_said_of_critics_of_any_name() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        on_policy(OwnCritic).learn(16)
+
+
 class Frozen(Adapted):
     def _build(self, lr_schedule: Any) -> None:
         super()._build(lr_schedule)
