@@ -14,6 +14,9 @@ from sb3_flipout.layers.convert import LAYER_CHOICES, is_skipped
 from sb3_flipout.policies.observations import drawn, looked_at, stacked
 
 _LOOKED_AT = 4  # observations
+# What SB3 and sb3-contrib call what no action depends on: where nothing else is plain, nothing has to be run.
+_VALUES = ("value_net", "mlp_extractor.value_net", "vf_features_extractor", "lstm_critic", "critic")
+_TARGETS = ("critic_target", "actor_target", "q_net_target", "quantile_net_target")
 
 
 def warn_of_plain_in_actions(policy: Any, known: Iterable[str], where_layers_belong: str) -> None:
@@ -44,10 +47,11 @@ def plain_in_actions(policy: Any) -> list[str]:
     :return: Names of the layers in the policy; none if it could not be asked
     """
     settings, kinds = policy.noise_settings, tuple(LAYER_CHOICES[policy.noise_settings.layers])
+    skipped = (*settings.skip, *_VALUES, *_TARGETS)
     plain = {
         name: list(filter(_learns, layer.parameters()))
         for name, layer in policy.named_modules()
-        if isinstance(layer, kinds) and not isinstance(layer, FlipoutLayer) and not is_skipped(name, settings.skip)
+        if isinstance(layer, kinds) and not isinstance(layer, FlipoutLayer) and not is_skipped(name, skipped)
     }
     weights = [weight for of_layer in plain.values() for weight in of_layer]
     if not weights:
